@@ -1,0 +1,1 @@
+"""Checkpoints that are published atomically and checked before they are loaded."""

@@ -1,0 +1,1 @@
+"""Parallel training of any nn.Module over a device mesh."""

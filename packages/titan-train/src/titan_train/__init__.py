@@ -1,0 +1,1 @@
+"""The driver: assembles the other four packages into a training run."""
