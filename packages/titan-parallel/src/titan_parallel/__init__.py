@@ -1,1 +1,24 @@
 """Parallel training of any nn.Module over a device mesh."""
+
+from titan_parallel.clipping import clip_grad_norm
+from titan_parallel.errors import LayoutError
+from titan_parallel.mesh import DataAxis, Degrees, build_mesh, data_axis
+from titan_parallel.model import Microbatch, ParallelModel
+from titan_parallel.options import ParallelOptions
+from titan_parallel.parallelize import parallelize
+from titan_parallel.plan import ParallelPlan, check_plan
+
+__all__ = [
+    "DataAxis",
+    "Degrees",
+    "LayoutError",
+    "Microbatch",
+    "ParallelModel",
+    "ParallelOptions",
+    "ParallelPlan",
+    "build_mesh",
+    "check_plan",
+    "clip_grad_norm",
+    "data_axis",
+    "parallelize",
+]

@@ -1,0 +1,67 @@
+"""Random numbers that are a function of (key, index): any slice of a tensor can be drawn by itself.
+
+The generator is SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") used as a
+counter-based one: number `i` of a stream is a mix of `key + (i + 1) * golden`. Integers wrap modulo 2**64 on every
+device, so CPU and GPU draw the same bits; what follows in float64 agrees up to the last place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def stream_key(seed: int, name: str) -> int:
+    """Return the 64-bit key of the stream that belongs to `name` under `seed`."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
+
+
+def random_bits(key: int, indices: Tensor) -> Tensor:
+    """Return the 64 random bits of each index.
+
+    Args:
+        key: The stream, 0 to 2**64 - 1.
+        indices: int64 of any shape, from 0.
+
+    Returns:
+        int64 of the same shape; all 64 bits are random.
+    """
+    z = (indices + 1) * _signed(_GOLDEN) + _signed(key)
+    z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
+    return z ^ _shift_right(z, 31)
+
+
+def truncated_normal(key: int, indices: Tensor, bound: float) -> Tensor:
+    """Return standard normal numbers cut off at `bound` standard deviations, one for each index.
+
+    The normal's inverse distribution function is applied to a uniform number, so each takes exactly one draw.
+
+    Args:
+        key: The stream.
+        indices: int64 of any shape, from 0.
+        bound: Where both tails are cut, in standard deviations.
+
+    Returns:
+        float64 of the shape of `indices`.
+    """
+    # The top 53 bits, centred in their cells: never 0 nor 1.
+    uniform = (_shift_right(random_bits(key, indices), 11).double() + 0.5) * 2.0**-53
+    inside = math.erf(bound / math.sqrt(2))  # share of the normal within the bounds
+    return torch.erfinv((2 * uniform - 1) * inside) * math.sqrt(2)
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >= 1 << 63 else bits
+
+
+def _shift_right(z: Tensor, n: int) -> Tensor:
+    # int64 shifts are arithmetic: mask off the copies of the sign.
+    return (z >> n) & ((1 << (64 - n)) - 1)

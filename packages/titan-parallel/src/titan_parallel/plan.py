@@ -1,0 +1,96 @@
+"""The plan: what titan-parallel needs to know of a model, as plain data."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypedDict, get_args
+
+from torch import nn
+
+from titan_parallel.errors import LayoutError
+
+TensorStyle = Literal["vocab", "sequence", "gather", "colwise", "rowwise", "logits"]
+
+
+class ParallelPlan(TypedDict, total=False):
+    """Which modules play which role. Every entry may be left out.
+
+    Names are dotted module names; `*` stands for any run of characters within one part (`layers.*` is every layer,
+    `layers.*.attn` every layer's attention).
+
+    Attributes:
+        blocks: The repeated blocks: the unit of sharding, of activation checkpointing and of compilation.
+        before: Modules that run before the first block; each is sharded by itself.
+        after: Modules that run after the last block; sharded together.
+        tensor: Tensor-parallel style of modules:
+            `vocab` an embedding table split over its rows;
+            `colwise` a linear split over its outputs;
+            `rowwise` a linear split over its inputs, its output summed over the ranks;
+            `sequence` a norm or the like that works on each position by itself;
+            `gather` a module whose tensor inputs must hold the whole sequence;
+            `logits` the last linear, split over the vocabulary, whose output stays split for the loss.
+        tied: Pairs of parameter names (alias, owner) that are one weight.
+        divisible: Sizes that the tensor-parallel degree has to divide, each under a name for the message.
+    """
+
+    blocks: Sequence[str]
+    before: Sequence[str]
+    after: Sequence[str]
+    tensor: Mapping[str, str]
+    tied: Sequence[tuple[str, str]]
+    divisible: Mapping[str, int]
+
+
+def clean_name(name: str) -> str:
+    """Return a module's or parameter's name without what wrappers put in."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def match_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Return the names of the modules that `patterns` match, pattern by pattern.
+
+    Raises:
+        LayoutError: If a pattern matches nothing; the message lists every such pattern with the nearest names.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found: list[str] = []
+    wrong: list[str] = []
+    for pattern in patterns:
+        regex = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
+        hits = [name for name in names if regex.fullmatch(name)]
+        found.extend(hits)
+        if not hits:
+            near = difflib.get_close_matches(pattern.replace("*", "0"), names, n=3, cutoff=0.4)
+            wrong.append(f"{pattern!r} (nearest: {', '.join(near) or 'none'})")
+    if wrong:
+        raise LayoutError(f"the plan names modules that {type(model).__name__} does not have: {'; '.join(wrong)}")
+    return found
+
+
+def check_plan(plan: ParallelPlan, *, tp: int, sequence_length: int | None = None) -> None:
+    """Check that a model can be split as asked, without touching it.
+
+    Args:
+        plan: The model's plan.
+        tp: Tensor-parallel degree.
+        sequence_length: Tokens per sequence when activations are to be split over the sequence, else None.
+
+    Raises:
+        LayoutError: With every misfit, and degrees that would fit.
+    """
+    styles = set(plan.get("tensor", {}).values()) - set(get_args(TensorStyle))
+    if styles:
+        raise LayoutError(f"unknown tensor-parallel styles {sorted(styles)}; there are {list(get_args(TensorStyle))}")
+    if tp == 1:
+        return
+    if not plan.get("tensor"):
+        raise LayoutError(f"tp is {tp}, but the plan says under 'tensor' of no module how to split it")
+    sizes = dict(plan.get("divisible", {}))
+    if sequence_length is not None:
+        sizes["sequence length (sequence parallel)"] = sequence_length
+    wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
+    if wrong:
+        fits = [d for d in range(1, min(sizes.values()) + 1) if all(size % d == 0 for size in sizes.values())]
+        raise LayoutError(f"tp {tp} does not divide {', '.join(wrong)}; these degrees would: {fits}")

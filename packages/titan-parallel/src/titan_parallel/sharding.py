@@ -1,0 +1,71 @@
+"""Data parallelism through FSDP2: sharded, replicated, or both (HSDP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from titan_parallel.options import ParallelOptions
+
+
+def apply_fsdp(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    before: Sequence[nn.Module],
+    blocks: Sequence[nn.Module],
+    after: Sequence[nn.Module],
+    tied: bool,
+    options: ParallelOptions,
+) -> None:
+    """Shard `model` in place, one unit for each block, so that only one block's weights are whole at a time.
+
+    Gradients are summed over the ranks, not averaged: the loss is divided by the global batch's normaliser instead.
+
+    Args:
+        model: The root; holds whatever is in no unit.
+        mesh: The mesh with `dp_replicate` and `dp_shard`.
+        before: Modules before the blocks; a unit each.
+        blocks: The repeated blocks; a unit each.
+        after: Modules after the blocks; one unit, which stays gathered, since its backward comes at once.
+        tied: Whether a weight is shared between `before` and `after`, which makes one unit of them.
+        options: Dtypes and resharding.
+    """
+    dims = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else ("dp_shard",)
+    data_mesh = mesh[dims]
+    # The root casts what comes in from outside; inside, the dtypes are right (and fp32 rotary angles must stay fp32).
+    outer = MixedPrecisionPolicy(param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options))
+    inner = MixedPrecisionPolicy(
+        param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options), cast_forward_inputs=False
+    )
+
+    def shard(unit: nn.Module | list[nn.Module], reshard: bool) -> None:
+        fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard)
+
+    for unit in [] if tied else before:
+        shard(unit, options.reshard_after_forward)
+    for unit in blocks:
+        shard(unit, options.reshard_after_forward)
+    if after:
+        shard([*before, *after] if tied else list(after), False)
+    fully_shard(model, mesh=data_mesh, mp_policy=outer, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Without this a factor of 1 asks gloo for a kind of reduction that it does not have.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_last_microbatch(model: nn.Module, is_last: bool) -> None:
+    """Tell FSDP whether more microbatches of this step follow: replicas exchange gradients on the last one only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
+        model.set_is_last_backward(is_last)
+
+
+def _reduce_dtype(options: ParallelOptions) -> torch.dtype | None:
+    return options.reduce_dtype if options.param_dtype is not None else None

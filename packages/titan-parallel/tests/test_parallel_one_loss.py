@@ -1,0 +1,173 @@
+"""Every layout trains a foreign module to the losses, norms and weights of plain torch in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import parallel_cases as cases
+import pytest
+import torch
+from parallel_group import Group
+from titan_parallel import Degrees, ParallelOptions
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Group]:
+    group = Group(1)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Group]:
+    group = Group(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Group]:
+    group = Group(4)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    return cases.reference()
+
+
+def same(results: list[dict], expected: dict, tolerance: float = 1e-5) -> None:
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+        assert result["norms"] == pytest.approx(expected["norms"], abs=tolerance, rel=tolerance)
+        assert result["weights"].keys() == expected["weights"].keys()
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_move(plain: dict) -> None:
+    # The other tests compare curves: they must be curves.
+    assert plain["losses"][0] - plain["losses"][-1] > 0.05
+    assert min(plain["norms"]) > 0.5  # clipping acts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ParallelOptions(),
+        ParallelOptions(activation_checkpointing="full"),
+        ParallelOptions(activation_checkpointing="selective"),
+        ParallelOptions(compile_blocks=True, compile_backend="aot_eager"),
+    ],
+    ids=["plain", "ac-full", "ac-selective", "compile"],
+)
+def test_one_process(one: Group, plain: dict, options: ParallelOptions) -> None:
+    same(one.run(cases.train, Degrees(), options), plain)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(dp_replicate=2), Degrees(tp=2)], ids=["fsdp", "ddp", "tp"])
+def test_two_processes(two: Group, plain: dict, degrees: Degrees) -> None:
+    same(two.run(cases.train, degrees), plain)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2)], ids=["fsdp", "tp"])
+def test_two_processes_accumulating(two: Group, plain: dict, degrees: Degrees) -> None:
+    same(two.run(cases.train, degrees, None, False, 4), plain)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        (Degrees(tp=2), ParallelOptions(sequence_parallel=False)),
+        (Degrees(), ParallelOptions(reshard_after_forward=False)),
+        (Degrees(tp=2), ParallelOptions(activation_checkpointing="full")),
+        (Degrees(tp=2), ParallelOptions(activation_checkpointing="selective")),
+        (Degrees(tp=2), ParallelOptions(compile_blocks=True, compile_backend="aot_eager")),
+        (
+            Degrees(),
+            ParallelOptions(activation_checkpointing="selective", compile_blocks=True, compile_backend="aot_eager"),
+        ),
+    ],
+    ids=["tp-no-sp", "fsdp-no-reshard", "tp-ac", "tp-sac", "tp-compile", "fsdp-sac-compile"],
+)
+def test_two_processes_with_options(two: Group, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
+    same(two.run(cases.train, degrees, options), plain)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [Degrees(), Degrees(dp_replicate=2), Degrees(tp=2), Degrees(tp=4), Degrees(dp_replicate=2, tp=2)],
+    ids=["fsdp", "hsdp", "fsdp-tp", "tp", "ddp-tp"],
+)
+def test_four_processes(four: Group, plain: dict, degrees: Degrees) -> None:
+    same(four.run(cases.train, degrees), plain)
+
+
+def test_hsdp_accumulating(four: Group, plain: dict) -> None:
+    same(four.run(cases.train, Degrees(dp_replicate=2), None, False, 2), plain)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2), Degrees(tp=4)], ids=["fsdp", "fsdp-tp", "tp"])
+def test_tied_weights(four: Group, degrees: Degrees) -> None:
+    same(four.run(cases.train, degrees, None, True), cases.reference(tied=True))
+
+
+def test_bf16_stays_near(two: Group, one: Group, plain: dict) -> None:
+    for results in (
+        one.run(cases.train, Degrees(), cases.bf16_options()),
+        two.run(cases.train, Degrees(), cases.bf16_options()),
+    ):
+        for result in results:
+            assert result["losses"] == pytest.approx(plain["losses"], abs=5e-2)
+            assert result["losses"] != plain["losses"]  # it did compute in bf16
+            assert all(w.dtype == torch.float32 for w in result["weights"].values())
+
+
+@pytest.mark.slow
+def test_inductor(four: Group, plain: dict) -> None:
+    options = ParallelOptions(compile_blocks=True, activation_checkpointing="selective")
+    same(four.run(cases.train, Degrees(tp=2), options, timeout=400.0), plain)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_from_meta(one: Group, four: Group, tied: bool) -> None:
+    answers = [one.run(cases.fill_from_meta, Degrees(), tied)[0]]
+    for degrees in (Degrees(), Degrees(tp=2), Degrees(tp=4)):
+        answers += four.run(cases.fill_from_meta, degrees, tied)
+    plain_net = cases.build(tied)
+    names, state_names, _, _ = answers[0]
+    assert names == [name for name, _ in plain_net.named_parameters()]
+    assert set(state_names) == {name for name in plain_net.state_dict() if not (tied and name == "vocab_out.weight")}
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][3] is tied
+
+
+def test_evaluate_and_predict(one: Group, four: Group) -> None:
+    expected_loss, expected_logits, training = one.run(cases.evaluate_and_predict, Degrees())[0]
+    assert training
+    for degrees in (Degrees(), Degrees(tp=2)):
+        for loss, logits, training in four.run(cases.evaluate_and_predict, degrees):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            torch.testing.assert_close(logits, expected_logits)
+            assert training
+
+
+def test_state_round_trip(four: Group) -> None:
+    for degrees in (Degrees(), Degrees(tp=2)):
+        assert all(four.run(cases.state_round_trip, degrees))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"divisible": {"heads": 3}}, "tp 2 does not divide heads 3; these degrees would: [1, 3]"),
+        ({"blocks": ["stock.*"]}, "'stock.*' (nearest: stack.0"),
+        ({"tensor": {}}, "the plan says under 'tensor' of no module"),
+        ({"tensor": {"table": "colums"}}, "unknown tensor-parallel styles ['colums']"),
+    ],
+    ids=["divide", "glob", "no-plan", "style"],
+)
+def test_refusals(two: Group, changed: dict, says: str) -> None:
+    for message in two.run(cases.layout_error, Degrees(tp=2), changed):
+        assert says in message
