@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypedDict, get_args
 
 from torch import nn
+from typing_extensions import ReadOnly
 
 from titan_parallel.errors import LayoutError
 
@@ -35,12 +36,12 @@ class ParallelPlan(TypedDict, total=False):
         divisible: Sizes that the tensor-parallel degree has to divide, each under a name for the message.
     """
 
-    blocks: Sequence[str]
-    before: Sequence[str]
-    after: Sequence[str]
-    tensor: Mapping[str, str]
-    tied: Sequence[tuple[str, str]]
-    divisible: Mapping[str, int]
+    blocks: ReadOnly[Sequence[str]]
+    before: ReadOnly[Sequence[str]]
+    after: ReadOnly[Sequence[str]]
+    tensor: ReadOnly[Mapping[str, str]]
+    tied: ReadOnly[Sequence[tuple[str, str]]]
+    divisible: ReadOnly[Mapping[str, int]]
 
 
 def clean_name(name: str) -> str:

@@ -1,0 +1,114 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt_cases
+from ckpt_group import WorkerGroup
+from ckpt_states import ModelState, OptimizerState, flip_bit, make_model, make_state
+from titan_ckpt import Checkpointer, list_checkpoints, verify
+
+LAYOUTS = ["fsdp", "hsdp", "fsdp x tp", "plain"]
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(left[key], right[key]) if isinstance(left[key], torch.Tensor) else left[key] == right[key]
+        for key in left
+    )
+
+
+def load_on_one(folder: Path) -> dict[str, Any]:
+    model = make_model(3)
+    state = {"model": ModelState(model), "optimizer": OptimizerState(model, torch.optim.AdamW(model.parameters()))}
+    assert Checkpointer(folder).load(state) is not None
+    return ckpt_cases.whole(state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_on_four_loaded_on_any(group4: WorkerGroup, group2: WorkerGroup, tmp_path: Path, layout: str) -> None:
+    asynchronous = layout != "hsdp"
+    expected = group4.run(ckpt_cases.save_laid_out, tmp_path, layout, asynchronous)[0]
+    assert verify(tmp_path / "step-00000003", level="checksum") == []
+    assert same(load_on_one(tmp_path), expected)
+    assert same(group2.run(ckpt_cases.load_laid_out, tmp_path, "fsdp")[0], expected)
+    other = LAYOUTS[(LAYOUTS.index(layout) + 1) % 3]
+    assert same(group4.run(ckpt_cases.load_laid_out, tmp_path, other)[0], expected)
+
+
+def test_saved_on_one_loaded_on_four(group4: WorkerGroup, tmp_path: Path) -> None:
+    model = make_model(1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ckpt_cases.train(model, optimizer)
+    state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
+    Checkpointer(tmp_path).save(1, state)
+    assert same(group4.run(ckpt_cases.load_laid_out, tmp_path, "fsdp x tp")[0], ckpt_cases.whole(state))
+
+
+def test_each_rank_may_own_weights(group2: WorkerGroup, tmp_path: Path) -> None:
+    told = group2.run(ckpt_cases.own_weights_per_rank, tmp_path)
+    assert told[0] == told[1]
+    assert "unexpected, in the checkpoint but not asked for (1):\n    model/layer1/w" in told[0][0]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("where", "rank"), [("plan", 1), ("divide", 0), ("write", 1), ("finish", 0), ("hash", 1), ("publish", 0)]
+)
+def test_one_rank_fails_and_all_are_told(
+    group2: WorkerGroup, tmp_path: Path, where: str, rank: int, asynchronous: bool
+) -> None:
+    first, second = group2.run(ckpt_cases.one_rank_fails, tmp_path, where, rank, asynchronous)
+    assert first == second
+    told, *names = first
+    assert f"No space in {where}" in told
+    assert told.startswith("step 2 was not saved: could not ")
+    assert ("rank 1: " in told) == (rank == 1)
+    assert names == ["step-00000001"]
+
+
+def test_states_that_differ_are_refused(group2: WorkerGroup, tmp_path: Path) -> None:
+    first, second = group2.run(ckpt_cases.states_that_differ, tmp_path)
+    assert first == second
+    assert 'state["data"] is not the same on all ranks' in first["json"]
+    assert 'state["data"] is not the same on all ranks' in first["float"]
+    assert "rank 1 saves the entries ['a', 'b1'] where rank 0 saves ['a', 'b0']" in first["names"]
+    assert 'rank 1: state["a"]["x"] is a object' in first["leaf"]
+    assert "a/x is a DTensor with partial sums" in first["partial"]
+    assert "rank 1 saves step 1 where rank 0 saves step 0" in first["step"]
+    assert [info.step for info in list_checkpoints(tmp_path)] == [1]
+
+
+def test_all_ranks_agree_on_what_is_damaged(group2: WorkerGroup, tmp_path: Path) -> None:
+    assert group2.run(ckpt_cases.load_what_may_be_damaged, tmp_path) == [None, None]
+    ckpt = Checkpointer(tmp_path)
+    for step in (1, 2, 3):
+        ckpt.save(step, make_state(step))
+    # One file of each size: each falls to another rank.
+    flip_bit(tmp_path / "step-00000003" / "tensors" / "__0_0.distcp")
+    flip_bit(tmp_path / "step-00000002" / "state.json")
+    assert group2.run(ckpt_cases.load_what_may_be_damaged, tmp_path) == [1, 1]
+
+
+def test_loading_fails_on_one_rank(group2: WorkerGroup, tmp_path: Path) -> None:
+    first, second = group2.run(ckpt_cases.loading_fails_on_one_rank, tmp_path)
+    assert first == second
+    assert "rank 1: KeyError: 'no such thing'" in first
+
+
+def test_a_mismatch_on_one_rank_is_told_to_all(group2: WorkerGroup, tmp_path: Path) -> None:
+    first, second = group2.run(ckpt_cases.mismatch_on_one_rank, tmp_path)
+    assert first == second
+    assert "model/w: float32 [10] in the checkpoint, float32 [11] asked for" in first
+
+
+def test_a_group_of_some_ranks(group4: WorkerGroup, tmp_path: Path) -> None:
+    assert group4.run(ckpt_cases.half_of_the_ranks, tmp_path) == [[], [], [1, 1], [1, 1]]
+
+
+def test_many_checkpointers_in_a_row(group4: WorkerGroup, tmp_path: Path) -> None:
+    group4.run(ckpt_cases.many_checkpointers, tmp_path)
+    assert [info.step for info in list_checkpoints(tmp_path)] == [6, 7]
+    shutil.rmtree(tmp_path)

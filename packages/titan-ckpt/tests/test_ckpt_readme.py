@@ -1,0 +1,23 @@
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)  # one after the other, as one reads them
+    assert "the loss goes on as if nothing had happened" in capsys.readouterr().out
+
+
+def test_the_names_it_lists_are_the_public_ones() -> None:
+    import titan_ckpt
+
+    listed = set(re.findall(r"^\| `([A-Za-z_]+)", README.read_text(), flags=re.MULTILINE))
+    assert listed == set(titan_ckpt.__all__)

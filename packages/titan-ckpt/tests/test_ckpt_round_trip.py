@@ -1,0 +1,176 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import titan_ckpt
+from ckpt_states import Held, ModelState, OptimizerState, blank_state, holds_step, make_model, make_state
+from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints, verify
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_saved_is_loaded(tmp_path: Path, asynchronous: bool) -> None:
+    ckpt = Checkpointer(tmp_path / "new" / "folder", asynchronous=asynchronous)
+    for step in (10, 20):
+        ckpt.save(step, make_state(step), {"config_digest": f"d{step}", "betas": (0.9, 0.95)})
+    ckpt.wait()
+    for asked, step in ((None, 20), (10, 10)):
+        state = blank_state()
+        found = ckpt.load(state, step=asked)
+        assert found is not None
+        assert (found.step, found.path.name) == (step, f"step-{step:08d}")
+        assert found.metadata == {"config_digest": f"d{step}", "betas": (0.9, 0.95)}
+        assert holds_step(state, step)
+    assert [info.step for info in list_checkpoints(ckpt.folder)] == [10, 20]
+    ckpt.close()
+    ckpt.close()
+
+
+def test_tensors_are_filled_in_place_and_handed_over(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, make_state(1))
+    state = blank_state()
+    weight = state["model"].state["weight"]
+    ckpt.load(state)
+    assert state["model"].state["weight"] is weight
+
+
+def test_every_dtype_and_awkward_shapes(tmp_path: Path) -> None:
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+    dtypes += [torch.float8_e4m3fn, torch.complex64]
+    tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in dtypes}
+    tensors |= {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "transposed": torch.arange(6.0).reshape(2, 3).t(),
+        "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
+        "slice of a large one": torch.arange(1000.0)[::100],
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "nan and -0": torch.tensor([float("nan"), -0.0, float("inf")]),
+        "": torch.ones(1),
+        "a/b~c.d ü": torch.ones(2),
+    }
+    for asynchronous in (False, True):
+        folder = tmp_path / str(asynchronous)
+        ckpt = Checkpointer(folder, asynchronous=asynchronous)
+        ckpt.save(0, {"t/~": Held(**tensors)})
+        ckpt.wait()
+        state = {"t/~": Held(**{name: torch.zeros_like(tensor) for name, tensor in tensors.items()})}
+        ckpt.load(state)
+        for name, tensor in tensors.items():
+            got = state["t/~"].state[name]
+            same = got.reshape(-1).contiguous().view(torch.uint8), tensor.detach().reshape(-1).contiguous()
+            assert torch.equal(same[0], same[1].view(torch.uint8)), name
+        ckpt.close()
+
+
+def test_a_model_and_its_optimizer_go_on_as_if_nothing_happened(tmp_path: Path) -> None:
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            torch.manual_seed(step)
+            loss = model(torch.randn(4, 10)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    ckpt = Checkpointer(tmp_path, asynchronous=True)
+    model = make_model(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.9))
+    train(model, optimizer, range(3))
+    ckpt.save(3, {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)})
+    uninterrupted = train(model, optimizer, range(3, 6))
+    model = make_model(2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ckpt.load({"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)})
+    ckpt.close()
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert train(model, optimizer, range(3, 6)) == uninterrupted
+
+
+def test_entries_not_asked_for_stay_behind(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, make_state(1))
+    data = Held()
+    assert ckpt.load({"data": data}) is not None
+    assert data.state == {"position": 1, "fraction": 1 / 3}
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    for folder in (tmp_path / "absent", tmp_path):
+        assert Checkpointer(folder).load(blank_state()) is None
+        assert list_checkpoints(folder) == []
+    (tmp_path / ".staging-step-00000001-0123abcd").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert Checkpointer(tmp_path).load(blank_state()) is None
+
+
+def test_the_layout_on_disk(tmp_path: Path) -> None:
+    Checkpointer(tmp_path).save(100, make_state(100), {"note": "x"})
+    path = tmp_path / "step-00000100"
+    files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert files == {"manifest.json", "state.json", "tensors/.metadata", "tensors/__0_0.distcp"}
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert set(manifest["files"]) == files - {"manifest.json"}
+    assert manifest["format_version"] == 1
+    assert manifest["step"] == 100
+    assert manifest["metadata"] == {"note": "x"}
+    assert manifest["world_size"] == 1
+    assert manifest["torch"] == torch.__version__
+    content = json.loads((path / "state.json").read_text())
+    assert content["values"] == {"data": {"position": 100, "fraction": 100 / 3}}
+    assert set(content["tensors"]) == {"model/weight", "model/nested/bias"}
+    assert verify(path, level="checksum") == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_reads_the_tensors_folder(tmp_path: Path) -> None:
+    Checkpointer(tmp_path).save(1, make_state(1))
+    tensors = {"model/weight": torch.empty(100, 300)}
+    torch.distributed.checkpoint.load(tensors, checkpoint_id=tmp_path / "step-00000001" / "tensors", no_dist=True)
+    assert torch.equal(tensors["model/weight"], make_state(1)["model"].state["weight"])
+
+
+def test_nothing_is_unpickled_but_tensors(tmp_path: Path) -> None:
+    """Even one who forges the checksums gets no code of his run from DCP's record."""
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, make_state(1))
+    (tmp_path / "step-00000001" / "tensors" / ".metadata").write_bytes(b"cos\nsystem\n(S'touch bad'\ntR.")
+    manifest = titan_ckpt.manifest.read_manifest(tmp_path / "step-00000001")
+    files = {name: titan_ckpt.manifest.describe_file(tmp_path / "step-00000001" / name) for name in manifest.files}
+    forged = titan_ckpt.manifest.Manifest(**{**vars(manifest), "files": files})
+    (tmp_path / "step-00000001" / "manifest.json").write_text(forged.to_json())
+    state = blank_state()
+    assert ckpt.load(state) is not None
+    assert holds_step(state, 1)
+
+
+def test_a_step_that_is_there_is_not_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, make_state(1))
+    before = (tmp_path / "step-00000001" / "manifest.json").stat()
+    with caplog.at_level(logging.INFO):
+        ckpt.save(1, make_state(2))
+    assert "not written again" in caplog.text
+    assert (tmp_path / "step-00000001" / "manifest.json").stat() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_settings_and_steps_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="keep_last must be at least 1"):
+        Checkpointer(tmp_path, keep_last=0)
+    ckpt = Checkpointer(tmp_path)
+    for step in (-1, True, 1.0):
+        with pytest.raises(CheckpointError, match="step must be an int"):
+            ckpt.save(step, make_state(1))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r'state\["model"\] is a dict, which has no state_dict'):
+        ckpt.save(1, {"model": {}})  # type: ignore[dict-item]
+    ckpt.close()
+    with pytest.raises(CheckpointError, match="closed"):
+        ckpt.save(1, make_state(1))
+    with pytest.raises(CheckpointError, match="closed"):
+        ckpt.load(blank_state())

@@ -1,0 +1,73 @@
+"""A corpus that is on every machine: the source files of Python's standard library."""
+
+import hashlib
+import os
+import sysconfig
+from pathlib import Path
+
+from titan_data.errors import DataError
+
+# Installed packages are not the library. The others are the parts that many distributions split off or leave out (so
+# the corpus would differ from machine to machine for no good reason), and the tests are data and edge cases more
+# than code that somebody would read.
+_EXCLUDED_FOLDERS = frozenset(
+    {
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "ensurepip",
+        "turtledemo",
+    }
+)
+
+
+class StdlibSource:
+    """The `.py` files of the running Python's standard library, one document per file, in the order of their paths.
+
+    Some 10 MB of text with no download: for first runs, benchmarks and tests. Another Python version has other
+    files; the fingerprint tells them apart. Empty files are no documents.
+
+    Raises:
+        DataError: this Python has no source files on disk.
+    """
+
+    name = "stdlib"
+
+    def __init__(self) -> None:
+        self._root = Path(sysconfig.get_path("stdlib"))
+        self._files = _list_files(self._root)
+        if not self._files:
+            raise DataError(
+                f"the standard library of this Python has no .py files in {self._root} (it may be zipped or compiled): "
+                "use another data source, such as ListSource or load_huggingface with files of your own"
+            )
+        lines = "".join(f"{path}\0{size}\n" for path, size in self._files)
+        self.fingerprint = hashlib.sha256(lines.encode("utf-8", errors="surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int, /) -> str:
+        return (self._root / self._files[index][0]).read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of each document, relative to the library's folder, with forward slashes."""
+        return [path for path, _ in self._files]
+
+
+def _list_files(root: Path) -> list[tuple[str, int]]:
+    """List the (relative POSIX path, size in bytes) of every file that is a document, sorted by path."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        # In place: os.walk goes only into the folders that are left.
+        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED_FOLDERS]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix == ".py" and (size := path.stat().st_size) > 0:
+                found.append((path.relative_to(root).as_posix(), size))
+    return sorted(found)

@@ -1,0 +1,207 @@
+"""load_huggingface over local files: rows and streams, resuming, and errors that say what to do."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from titan_data import ByteTokenizer, DataError, Loader, RandomAccessSource, StreamSource, load_huggingface
+
+TEXTS = [f"record {i}: " + "word " * (i % 9) for i in range(60)]
+
+
+@pytest.fixture
+def datasets(monkeypatch, tmp_path):
+    """The library, kept off the network; its cache is under tmp_path where a test passes `cache_dir`."""
+    module = pytest.importorskip("datasets")
+    monkeypatch.setattr(module.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "default_cache")
+    module.disable_progress_bars()
+    return module
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Two files with 40 and 20 records."""
+    paths = []
+    for name, part in (("one.jsonl", TEXTS[:40]), ("two.jsonl", TEXTS[40:])):
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"text": t, "n": 1}) + "\n" for t in part), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    writer = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "all.parquet"
+    writer.write_table(pyarrow.table({"body": TEXTS, "n": list(range(60))}), path, row_group_size=7)
+    return str(path)
+
+
+def open_jsonl(jsonl, tmp_path, **changes):
+    return load_huggingface("json", **{"data_files": jsonl, "cache_dir": tmp_path / "cache", **changes})
+
+
+def read_all(source):
+    return list(source.iterate(0)) if isinstance(source, StreamSource) else [source[i] for i in range(len(source))]
+
+
+def check_resume(source):
+    """Stop after 7 steps on one rank, go on with two ranks: the same rows as without a stop."""
+
+    def ranks(world):
+        sizes = {"seq_len": 32, "global_batch_size": 4, "seed": 1}
+        return [Loader(source, ByteTokenizer(), **sizes, rank=r, world=world) for r in range(world)]
+
+    (whole,) = ranks(1)
+    for _ in range(7):
+        next(whole)
+    state = json.loads(json.dumps(whole.state_dict()))
+    resumed = ranks(2)
+    for loader in resumed:
+        loader.load_state_dict(state)
+    for _ in range(30):
+        expected = next(whole)
+        rows = [next(loader) for loader in resumed]
+        assert torch.equal(torch.cat([row["tokens"] for row in rows]), expected["tokens"])
+        assert torch.equal(torch.cat([row["labels"] for row in rows]), expected["labels"])
+    assert whole.epoch > 0, "the test should cross an epoch"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_jsonl(datasets, jsonl, tmp_path, streaming):
+    source = open_jsonl(jsonl, tmp_path, streaming=streaming)
+    assert isinstance(source, StreamSource if streaming else RandomAccessSource)
+    assert read_all(source) == TEXTS
+    assert source.name == "json:one.jsonl"
+    if streaming:
+        assert list(source.iterate(38)) == TEXTS[38:]
+        assert list(source.iterate(60)) == []
+    check_resume(source)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet(datasets, parquet, tmp_path, streaming):
+    source = load_huggingface(
+        "parquet", data_files=parquet, text_key="body", streaming=streaming, cache_dir=tmp_path / "cache"
+    )
+    assert read_all(source) == TEXTS
+    check_resume(source)
+
+
+def test_patterns_folders_and_options(datasets, jsonl, tmp_path):
+    folder = tmp_path / "corpus"
+    assert read_all(open_jsonl(str(folder / "*.jsonl"), tmp_path, streaming=True)) == TEXTS
+    assert read_all(load_huggingface(str(folder), streaming=True)) == TEXTS
+    assert read_all(load_huggingface(str(folder), data_files="two.jsonl", streaming=True)) == TEXTS[40:]
+    whole = load_huggingface("text", data_files=jsonl[0], streaming=True, sample_by="document")
+    assert len(read_all(whole)) == 1
+
+
+def test_the_order_of_files_is_the_order_given(datasets, jsonl, tmp_path):
+    assert read_all(open_jsonl(jsonl[::-1], tmp_path, streaming=True)) == TEXTS[40:] + TEXTS[:40]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fingerprint(datasets, jsonl, tmp_path, streaming):
+    source = open_jsonl(jsonl, tmp_path, streaming=streaming)
+    moved = shutil.copytree(tmp_path / "corpus", tmp_path / "moved")
+    paths = [str(moved / "one.jsonl"), str(moved / "two.jsonl")]
+    same = open_jsonl(paths, tmp_path, streaming=streaming, cache_dir=tmp_path / "cache2")
+    assert same.fingerprint == source.fingerprint
+    others = [
+        open_jsonl(jsonl, tmp_path, streaming=not streaming),
+        open_jsonl(jsonl[::-1], tmp_path, streaming=streaming),
+        open_jsonl(jsonl[:1], tmp_path, streaming=streaming),
+    ]
+    with open(paths[0], "a", encoding="utf-8") as file:
+        file.write('{"text": "more", "n": 1}\n')
+    others.append(open_jsonl(paths, tmp_path, streaming=streaming))
+    assert len({source.fingerprint, *(other.fingerprint for other in others)}) == 5
+    state = Loader(source, ByteTokenizer(), seq_len=8, global_batch_size=1).state_dict()
+    loader = Loader(others[-1], ByteTokenizer(), seq_len=8, global_batch_size=1)
+    with pytest.raises(DataError, match="source: saved"):
+        loader.load_state_dict(state)
+
+
+def test_options_are_part_of_the_fingerprint(datasets, jsonl):
+    by_line, by_document = (
+        load_huggingface("text", data_files=jsonl, streaming=True, sample_by=unit) for unit in ("line", "document")
+    )
+    assert by_line.fingerprint != by_document.fingerprint
+
+
+def test_hidden_files_in_a_folder_do_not_count(datasets, jsonl, tmp_path):
+    before = load_huggingface(str(tmp_path / "corpus"), streaming=True)
+    hidden = tmp_path / "corpus" / ".cache" / "notes"
+    hidden.parent.mkdir()
+    hidden.write_text("what a download tool keeps for itself", encoding="utf-8")
+    assert load_huggingface(str(tmp_path / "corpus"), streaming=True).fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_none_and_empty_texts_are_empty_documents(datasets, tmp_path, streaming):
+    path = tmp_path / "gaps.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n', encoding="utf-8")
+    source = open_jsonl(str(path), tmp_path, streaming=streaming)
+    assert read_all(source) == ["a", "", "", "b"]
+    loader = Loader(source, ByteTokenizer(), seq_len=6, global_batch_size=1, shuffle=False)
+    assert next(loader)["tokens"].tolist() == [[256, 97, 257, 256, 98, 257]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_names_those_there_are(datasets, jsonl, tmp_path, streaming):
+    with pytest.raises(DataError, match="no column 'content'; set text_key to one of: n, text"):
+        open_jsonl(jsonl, tmp_path, streaming=streaming, text_key="content")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_that_is_not_text(datasets, jsonl, tmp_path, streaming):
+    source = open_jsonl(jsonl, tmp_path, streaming=streaming, text_key="n")
+    with pytest.raises(DataError, match="column 'n' holds int, not text"):
+        read_all(source)
+
+
+def test_missing_files_are_named(datasets, jsonl, tmp_path):
+    missing = str(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match=r"there is no file .*absent\.jsonl"):
+        open_jsonl([jsonl[0], missing], tmp_path)
+    with pytest.raises(DataError, match=r"there is no file that matches .*\*\.parquet"):
+        open_jsonl(str(tmp_path / "*.parquet"), tmp_path)
+    with pytest.raises(DataError, match=r"there is no folder \./nowhere"):
+        load_huggingface("./nowhere")
+    with pytest.raises(DataError, match="needs data_files"):
+        load_huggingface("json")
+
+
+def test_what_datasets_refuses_becomes_a_data_error(datasets, jsonl, tmp_path):
+    with pytest.raises(DataError, match=r"could not load 'json', split 'test': .*test"):
+        open_jsonl(jsonl, tmp_path, split="test")
+    with pytest.raises(DataError, match="could not load 'nobody/nothing'"):
+        load_huggingface("nobody/nothing", cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match=r"could not load 'json'.*lines_per_page"):
+        open_jsonl(jsonl, tmp_path, lines_per_page=3)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": ', encoding="utf-8")
+    with pytest.raises(DataError, match="could not load 'json'"):
+        open_jsonl(str(broken), tmp_path)
+
+
+def test_code_in_a_dataset_is_not_run(datasets, tmp_path):
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text("raise SystemExit('it ran')", encoding="utf-8")
+    with pytest.raises(DataError, match="could not load"):
+        load_huggingface(str(tmp_path / "evil"))
+
+
+def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"pip install 'titan-data\[huggingface\]'"):
+        load_huggingface("json", data_files=str(tmp_path / "a.jsonl"))

@@ -1,0 +1,197 @@
+"""From settings to the parts of a run. The only place where the five packages meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import titan_data
+import titan_model
+from titan_ckpt import Checkpointer
+from titan_model import DecoderConfig
+from titan_parallel import Degrees, ParallelModel, ParallelOptions, build_mesh, check_plan, data_axis, parallelize
+from titan_train.config import Config, DataSection
+from titan_train.errors import ConfigError
+from titan_train.optimizer import Optimizer
+from titan_train.process import Process
+from titan_train.seams import BatchLoader
+
+
+class Progress:
+    """How far the run has come."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.tokens = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts."""
+        return {"step": self.step, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over counts."""
+        self.step, self.tokens = state["step"], state["tokens"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run, ready to train."""
+
+    config: Config
+    process: Process
+    model_config: DecoderConfig
+    model: ParallelModel
+    optimizer: Optimizer
+    tokenizer: titan_data.ByteTokenizer
+    loader: BatchLoader
+    checkpointer: Checkpointer
+    progress: Progress
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a checkpoint holds, by name."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "data": self.loader,
+            "progress": self.progress,
+        }
+
+
+def check(config: Config, world: int) -> None:
+    """Refuse what cannot work, before any process is started or anything is allocated.
+
+    Args:
+        config: The settings.
+        world: Number of processes.
+
+    Raises:
+        ConfigError: If settings contradict one another.
+        LayoutError: If the layout fits neither the processes nor the model.
+    """
+    training, degrees = config.training, _degrees(config).resolve(world)
+    model = model_config(config)
+    sequence = training.seq_len if config.parallel.sequence_parallel and degrees.tp > 1 else None
+    check_plan(titan_model.parallel_plan(model), tp=degrees.tp, sequence_length=sequence)
+    data_world = degrees.dp_replicate * degrees.dp_shard
+    wrong = []
+    if training.seq_len > model.max_seq_len:
+        wrong.append(f"training.seq_len {training.seq_len} is over the model's max_seq_len {model.max_seq_len}")
+    if training.global_batch_size % data_world:
+        near = round(training.global_batch_size / data_world) * data_world or data_world
+        wrong.append(
+            f"training.global_batch_size {training.global_batch_size} cannot be split over {data_world} "
+            f"data-parallel ranks; {near} could"
+        )
+    elif (training.global_batch_size // data_world) % _microbatch_size(config, data_world):
+        rows = training.global_batch_size // data_world
+        wrong.append(f"training.microbatch_size {training.microbatch_size} does not divide the {rows} rows of a rank")
+    if model.vocab_size < (needed := titan_data.ByteTokenizer().vocab_size):
+        wrong.append(f"model.vocab_size {model.vocab_size} is less than the tokenizer's {needed}")
+    if config.schedule.warmup_steps > training.steps:
+        wrong.append(f"schedule.warmup_steps {config.schedule.warmup_steps} is over training.steps {training.steps}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def model_config(config: Config) -> DecoderConfig:
+    """Return the decoder's shape: the preset, with what the settings change.
+
+    Raises:
+        ConfigError: If there is no such preset or the numbers do not fit together.
+    """
+    changes = {key: value for key, value in config.model.model_dump(exclude={"preset"}).items() if value is not None}
+    try:
+        return replace(titan_model.preset(config.model.preset), **changes)
+    except KeyError as error:
+        raise ConfigError(f"model.preset: {error.args[0]}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def assemble(config: Config, process: Process) -> Run:
+    """Build everything, on this process's device, at step 0.
+
+    Args:
+        config: Settings that passed `check`.
+        process: This process.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: What a package refuses, in its own words.
+    """
+    shape = model_config(config)
+    mesh = build_mesh(_degrees(config), process.device.type)
+    model = parallelize(titan_model.build(shape), mesh, titan_model.parallel_plan(shape), _options(config))
+    model.materialize(process.device)
+    titan_model.init_parameters(model.named_parameters(), shape, config.run.seed)
+
+    place = data_axis(mesh)
+    tokenizer = titan_data.ByteTokenizer()
+    loader = titan_data.Loader(
+        _source(config.data),
+        tokenizer,
+        seq_len=config.training.seq_len,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        rank=place.rank,
+        world=place.world,
+    )
+    saving = config.checkpoint
+    return Run(
+        config=config,
+        process=process,
+        model_config=shape,
+        model=model,
+        optimizer=Optimizer(model.named_parameters(), config.optimizer),
+        tokenizer=tokenizer,
+        loader=loader,
+        checkpointer=Checkpointer(
+            f"{config.run.folder}/checkpoints", keep_last=saving.keep_last, asynchronous=saving.asynchronous
+        ),
+        progress=Progress(),
+    )
+
+
+def microbatch_size(run: Run) -> int:
+    """Return the rows of one forward on this rank."""
+    return _microbatch_size(run.config, data_axis(run.model.mesh).world)
+
+
+def _microbatch_size(config: Config, data_world: int) -> int:
+    return config.training.microbatch_size or config.training.global_batch_size // data_world
+
+
+def _degrees(config: Config) -> Degrees:
+    layout = config.parallel
+    return Degrees(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard, tp=layout.tp)
+
+
+def _options(config: Config) -> ParallelOptions:
+    layout = config.parallel
+    return ParallelOptions(
+        param_dtype=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
+        reshard_after_forward=layout.reshard_after_forward,
+        sequence_parallel=layout.sequence_parallel,
+        activation_checkpointing=layout.activation_checkpointing,
+        compile_blocks=layout.compile,
+        compile_backend=layout.compile_backend,
+    )
+
+
+def _source(data: DataSection) -> titan_data.Source:
+    if data.source == "stdlib":
+        return titan_data.StdlibSource()
+    assert data.path is not None
+    return titan_data.load_huggingface(
+        data.path,
+        name=data.name,
+        split=data.split,
+        data_files=data.files or None,
+        text_key=data.text_key,
+        streaming=data.streaming,
+    )

@@ -1,0 +1,139 @@
+"""The training loop. It knows steps, not layouts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from titan_model import cross_entropy_sum
+from titan_parallel import Microbatch, data_axis
+from titan_train.assembly import Run, microbatch_size
+from titan_train.errors import TrainingError
+from titan_train.metrics import Meter
+from titan_train.process import sum_over_ranks
+from titan_train.schedule import lr_factor
+from titan_train.seams import Batch
+from titan_train.signals import StopSignal
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+        stopped: Whether a signal ended it before the last step.
+        seconds: Time spent in it.
+        tokens: Tokens trained in it, over all ranks.
+    """
+
+    stopped: bool
+    seconds: float
+    tokens: int
+
+
+def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
+    """Train from where `run.progress` stands to the last step, or to the end of the step in which a signal comes.
+
+    Args:
+        run: The parts; changed as they train.
+        meter: Where figures go.
+        stop: Asked once a step.
+
+    Returns:
+        How it ended. The state as of the end has been saved.
+
+    Raises:
+        TrainingError: If loss or gradients stop being finite; nothing is saved then.
+    """
+    config, progress = run.config, run.progress
+    total = config.training.steps
+    tokens_per_step = config.training.global_batch_size * config.training.seq_len
+    healthy = torch.ones((), dtype=torch.bool, device=run.process.device)
+    losses: list[torch.Tensor] = []  # of the steps since the last report, on the device
+    started, first_step, saved_step = time.perf_counter(), progress.step, progress.step
+    stopped = False
+    meter.start(progress.step)
+
+    while progress.step < total:
+        # All ranks stop at the same step, whichever of them was told to.
+        stopped = sum_over_ranks(int(stop.received is not None))[0] > 0
+        if stopped:
+            break
+        step = progress.step + 1
+        batch = next(run.loader)
+        loss = run.model.forward_backward(_microbatches(run, batch), cross_entropy_sum, _scored_tokens(run, batch))
+        norm = run.model.clip_grad_norm(config.training.max_norm)
+        lr = run.optimizer.step(lr_factor(step, total, config.schedule))
+        progress.step, progress.tokens = step, progress.tokens + tokens_per_step
+        healthy &= torch.isfinite(norm) & torch.isfinite(loss)
+        losses.append(loss)
+
+        save = _is_due(step, config.checkpoint.interval)
+        if save or step == 1 or step == total or _is_due(step, config.metrics.log_interval):
+            _refuse_unhealthy(run, healthy)
+            meter.report(step, _sum_over_data(run, torch.stack(losses)).tolist(), float(norm), lr, progress.tokens)
+            losses.clear()
+        if save:
+            _save(run)
+            saved_step = step
+    if progress.step != saved_step or stopped:
+        _refuse_unhealthy(run, healthy)
+        _save(run)
+    run.checkpointer.wait()
+    return Outcome(stopped, time.perf_counter() - started, (progress.step - first_step) * tokens_per_step)
+
+
+def _save(run: Run) -> None:
+    metadata = {"config": run.config.model_dump(), "tokens": run.progress.tokens}
+    run.checkpointer.save(run.progress.step, run.state(), metadata=metadata)
+
+
+def _scored_tokens(run: Run, batch: Batch) -> int:
+    """Return the scored tokens of the global batch, at least 1. Ranks that share rows count them once."""
+    counts_rows = run.model.mesh["tp"].get_local_rank() == 0
+    return max(1, sum_over_ranks(int((batch["labels"] != -100).sum()) if counts_rows else 0)[0])
+
+
+def _microbatches(run: Run, batch: Batch) -> list[Microbatch]:
+    device, masked = run.process.device, run.config.data.mask_documents
+    rows = microbatch_size(run)
+
+    def pieces(whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(whole.to(device, non_blocking=True), rows)
+
+    moved = {
+        "tokens": pieces(batch["tokens"]),
+        "labels": pieces(batch["labels"]),
+        "positions": pieces(batch["positions"]),
+        "document_ids": pieces(batch["document_ids"]),
+    }
+    return [
+        Microbatch(
+            args=(moved["tokens"][i],),
+            kwargs={"positions": moved["positions"][i], "document_ids": moved["document_ids"][i]} if masked else {},
+            target=moved["labels"][i],
+        )
+        for i in range(len(moved["tokens"]))
+    ]
+
+
+def _sum_over_data(run: Run, losses: torch.Tensor) -> torch.Tensor:
+    if data_axis(run.model.mesh).world > 1:
+        for dim in ("dp_replicate", "dp_shard"):
+            torch.distributed.all_reduce(losses, group=run.model.mesh[dim].get_group())
+    return losses
+
+
+def _refuse_unhealthy(run: Run, healthy: torch.Tensor) -> None:
+    if not bool(healthy):
+        raise TrainingError(
+            f"the loss or a gradient was not finite in one of the last steps, up to step {run.progress.step}. "
+            f"Nothing since the last checkpoint under {run.config.run.folder}/checkpoints was saved: a lower optimizer.lr, a longer "
+            "schedule.warmup_steps or training.dtype float32 may help from there"
+        )
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,234 @@
+"""Figures of a run: to the terminal, to a file, to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+
+from titan_train.hardware import Peak, memory_in_use
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is known of a reported step.
+
+    Attributes:
+        step: The step.
+        loss: Its loss over the global batch, in nats per scored token.
+        grad_norm: Global norm of its gradients before clipping.
+        lr: Its learning rate.
+        tokens: Tokens trained since the run began.
+        tokens_per_second: Over all ranks, since the last report.
+        mfu: Share of the peak that the model's own FLOPs make up.
+        memory_gib: Peak memory of the reporting process.
+        seconds_left: Expected time to the last step.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    mfu: float
+    memory_gib: float
+    seconds_left: float
+
+
+class Sink(Protocol):
+    """Takes reported figures somewhere."""
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Take one report."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release what is held."""
+        ...
+
+
+class Meter:
+    """Turns raw numbers into figures and hands them to the sinks; on ranks without sinks it only computes.
+
+    Args:
+        sinks: Where reports go.
+        total_steps: Last step.
+        tokens_per_step: Over all ranks.
+        flops_per_token: Model FLOPs of training, forward and backward.
+        peak: Of one process's device.
+        world: Number of processes.
+        device: Whose memory is reported.
+
+    Attributes:
+        first_loss: Loss of the first step since `start`, or None before the first report.
+        recent_loss: Mean loss of the steps of the last report.
+    """
+
+    def __init__(
+        self,
+        sinks: list[Sink],
+        *,
+        total_steps: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak: Peak,
+        world: int,
+        device: torch.device,
+    ) -> None:
+        self.first_loss: float | None = None
+        self.recent_loss: float | None = None
+        self._sinks = sinks
+        self._total_steps = total_steps
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_of_all = peak.flops * world
+        self._device = device
+        self._last_step = 0
+        self._last_time = 0.0
+
+    def start(self, step: int) -> None:
+        """Start the clock at a step that is done."""
+        self._last_step, self._last_time = step, time.perf_counter()
+
+    def report(self, step: int, losses: list[float], grad_norm: float, lr: float, tokens: int) -> StepMetrics:
+        """Compute and write the figures of `step`.
+
+        Args:
+            step: The step just done.
+            losses: Of the steps since the last report, this one's last.
+            grad_norm: Of this step.
+            lr: Of this step.
+            tokens: Trained since the run began.
+        """
+        now = time.perf_counter()
+        per_step = (now - self._last_time) / (step - self._last_step)
+        speed = self._tokens_per_step / per_step
+        self.first_loss = losses[0] if self.first_loss is None else self.first_loss
+        self.recent_loss = sum(losses) / len(losses)
+        metrics = StepMetrics(
+            step=step,
+            loss=losses[-1],
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=tokens,
+            tokens_per_second=speed,
+            mfu=self.mfu(speed),
+            memory_gib=memory_in_use(self._device) / 2**30,
+            seconds_left=(self._total_steps - step) * per_step,
+        )
+        for sink in self._sinks:
+            sink.write(metrics)
+        self.start(step)
+        return metrics
+
+    def mfu(self, tokens_per_second: float) -> float:
+        """Return model FLOPs per second over the devices' peak."""
+        return tokens_per_second * self._flops_per_token / self._peak_of_all
+
+    def close(self) -> None:
+        """Close the sinks."""
+        for sink in self._sinks:
+            sink.close()
+
+
+class TerminalSink:
+    """One line per report; coloured on a terminal, plain text in a file."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._console = console
+        self._total_steps = total_steps
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Print the line."""
+        width = len(str(self._total_steps))
+        self._console.print(
+            f"[bold]step {metrics.step:>{width}}/{self._total_steps}[/]  "
+            f"loss [bold green]{metrics.loss:.4f}[/]  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
+            f"[cyan]{metrics.tokens_per_second:,.0f} tok/s[/]  MFU {metrics.mfu:.1%}  "
+            f"mem {metrics.memory_gib:.2f} GiB  eta {clock(metrics.seconds_left)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class FileSink:
+    """One JSON object per line and report, in full precision.
+
+    Lines of steps after `resumed_step` belong to a past that the resumed checkpoint undoes: they are dropped.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text("utf-8").splitlines():
+                step = _step_of(line)
+                if step is not None and step <= resumed_step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept), "utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append the line."""
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """TensorBoard events; those after `resumed_step` are hidden, as in `FileSink`."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # heavy: only where it is used
+
+        purge = resumed_step + 1 if folder.exists() else None
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Write one scalar per figure."""
+        for name, value in scalars(metrics).items():
+            self._writer.add_scalar(name, value, metrics.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush the events."""
+        self._writer.close()
+
+
+def scalars(metrics: StepMetrics) -> Mapping[str, float]:
+    """Return what TensorBoard shows, by tag."""
+    return {
+        "train/loss": metrics.loss,
+        "train/grad_norm": metrics.grad_norm,
+        "train/lr": metrics.lr,
+        "train/tokens": metrics.tokens,
+        "speed/tokens_per_second": metrics.tokens_per_second,
+        "speed/mfu": metrics.mfu,
+        "speed/memory_gib": metrics.memory_gib,
+    }
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss or mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None  # a line that a kill cut short

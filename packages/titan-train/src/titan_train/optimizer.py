@@ -1,0 +1,74 @@
+"""AdamW, and its state under the parameters' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_train.config import OptimizerSection
+
+
+class Optimizer:
+    """AdamW over named parameters.
+
+    Args:
+        named_parameters: Pairs of clean name and parameter.
+        settings: Its hyper-parameters; the learning rate is given to each step.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSection) -> None:
+        self._named = dict(named_parameters)
+        self._settings = settings
+        matrices = [p for p in self._named.values() if p.ndim >= 2]
+        others = [p for p in self._named.values() if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            fused=True,
+        )
+
+    def step(self, factor: float) -> float:
+        """Update the parameters from their gradients and drop the gradients.
+
+        Args:
+            factor: Share of the peak learning rate.
+
+        Returns:
+            The learning rate used.
+        """
+        lr = self._settings.lr * factor
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self._adamw.zero_grad()
+        return lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {name: {moment: tensor}}; moments that no step has made yet are zeros, as AdamW would make them."""
+        return {name: dict(self._state_of(parameter)) for name, parameter in self._named.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned; tensors that are the optimizer's own already stay."""
+        for name, parameter in self._named.items():
+            own = self._state_of(parameter)
+            for key, value in state[name].items():
+                if own[key] is not value:
+                    own[key].copy_(value)
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._adamw.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state

@@ -1,0 +1,79 @@
+"""A run from beginning to end, on one process: join, assemble, resume, train, sum up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from titan_model import flops_per_token
+from titan_train import report
+from titan_train.assembly import Run, assemble
+from titan_train.errors import ExitCode
+from titan_train.hardware import Peak, find_peak
+from titan_train.loop import train
+from titan_train.metrics import FileSink, Meter, Sink, TensorBoardSink, TerminalSink
+from titan_train.process import join_processes
+from titan_train.settings import Settings, to_toml
+from titan_train.signals import StopSignal
+
+
+def run(settings: Settings) -> int:
+    """Train as the settings say, resuming what lies in the run folder.
+
+    Args:
+        settings: Checked settings.
+
+    Returns:
+        An `ExitCode`.
+    """
+    config = settings.config
+    with StopSignal() as stop, join_processes(config.run.device) as process:
+        console = Console(quiet=not process.is_first)
+        parts = assemble(config, process)
+        found = parts.checkpointer.load(parts.state())
+        peak = find_peak(process.device, _dtype(parts))
+        if process.is_first:
+            folder = Path(config.run.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.toml").write_text(to_toml(config, settings.origins), "utf-8")
+        report.print_start(console, settings, parts, found.path if found else None)
+        meter = _meter(parts, peak, console)
+        outcome = train(parts, meter, stop)
+        parts.checkpointer.close()
+        meter.close()
+        if outcome.stopped:
+            report.print_stopped(console, settings, parts)
+            return ExitCode.STOPPED
+        sample = report.sample(parts)  # on every rank: a sharded model needs all of them
+        report.print_summary(console, settings, parts, meter, peak, outcome, sample)
+    return ExitCode.DONE
+
+
+def _meter(parts: Run, peak: Peak, console: Console) -> Meter:
+    config, process, resumed = parts.config, parts.process, parts.progress.step
+    return Meter(
+        _sinks(parts, console, resumed) if process.is_first else [],
+        total_steps=config.training.steps,
+        tokens_per_step=config.training.global_batch_size * config.training.seq_len,
+        flops_per_token=flops_per_token(parts.model_config, config.training.seq_len),
+        peak=peak,
+        world=process.world,
+        device=process.device,
+    )
+
+
+def _sinks(parts: Run, console: Console, resumed: int) -> list[Sink]:
+    folder = Path(parts.config.run.folder)
+    sinks: list[Sink] = [
+        TerminalSink(console, parts.config.training.steps),
+        FileSink(folder / "metrics.jsonl", resumed),
+    ]
+    if parts.config.metrics.tensorboard and resumed < parts.config.training.steps:
+        sinks.append(TensorBoardSink(folder / "tensorboard", resumed))
+    return sinks
+
+
+def _dtype(parts: Run) -> torch.dtype:
+    return torch.bfloat16 if parts.config.training.dtype == "bfloat16" else torch.float32

@@ -1,0 +1,202 @@
+"""A setting's journey: default, then file, then command line, into one frozen `Config`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from titan_train.config import Config
+from titan_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config and where its values came from.
+
+    Attributes:
+        config: The values.
+        origins: `section.key` to the file's or flag's name; what is not in it has its default.
+        name: What the user calls it: the preset's name, or the file's path.
+    """
+
+    config: Config
+    origins: Mapping[str, str]
+    name: str
+
+
+def preset_names() -> list[str]:
+    """Return the names of the configs that are shipped."""
+    folder = resources.files("titan_train") / "presets"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Settings:
+    """Read a config and put the command line's values over the file's.
+
+    Args:
+        name: A shipped config's name, or the path of a TOML file.
+        overrides: Pairs of `section.key` and the text given for it.
+
+    Returns:
+        The validated settings.
+
+    Raises:
+        ConfigError: With every mistake: where, what was expected, the nearest valid key.
+    """
+    where, text = _read(name)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}") from None
+    origins = {
+        f"{section}.{key}": where for section, table in values.items() if isinstance(table, dict) for key in table
+    }
+    problems = []
+    for key, given in overrides:
+        field = fields().get(key)
+        if field is None:
+            problems.append(f"--{key}: unknown setting{_nearest(key, [*fields()], '--')}")
+            continue
+        section, leaf = key.split(".")
+        table = values.setdefault(section, {})
+        if isinstance(table, dict):
+            table[leaf] = _parse(given, field)
+        origins[key] = f"--{key}"
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(item, origins, where) for item in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Settings(config, origins, name)
+
+
+def fields() -> dict[str, FieldInfo]:
+    """Return every setting by `section.key`."""
+    return {
+        f"{section}.{key}": field for section, table in sections().items() for key, field in table.model_fields.items()
+    }
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    """Return every section's class by name."""
+    found = {}
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        found[name] = field.annotation
+    return found
+
+
+def type_name(field: FieldInfo) -> str:
+    """Return a field's type as a person writes it: `int`, `float or none`, `one of cpu, cuda`."""
+    return _type_name(field.annotation)
+
+
+def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
+    """Return a config as TOML that `load` reads back to an equal one; with `origins`, each value says its own."""
+    lines: list[str] = []
+    for section, table in config.model_dump().items():
+        lines += ["", f"[{section}]"]
+        for key, value in table.items():
+            origin = "" if origins is None else f"  # {origins.get(f'{section}.{key}', 'default')}"
+            # TOML has no null: a setting that is none is left out, as a comment.
+            lines.append((f"# {key} = none" if value is None else f"{key} = {_toml_value(value)}") + origin)
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _read(name: str) -> tuple[str, str]:
+    if name in preset_names():
+        return f"preset {name}", (resources.files("titan_train") / "presets" / f"{name}.toml").read_text("utf-8")
+    path = Path(name)
+    try:
+        return name, path.read_text("utf-8")
+    except FileNotFoundError:
+        presets = preset_names()
+        near = difflib.get_close_matches(name, presets, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"--config {name}: no such file, nor a preset{hint} (presets: {', '.join(presets)})"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {name}: cannot be read: {error}") from None
+
+
+def _parse(text: str, field: FieldInfo) -> object:
+    """Give the text of a flag the type that the same value has in a TOML file."""
+    options = get_args(field.annotation) or (field.annotation,)
+    if text == "none" and type(None) in options:
+        return None
+    if str in options or all(isinstance(option, str) for option in options):
+        return text
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return [value] if getattr(field.annotation, "__origin__", None) is list and not isinstance(value, list) else value
+
+
+def _explain(item: Mapping[str, Any], origins: Mapping[str, str], where: str) -> str:
+    """Turn one of pydantic's errors into a line that says where, what and what instead."""
+    loc = [str(part) for part in item["loc"]]
+    key = ".".join(loc[:2])
+    origin = origins.get(key, where)
+    at = origin if origin == f"--{key}" else f"{origin}: {key}"
+    if item["type"] == "extra_forbidden":
+        if len(loc) == 1:
+            return f"{where}: unknown section [{loc[0]}]{_nearest(loc[0], [*sections()], '')}"
+        return f"{at}: unknown setting{_nearest(key, [*fields()], '')}"
+    if item["type"] == "value_error":
+        return f"{where}: [{key}] {item['ctx']['error']}"
+    field = fields().get(key)
+    if field is None:
+        return f"{where}: {key} must be a table of settings ([{key}]), not {item['input']!r}"
+    return f"{at} is {item['input']!r}: expected {_type_name(field.annotation)}, {_lower_first(item['msg'])}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _nearest(key: str, valid: Sequence[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    if not near:  # the right key in the wrong section
+        leaf = key.rsplit(".", 1)[-1]
+        near = [name for name in valid if name.rsplit(".", 1)[-1] == leaf]
+    return f"; did you mean {prefix}{near[0]}?" if near else "; `titan-train --help` lists all"
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "none"
+    if isinstance(annotation, type) and not get_args(annotation):
+        return {"str": "text", "bool": "true or false"}.get(annotation.__name__, annotation.__name__)
+    options = get_args(annotation)
+    if getattr(annotation, "__origin__", None) is list:
+        return f"list of {_type_name(options[0])}"
+    if all(isinstance(option, str) for option in options):
+        return f"one of {', '.join(options)}"
+    if hasattr(annotation, "__metadata__"):
+        return _type_name(options[0])
+    return " or ".join(_type_name(option) for option in options)
+
+
+def shown(value: object) -> str:
+    """Return a value as TOML writes it."""
+    return _toml_value(value)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    # JSON's numbers, booleans and strings are TOML's too, but for 1e-05 (fine) and infinity (never valid here).
+    return json.dumps(value, ensure_ascii=False)
