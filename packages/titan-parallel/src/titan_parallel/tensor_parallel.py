@@ -44,7 +44,7 @@ def _styles(sequence_parallel: bool) -> dict[str, ParallelStyle]:
         "gather": _WholeSequence(),
         "colwise": ColwiseParallel(),
         "rowwise": RowwiseParallel(output_layouts=between, use_local_output=False),
-        "logits": ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False),
+        "logits": _Logits(output_layouts=Shard(-1), use_local_output=False),
     }
 
 
@@ -80,6 +80,14 @@ class _WholeSequence(ParallelStyle):
         return module
 
 
+class _Logits(ColwiseParallel):
+    """A linear split over its outputs, which stay split; its input is gathered as by `_WholeSequence`."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(_gather_inputs, with_kwargs=True)
+        return super()._apply(module, device_mesh)
+
+
 def _gather_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -87,7 +95,13 @@ def _gather_inputs(
 
 
 def _gathered(x: object) -> object:
-    return x.redistribute(placements=[Replicate()]) if isinstance(x, DTensor) else x
+    if not isinstance(x, DTensor):
+        return x
+    if not x.placements[0].is_replicate():
+        return x.redistribute(placements=[Replicate()])
+    # Whole already, but the children's gradients are partial sums. Passing through a plain tensor sums them here, once;
+    # left partial they would reach the embedding, whose backward does not take them.
+    return DTensor.from_local(x.to_local(), x.device_mesh, x.placements, run_check=False)
 
 
 def to_full(x: Tensor) -> Tensor:

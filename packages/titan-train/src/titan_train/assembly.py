@@ -10,8 +10,19 @@ import torch
 import titan_data
 import titan_model
 from titan_ckpt import Checkpointer
+from titan_data import DataError
 from titan_model import DecoderConfig
-from titan_parallel import Degrees, ParallelModel, ParallelOptions, build_mesh, check_plan, data_axis, parallelize
+from titan_parallel import (
+    DataAxis,
+    Degrees,
+    LayoutError,
+    ParallelModel,
+    ParallelOptions,
+    build_mesh,
+    check_plan,
+    data_axis,
+    parallelize,
+)
 from titan_train.config import Config, DataSection
 from titan_train.errors import ConfigError
 from titan_train.optimizer import Optimizer
@@ -67,13 +78,15 @@ def check(config: Config, world: int) -> None:
         world: Number of processes.
 
     Raises:
-        ConfigError: If settings contradict one another.
-        LayoutError: If the layout fits neither the processes nor the model.
+        ConfigError: If settings contradict one another, or the layout fits the processes or the model not.
     """
-    training, degrees = config.training, _degrees(config).resolve(world)
-    model = model_config(config)
-    sequence = training.seq_len if config.parallel.sequence_parallel and degrees.tp > 1 else None
-    check_plan(titan_model.parallel_plan(model), tp=degrees.tp, sequence_length=sequence)
+    training, model = config.training, model_config(config)
+    try:
+        degrees = _degrees(config).resolve(world)
+        sequence = training.seq_len if config.parallel.sequence_parallel and degrees.tp > 1 else None
+        check_plan(titan_model.parallel_plan(model), tp=degrees.tp, sequence_length=sequence)
+    except LayoutError as error:
+        raise ConfigError(f"[parallel] {error}") from None
     data_world = degrees.dp_replicate * degrees.dp_shard
     wrong = []
     if training.seq_len > model.max_seq_len:
@@ -121,7 +134,7 @@ def assemble(config: Config, process: Process) -> Run:
         The run.
 
     Raises:
-        ValueError: What a package refuses, in its own words.
+        ConfigError: If the data cannot be had.
     """
     shape = model_config(config)
     mesh = build_mesh(_degrees(config), process.device.type)
@@ -131,16 +144,6 @@ def assemble(config: Config, process: Process) -> Run:
 
     place = data_axis(mesh)
     tokenizer = titan_data.ByteTokenizer()
-    loader = titan_data.Loader(
-        _source(config.data),
-        tokenizer,
-        seq_len=config.training.seq_len,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.run.seed,
-        shuffle=config.data.shuffle,
-        rank=place.rank,
-        world=place.world,
-    )
     saving = config.checkpoint
     return Run(
         config=config,
@@ -149,7 +152,7 @@ def assemble(config: Config, process: Process) -> Run:
         model=model,
         optimizer=Optimizer(model.named_parameters(), config.optimizer),
         tokenizer=tokenizer,
-        loader=loader,
+        loader=_loader(config, tokenizer, place),
         checkpointer=Checkpointer(
             f"{config.run.folder}/checkpoints", keep_last=saving.keep_last, asynchronous=saving.asynchronous
         ),
@@ -181,6 +184,22 @@ def _options(config: Config) -> ParallelOptions:
         compile_blocks=layout.compile,
         compile_backend=layout.compile_backend,
     )
+
+
+def _loader(config: Config, tokenizer: titan_data.Tokenizer, place: DataAxis) -> BatchLoader:
+    try:
+        return titan_data.Loader(
+            _source(config.data),
+            tokenizer,
+            seq_len=config.training.seq_len,
+            global_batch_size=config.training.global_batch_size,
+            seed=config.run.seed,
+            shuffle=config.data.shuffle,
+            rank=place.rank,
+            world=place.world,
+        )
+    except DataError as error:
+        raise ConfigError(f"[data] {error}") from None
 
 
 def _source(data: DataSection) -> titan_data.Source:

@@ -44,31 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from titan_train.running import run
 
         return run(loaded)
-    except _user_errors() as error:
-        return _refuse(error)
+    except ConfigError as error:
+        return _refuse(error, ExitCode.BAD_CONFIG)
+    except TrainingError as error:
+        return _refuse(error, ExitCode.FAILED)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Return the errors whose message is for the user: no traceback."""
-    found: list[type[Exception]] = [ConfigError, TrainingError]
-    # Only packages that are loaded can have raised: naming them here must not import them.
-    for module, name in (
-        ("titan_parallel", "LayoutError"),
-        ("titan_data", "DataError"),
-        ("titan_ckpt", "CheckpointError"),
-    ):
-        if module in sys.modules:
-            found.append(getattr(sys.modules[module], name))
-    return tuple(found)
-
-
-def _refuse(error: Exception) -> int:
+def _refuse(error: Exception, code: ExitCode) -> int:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # all ranks mostly fail alike: rank 0 speaks, and its end ends the others before they do
     for line in str(error).splitlines():
         print(f"titan-train: {line}", file=sys.stderr, flush=True)
-    is_config = isinstance(error, ConfigError) or type(error).__name__ == "LayoutError"
-    return ExitCode.BAD_CONFIG if is_config else ExitCode.FAILED
+    return code
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -110,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     for section, table in settings.sections().items():
         group = parser.add_argument_group(section, table.__doc__)
         for key, field in table.model_fields.items():
-            default = "none" if field.default is None else settings.shown(field.default)
+            default = settings.shown(field.default)
             group.add_argument(
                 f"--{section}.{key}",
                 dest=f"{section}.{key}",

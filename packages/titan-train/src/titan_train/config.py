@@ -24,8 +24,8 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run lives."""
 
-    folder: str = "runs/unnamed"
-    """Folder of everything the run writes; a run found there is resumed."""
+    folder: str = "runs/{config}"
+    """Folder of everything the run writes; a run found there is resumed. {config} stands for the config's name."""
     seed: Whole = 0
     """Selects initial weights and data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -129,9 +129,9 @@ def _sum_over_data(run: Run, losses: torch.Tensor) -> torch.Tensor:
 def _refuse_unhealthy(run: Run, healthy: torch.Tensor) -> None:
     if not bool(healthy):
         raise TrainingError(
-            f"the loss or a gradient was not finite in one of the last steps, up to step {run.progress.step}. "
-            f"Nothing since the last checkpoint under {run.config.run.folder}/checkpoints was saved: a lower optimizer.lr, a longer "
-            "schedule.warmup_steps or training.dtype float32 may help from there"
+            f"the loss or a gradient was not finite in one of the last steps, up to step {run.progress.step}. Nothing "
+            f"since the last checkpoint under {run.config.run.folder}/checkpoints was saved; from there a lower "
+            "optimizer.lr, a longer schedule.warmup_steps or training.dtype float32 may help"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +14,7 @@ from titan_train.assembly import Run
 from titan_train.hardware import Peak
 from titan_train.loop import Outcome
 from titan_train.metrics import Meter
-from titan_train.settings import Settings
+from titan_train.settings import Settings, shown
 
 _SAMPLE_CONTEXT = 128  # tokens: enough to see words in, short enough for a CPU
 
@@ -95,7 +97,7 @@ def print_summary(
         {
             "files": f"{folder}: {', '.join(['config.toml', 'metrics.jsonl', *board, 'checkpoints/'])}",
             "next": _command(settings, run, 2 * config.training.steps),
-            **({"look": f"tensorboard --logdir {folder}/tensorboard"} if board else {}),
+            **({"look": f"{_prefix()}tensorboard --logdir {folder}/tensorboard"} if board else {}),
         },
     )
 
@@ -106,10 +108,18 @@ def _command(settings: Settings, run: Run, steps: int) -> str:
         f"{section}.{key}": value for section, table in run.config.model_dump().items() for key, value in table.items()
     }
     given = [key for key, origin in settings.origins.items() if origin == f"--{key}" and key != "training.steps"]
-    flags = [f"--{key} {values[key]}" for key in given]
+    flags = [f"--{key} {_as_flag(values[key])}" for key in given]
     if steps != run.config.training.steps or settings.origins.get("training.steps") == "--training.steps":
         flags.append(f"--training.steps {steps}")
-    return " ".join(["titan-train", "--config", settings.name, *flags])
+    return _prefix() + " ".join(["titan-train", "--config", settings.name, *flags])
+
+
+def _as_flag(value: object) -> str:
+    return shlex.quote(value if isinstance(value, str) else shown(value).strip('"'))
+
+
+def _prefix() -> str:
+    return "uv run " if "UV_RUN_RECURSION_DEPTH" in os.environ else ""
 
 
 def _print_table(console: Console, lines: dict[str, str]) -> None:

@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from titan_ckpt import CheckpointError
+from titan_data import DataError
 from titan_model import flops_per_token
 from titan_train import report
 from titan_train.assembly import Run, assemble
-from titan_train.errors import ExitCode
+from titan_train.errors import ExitCode, TrainingError
 from titan_train.hardware import Peak, find_peak
 from titan_train.loop import train
 from titan_train.metrics import FileSink, Meter, Sink, TensorBoardSink, TerminalSink
-from titan_train.process import join_processes
+from titan_train.process import Process, join_processes
 from titan_train.settings import Settings, to_toml
 from titan_train.signals import StopSignal
 
@@ -27,27 +29,38 @@ def run(settings: Settings) -> int:
 
     Returns:
         An `ExitCode`.
+
+    Raises:
+        ConfigError: If a setting turns out not to work.
+        TrainingError: If the run cannot go on.
     """
+    try:
+        with StopSignal() as stop, join_processes(settings.config.run.device) as process:
+            return _run(settings, process, stop)
+    except (CheckpointError, DataError) as error:
+        raise TrainingError(str(error)) from error
+
+
+def _run(settings: Settings, process: Process, stop: StopSignal) -> int:
     config = settings.config
-    with StopSignal() as stop, join_processes(config.run.device) as process:
-        console = Console(quiet=not process.is_first)
-        parts = assemble(config, process)
-        found = parts.checkpointer.load(parts.state())
-        peak = find_peak(process.device, _dtype(parts))
-        if process.is_first:
-            folder = Path(config.run.folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").write_text(to_toml(config, settings.origins), "utf-8")
-        report.print_start(console, settings, parts, found.path if found else None)
-        meter = _meter(parts, peak, console)
-        outcome = train(parts, meter, stop)
-        parts.checkpointer.close()
-        meter.close()
-        if outcome.stopped:
-            report.print_stopped(console, settings, parts)
-            return ExitCode.STOPPED
-        sample = report.sample(parts)  # on every rank: a sharded model needs all of them
-        report.print_summary(console, settings, parts, meter, peak, outcome, sample)
+    console = Console(quiet=not process.is_first)
+    parts = assemble(config, process)
+    found = parts.checkpointer.load(parts.state())
+    peak = find_peak(process.device, _dtype(parts))
+    if process.is_first:
+        folder = Path(config.run.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(config, settings.origins), "utf-8")
+    report.print_start(console, settings, parts, found.path if found else None)
+    meter = _meter(parts, peak, console)
+    outcome = train(parts, meter, stop)
+    parts.checkpointer.close()
+    meter.close()
+    if outcome.stopped:
+        report.print_stopped(console, settings, parts)
+        return ExitCode.STOPPED
+    sample = report.sample(parts)  # on every rank: a sharded model needs all of them
+    report.print_summary(console, settings, parts, meter, peak, outcome, sample)
     return ExitCode.DONE
 
 

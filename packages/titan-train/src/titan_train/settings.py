@@ -57,6 +57,7 @@ def load(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Settings:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} is not valid TOML: {error}") from None
+    _read_nones(values)
     origins = {
         f"{section}.{key}": where for section, table in values.items() if isinstance(table, dict) for key in table
     }
@@ -78,7 +79,8 @@ def load(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Settings:
         raise ConfigError("\n".join(problems)) from None
     if problems:
         raise ConfigError("\n".join(problems))
-    return Settings(config, origins, name)
+    run = config.run.model_copy(update={"folder": config.run.folder.replace("{config}", Path(name).stem)})
+    return Settings(config.model_copy(update={"run": run}), origins, name)
 
 
 def fields() -> dict[str, FieldInfo]:
@@ -105,12 +107,13 @@ def type_name(field: FieldInfo) -> str:
 def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     """Return a config as TOML that `load` reads back to an equal one; with `origins`, each value says its own."""
     lines: list[str] = []
+    settings = fields()
     for section, table in config.model_dump().items():
         lines += ["", f"[{section}]"]
         for key, value in table.items():
             origin = "" if origins is None else f"  # {origins.get(f'{section}.{key}', 'default')}"
-            # TOML has no null: a setting that is none is left out, as a comment.
-            lines.append((f"# {key} = none" if value is None else f"{key} = {_toml_value(value)}") + origin)
+            is_default_none = value is None and settings[f"{section}.{key}"].default is None
+            lines.append(f"{'# ' if is_default_none else ''}{key} = {shown(value)}{origin}")
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -129,6 +132,15 @@ def _read(name: str) -> tuple[str, str]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {name}: cannot be read: {error}") from None
+
+
+def _read_nones(values: dict[str, Any]) -> None:
+    """Turn "none" into None where a setting may be none: TOML has no word for it."""
+    for key, field in fields().items():
+        section, leaf = key.split(".")
+        table = values.get(section)
+        if isinstance(table, dict) and table.get(leaf) == "none" and type(None) in get_args(field.annotation):
+            table[leaf] = None
 
 
 def _parse(text: str, field: FieldInfo) -> object:
@@ -160,11 +172,12 @@ def _explain(item: Mapping[str, Any], origins: Mapping[str, str], where: str) ->
     field = fields().get(key)
     if field is None:
         return f"{where}: {key} must be a table of settings ([{key}]), not {item['input']!r}"
-    return f"{at} is {item['input']!r}: expected {_type_name(field.annotation)}, {_lower_first(item['msg'])}"
+    return f"{at} is {item['input']!r}: expected {_type_name(field.annotation)}, {_requirement(item['msg'])}"
 
 
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _requirement(message: str) -> str:
+    message = message.removeprefix("Input should be ")
+    return message[:1].lower() + message[1:]
 
 
 def _nearest(key: str, valid: Sequence[str], prefix: str) -> str:
@@ -191,12 +204,10 @@ def _type_name(annotation: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as TOML writes it."""
-    return _toml_value(value)
-
-
-def _toml_value(value: object) -> str:
+    """Return a value as a config file writes it."""
+    if value is None:
+        return '"none"'
     if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(shown(item) for item in value) + "]"
     # JSON's numbers, booleans and strings are TOML's too, but for 1e-05 (fine) and infinity (never valid here).
     return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,92 @@
+"""One loss and one set of initial weights, whatever the layout; and a run that changes its layout on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from train_cases import run_here, tiny
+from train_group import Group
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Group]:
+    group = Group(1)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Group]:
+    group = Group(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Group]:
+    group = Group(4)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return one.run(run_here, tiny(run__folder=str(tmp_path_factory.mktemp("single"))))[0]
+
+
+def same_curve(result: dict, expected: dict) -> None:
+    assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+def test_ten_steps_of_one_process(single: dict) -> None:
+    assert list(single["losses"]) == list(range(1, 11))
+    assert single["losses"][1] - single["losses"][10] > 0.2
+    assert single["initial"] != single["final"]
+
+
+def test_two_processes_fsdp(two: Group, single: dict, tmp_path: Path) -> None:
+    for result in two.run(run_here, tiny(run__folder=str(tmp_path))):
+        assert result["initial"] == single["initial"]
+        same_curve(result, single)
+
+
+def test_two_processes_tp(two: Group, single: dict, tmp_path: Path) -> None:
+    for result in two.run(run_here, tiny(run__folder=str(tmp_path), parallel__tp="2")):
+        assert result["initial"] == single["initial"]
+        same_curve(result, single)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"parallel__tp": "2"},
+        {"parallel__tp": "2", "parallel__sequence_parallel": "false", "training__microbatch_size": "2"},
+        {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "selective"},
+        {"parallel__tp": "4"},
+    ],
+    ids=["fsdp-tp", "fsdp-tp-no-sp-accumulating", "hsdp-ac", "tp"],
+)
+def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+    for result in four.run(run_here, tiny(run__folder=str(tmp_path), **layout)):
+        assert result["initial"] == single["initial"]
+        same_curve(result, single)
+
+
+def test_documents_masked_is_another_loss_but_one(one: Group, two: Group, single: dict, tmp_path: Path) -> None:
+    alone = one.run(run_here, tiny(run__folder=str(tmp_path / "1"), data__mask_documents="true"))[0]
+    split = two.run(run_here, tiny(run__folder=str(tmp_path / "2"), data__mask_documents="true", parallel__tp="2"))[0]
+    same_curve(split, alone)
+
+
+def test_resumed_on_other_layouts(one: Group, two: Group, four: Group, single: dict, tmp_path: Path) -> None:
+    # 4 steps on 2 x 2 processes, 3 more on one, the rest on tensor-parallel 2: the curve must not show it.
+    folder = str(tmp_path)
+    first = four.run(run_here, tiny(run__folder=folder, parallel__tp="2", training__steps="4", schedule__decay="none"))
+    second = one.run(run_here, tiny(run__folder=folder, training__steps="7"))
+    third = two.run(run_here, tiny(run__folder=folder, parallel__tp="2"))
+    assert [r[0]["resumed"] for r in (first, second, third)] == [None, 4, 7]
+    curve = first[0]["losses"] | second[0]["losses"] | third[0]["losses"]
+    assert curve == pytest.approx(single["losses"], abs=1e-5)

@@ -1,0 +1,77 @@
+"""Cases that run on every rank of a group: whole runs of a tiny model."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from train_recorder import Recorder
+
+from titan_train import settings
+from titan_train.assembly import Run, assemble, check
+from titan_train.config import Config
+from titan_train.hardware import Peak
+from titan_train.loop import train
+from titan_train.metrics import Meter
+from titan_train.process import Process
+from titan_train.signals import StopSignal
+
+TINY = {
+    "model.dim": "64",
+    "model.n_layers": "2",
+    "model.n_heads": "4",
+    "model.n_kv_heads": "4",
+    "model.ffn_dim": "96",
+    "training.seq_len": "32",
+    "training.global_batch_size": "8",
+    "training.steps": "10",
+    "schedule.warmup_steps": "2",
+    "checkpoint.interval": "0",
+    "metrics.log_interval": "1",
+    "metrics.tensorboard": "false",
+    "sample.tokens": "0",
+}
+
+
+def tiny(**changes: str) -> Config:
+    """Return the debug config at a size that takes milliseconds a step; `section__key="value"` changes it."""
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return settings.load("debug", [*{**TINY, **given}.items()]).config
+
+
+def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
+    """Assemble, resume and train; return digests of the weights, and what was reported."""
+    check(config, world)
+    run = assemble(config, Process(rank, world, torch.device("cpu")))
+    initial = weights_digest(run)
+    resumed = run.checkpointer.load(run.state())
+    recorder = Recorder()
+    meter = Meter(
+        [recorder],
+        total_steps=config.training.steps,
+        tokens_per_step=1,
+        flops_per_token=1,
+        peak=Peak(1.0, "none"),
+        world=world,
+        device=torch.device("cpu"),
+    )
+    train(run, meter, StopSignal())
+    run.checkpointer.close()
+    return {
+        "initial": initial,
+        "final": weights_digest(run),
+        "resumed": resumed.step if resumed else None,
+        "losses": {m.step: m.loss for m in recorder.seen},
+        "norms": {m.step: m.grad_norm for m in recorder.seen},
+    }
+
+
+def weights_digest(run: Run) -> str:
+    """Return one digest of all weights, gathered."""
+    digest = hashlib.sha256()
+    for name, parameter in run.model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(name.encode() + whole.detach().numpy().tobytes())
+    return digest.hexdigest()
