@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from train_cases import run_here, tiny
 from train_group import Group
 

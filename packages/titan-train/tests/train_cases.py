@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from train_recorder import Recorder
 
 from titan_train import settings
 from titan_train.assembly import Run, assemble, check
@@ -17,6 +16,7 @@ from titan_train.loop import train
 from titan_train.metrics import Meter
 from titan_train.process import Process
 from titan_train.signals import StopSignal
+from train_recorder import Recorder
 
 TINY = {
     "model.dim": "64",

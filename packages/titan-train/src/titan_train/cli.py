@@ -68,6 +68,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, st
         raise ConfigError(
             f"--config is missing; shipped configs: {', '.join(settings.preset_names())}\nusage: {_USAGE}"
         )
+    if known.nproc is not None and known.nproc < 1:
+        raise ConfigError(f"--nproc is {known.nproc}: it must be at least 1")
     overrides = [(key, value) for key, value in vars(known).items() if "." in key and value is not None]
     # What argparse does not know is left to settings.load, which names the nearest setting.
     overrides += [(_key_of(word), "") for word in unknown if word.startswith("--")]

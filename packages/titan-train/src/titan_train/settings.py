@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -145,16 +145,17 @@ def _read_nones(values: dict[str, Any]) -> None:
 
 def _parse(text: str, field: FieldInfo) -> object:
     """Give the text of a flag the type that the same value has in a TOML file."""
+    is_list = get_origin(field.annotation) is list
     options = get_args(field.annotation) or (field.annotation,)
     if text == "none" and type(None) in options:
         return None
-    if str in options or all(isinstance(option, str) for option in options):
+    if not is_list and (str in options or all(isinstance(option, str) for option in options)):
         return text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    return [value] if getattr(field.annotation, "__origin__", None) is list and not isinstance(value, list) else value
+    return [value] if is_list and not isinstance(value, list) else value
 
 
 def _explain(item: Mapping[str, Any], origins: Mapping[str, str], where: str) -> str:
@@ -194,7 +195,7 @@ def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not get_args(annotation):
         return {"str": "text", "bool": "true or false"}.get(annotation.__name__, annotation.__name__)
     options = get_args(annotation)
-    if getattr(annotation, "__origin__", None) is list:
+    if get_origin(annotation) is list:
         return f"list of {_type_name(options[0])}"
     if all(isinstance(option, str) for option in options):
         return f"one of {', '.join(options)}"

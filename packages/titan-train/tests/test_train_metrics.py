@@ -1,0 +1,102 @@
+"""What a run reports: the line, the file, TensorBoard, the summary."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from titan_train.cli import main
+from titan_train.hardware import Peak, find_peak
+from titan_train.metrics import FileSink, Meter, StepMetrics, TerminalSink, clock, scalars
+from train_cases import TINY
+from train_recorder import Recorder
+
+
+def metrics(step: int, loss: float = 2.5) -> StepMetrics:
+    return StepMetrics(step, loss, 1.25, 3e-4, step * 100, 5120.4, 0.456, 0.75, 61.0)
+
+
+def test_line_is_plain_text_in_a_file_and_coloured_on_a_terminal() -> None:
+    plain, coloured = io.StringIO(), io.StringIO()
+    TerminalSink(Console(file=plain), 200).write(metrics(10))
+    TerminalSink(Console(file=coloured, force_terminal=True), 200).write(metrics(10))
+    expected = "step  10/200  loss 2.5000  grad 1.250  lr 3.00e-04  5,120 tok/s  MFU 45.6%  mem 0.75 GiB  eta 01:01\n"
+    assert plain.getvalue() == expected
+    assert "\x1b[" in coloured.getvalue()
+
+
+def test_file_drops_what_a_resumed_run_undoes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = FileSink(path, resumed_step=0)
+    for step in (1, 2, 3, 4):
+        sink.write(metrics(step, loss=1 / 3))
+    sink.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')  # cut short by a kill
+    sink = FileSink(path, resumed_step=2)
+    sink.write(metrics(3, loss=0.1))
+    sink.close()
+    seen = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(m["step"], m["loss"]) for m in seen] == [(1, 1 / 3), (2, 1 / 3), (3, 0.1)]
+
+
+def test_mfu_is_model_flops_over_the_peak_of_all_processes() -> None:
+    recorder = Recorder()
+    meter = Meter(
+        [recorder],
+        total_steps=10,
+        tokens_per_step=1000,
+        flops_per_token=6e6,
+        peak=Peak(1e9, "test"),
+        world=4,
+        device=torch.device("cpu"),
+    )
+    meter.start(0)
+    shown = meter.report(2, [3.0, 2.0], 1.0, 0.1, 2000)
+    assert recorder.seen == [shown]
+    assert (meter.first_loss, meter.recent_loss, shown.loss) == (3.0, 2.5, 2.0)
+    assert shown.mfu == pytest.approx(shown.tokens_per_second * 6e6 / 4e9)
+    assert shown.seconds_left == pytest.approx(8 * 1000 / shown.tokens_per_second)
+
+
+def test_measured_peak_is_not_beaten_by_a_large_product() -> None:
+    peak = find_peak(torch.device("cpu"), torch.float32)
+    assert 1e9 < peak.flops < 1e14
+    assert "measured here" in peak.source
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (0, 59.6, 3599, 3600, 90061)] == ["00:00", "01:00", "59:59", "1:00:00", "25:01:01"]
+
+
+def test_a_run_leaves_events_metrics_config_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {**TINY, "run.folder": str(tmp_path), "metrics.tensorboard": "true", "sample.tokens": "20"}
+    flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    assert main(["--config", "debug", *flags]) == 0
+    shown = capsys.readouterr().out
+    for part in ("starting at step 0 of 10", "step 10/10", "done", "final loss", "tokens/s", "MFU", "GFLOP/s"):
+        assert part in shown
+    assert f"{tmp_path}: config.toml, metrics.jsonl, tensorboard/, checkpoints/" in shown
+    assert "  | def " in shown  # the sample goes on from the prompt
+    assert "--training.steps 20" in shown
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    recorded = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(events.Tags()["scalars"]) == set(scalars(metrics(1)))
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11))
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([m["loss"] for m in recorded])
+
+    # The written config is one to start from: it gives the same run.
+    assert main(["--config", str(tmp_path / "config.toml"), "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split("  #")[0] for line in printed.splitlines()] == [
+        line.split("  #")[0] for line in (tmp_path / "config.toml").read_text().splitlines()
+    ]

@@ -1,0 +1,170 @@
+"""Runs that end and go on: killed, complete, extended, changed. On one CPU process the curve is equal bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from titan_train.cli import main
+from titan_train.errors import ExitCode
+from train_cases import TINY
+
+
+def flags(folder: Path, **changes: str) -> list[str]:
+    settings = {**TINY, "run.folder": str(folder), "schedule.decay": "cosine"}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return ["--config", "debug", *(word for key, value in settings.items() for word in (f"--{key}", value))]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "titan_train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+
+
+def curve(folder: Path) -> dict[int, tuple[float, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {m["step"]: (m["loss"], m["grad_norm"]) for m in map(json.loads, lines)}
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert main(flags(folder, training__steps="40")) == ExitCode.DONE
+    return folder
+
+
+def test_killed_between_checkpoints_goes_on_bit_for_bit(unbroken: Path, tmp_path: Path) -> None:
+    arguments = flags(tmp_path, training__steps="40", checkpoint__interval="7")
+    process = start(arguments)
+    wait_for_step(tmp_path, 17, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = curve(tmp_path)
+    assert max(before) < 40, "the run was over before it was killed"
+    assert main(arguments) == ExitCode.DONE
+    assert curve(tmp_path) == curve(unbroken)
+    assert {step: curve(unbroken)[step] for step in before} == before  # nor had the killed run strayed
+
+
+def test_complete_run_says_so_and_can_be_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    constant = {"schedule__decay": "none"}
+    assert main(flags(tmp_path / "once", training__steps="12", **constant)) == ExitCode.DONE
+    assert main(flags(tmp_path / "twice", training__steps="8", **constant)) == ExitCode.DONE
+    capsys.readouterr()
+    assert main(flags(tmp_path / "twice", training__steps="8", **constant)) == ExitCode.DONE
+    again = capsys.readouterr().out
+    assert "step 8 of 8, nothing is left to do" in again
+    assert main(flags(tmp_path / "twice", training__steps="12", **constant)) == ExitCode.DONE
+    assert "step 8 of 12" in capsys.readouterr().out
+    assert curve(tmp_path / "twice") == curve(tmp_path / "once")
+
+
+def test_another_model_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(tmp_path)) == ExitCode.DONE
+    assert main(flags(tmp_path, training__steps="20", model__ffn_dim="64")) == ExitCode.FAILED
+    shown = capsys.readouterr().err
+    assert "layers.0.ffn.gate_proj.weight" in shown
+    assert "Traceback" not in shown
+
+
+def test_another_data_order_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(tmp_path)) == ExitCode.DONE
+    assert main(flags(tmp_path, training__steps="20", training__seq_len="16")) == ExitCode.FAILED
+    assert "seq_len: saved 32, now 16" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_no_fresh_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(tmp_path, checkpoint__interval="5")) == ExitCode.DONE
+    folders = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert [folder.name for folder in folders] == ["step-00000005", "step-00000010"]
+    victim = max((folders[1] / "tensors").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    assert main(flags(tmp_path, checkpoint__interval="5", training__steps="11")) == ExitCode.DONE
+    assert "step 5 of 11" in capsys.readouterr().out  # passed over for the one before
+    for manifest in (tmp_path / "checkpoints").glob("step-*/manifest.json"):
+        manifest.write_text("{}")
+    assert main(flags(tmp_path, training__steps="12")) == ExitCode.FAILED
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(number: signal.Signals, unbroken: Path, tmp_path: Path) -> None:
+    arguments = flags(tmp_path, training__steps="40")
+    process = start(arguments)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.STOPPED, shown
+    last = max(curve(tmp_path))
+    assert f"{number.name}: finishing this step, then saving" in shown
+    assert f"saved at step {last} of 40" in shown
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [f"step-{last:08}"]
+    assert "Traceback" not in shown
+    assert main(arguments) == ExitCode.DONE
+    assert curve(tmp_path) == curve(unbroken)
+
+
+def test_two_processes_stop_together_on_a_signal_to_the_launcher(tmp_path: Path) -> None:
+    process = start([*flags(tmp_path, training__steps="4000"), "--nproc", "2"])
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=90)
+    assert process.returncode == ExitCode.STOPPED, shown
+    assert "stopped and saved at step" in shown
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
+    assert "Traceback" not in shown
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    # Steps of many seconds, so that the first signal's step is still under way when the second comes.
+    slow = {"training__global_batch_size": "512", "training__seq_len": "256", "training__steps": "4000"}
+    process = start(flags(tmp_path, **slow))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("starting"):
+            break
+    process.send_signal(signal.SIGTERM)
+    for line in process.stdout:
+        if "once more ends at once" in line:
+            break
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - asked < 5
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_not_finite_is_refused_and_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    explosive = {"optimizer__lr": "1e30", "training__max_norm": "none", "schedule__warmup_steps": "0"}
+    assert main(flags(tmp_path, **explosive)) == ExitCode.FAILED
+    shown = capsys.readouterr().err
+    assert "not finite" in shown
+    assert "Traceback" not in shown
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
