@@ -1,6 +1,7 @@
 """What the ranks of a WorkerGroup do: each function is called on all of them."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -230,9 +231,25 @@ def half_of_the_ranks(folder: Path) -> list[int]:
     return [int(tensor) for tensor in state["model"].state.values()]
 
 
-def many_checkpointers(folder: Path) -> None:
-    """Made, used and closed in a row: the groups they give back leave nobody waiting."""
+def many_checkpointers(folder: Path) -> int:
+    """Made, used and closed in a row: the groups they give back leave nobody waiting, and no socket open."""
+    before = len(os.listdir("/proc/self/fd"))
     for step in range(8):
         ckpt = Checkpointer(folder, keep_last=2, asynchronous=step % 2 == 0)
         ckpt.save(step, make_state(step))
         ckpt.close()
+    return len(os.listdir("/proc/self/fd")) - before
+
+
+def one_rank_dies(folder: Path, tale: Path) -> None:
+    ckpt = Checkpointer(folder, asynchronous=True)
+    ckpt.save(1, make_state(1))
+    ckpt.wait()
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(
+        FileSystemWriter, "write_data", die if dist.get_rank() == 1 else FileSystemWriter.write_data
+    ):
+        tale.write_text(told_by(lambda: (ckpt.save(2, make_state(2)), ckpt.wait())))

@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +108,13 @@ def test_a_group_of_some_ranks(group4: WorkerGroup, tmp_path: Path) -> None:
 
 
 def test_many_checkpointers_in_a_row(group4: WorkerGroup, tmp_path: Path) -> None:
-    group4.run(ckpt_cases.many_checkpointers, tmp_path)
+    left_open = group4.run(ckpt_cases.many_checkpointers, tmp_path)
+    assert max(left_open) < 8, left_open
     assert [info.step for info in list_checkpoints(tmp_path)] == [6, 7]
-    shutil.rmtree(tmp_path)
+
+
+def test_one_rank_dies_and_the_other_is_told(group2: WorkerGroup, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a rank died in one_rank_dies"):
+        group2.run(ckpt_cases.one_rank_dies, tmp_path / "checkpoints", tmp_path / "tale")
+    assert "the ranks lost one another while saving or loading; has one died?" in (tmp_path / "tale").read_text()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from titan_train.cli import main
 from titan_train.errors import ExitCode
@@ -23,13 +24,15 @@ def flags(folder: Path, **changes: str) -> list[str]:
     return ["--config", "debug", *(word for key, value in settings.items() for word in (f"--{key}", value))]
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    # As many threads as this process has: another number would sum in another order.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
         [sys.executable, "-m", "titan_train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **threads},
         start_new_session=True,
     )
 

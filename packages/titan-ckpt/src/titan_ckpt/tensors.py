@@ -81,8 +81,14 @@ def write_tensors(ranks: Ranks, folder: Path, tensors: dict[str, torch.Tensor]) 
         return writer.write_data(planner.finish_plan(plan), planner).wait()
 
     written = ranks.gather(ranks.together(f"write the tensors to {folder}", write_own))
-    ranks.on_first("write the record of the tensors", lambda: writer.finish(metadata[0], written))
-    return _index_of(metadata[0]) if ranks.rank == 0 else {}
+    index: Index = {}
+
+    def finish() -> None:
+        writer.finish(metadata[0], written)
+        index.update(_index_of(metadata[0], written))
+
+    ranks.on_first("write the record of the tensors", finish)
+    return index
 
 
 def read_tensors(folder: Path, index: Index, tensors: dict[str, torch.Tensor]) -> None:
@@ -110,13 +116,14 @@ def _refuse_partial(tensors: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def _index_of(metadata: Metadata) -> Index:
+def _index_of(metadata: Metadata, written: list[list[WriteResult]]) -> Index:
+    places = {result.index: result.storage_data for part in written for result in part}
     index: Index = {}
     for key, stored in metadata.state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)  # no bytes are ever given to DCP
         chunks = []
         for chunk in stored.chunks:
-            at = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            at = places[MetadataIndex(key, chunk.offsets)]
             offsets, sizes = list(chunk.offsets), list(chunk.sizes)
             chunks.append(
                 {"offsets": offsets, "sizes": sizes, "file": at.relative_path, "start": at.offset, "length": at.length}

@@ -1,0 +1,117 @@
+"""Test packages as their users install them: from built wheels, in environments of their own.
+
+    uv run python tools/isolated.py alone titan-data    only this package's wheel is installed; its tests run
+    uv run python tools/isolated.py alone               the same for each package that needs no sibling
+    uv run python tools/isolated.py floor               the lowest versions that the packages claim to work with
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from workspace import ROOT, leaves, packages
+
+# Enough of each package to notice a missing function of an older dependency; the whole suites run on the locked versions.
+FLOOR_TESTS = [
+    "packages/titan-model/tests",
+    "packages/titan-data/tests",
+    "packages/titan-ckpt/tests/test_ckpt_round_trip.py",
+    "packages/titan-ckpt/tests/test_ckpt_ranks.py",
+    "packages/titan-parallel/tests/test_parallel_mesh.py",
+    "packages/titan-parallel/tests/test_parallel_one_loss.py",
+    "packages/titan-train/tests/test_train_settings.py",
+    "packages/titan-train/tests/test_train_metrics.py",
+    "packages/titan-train/tests/test_train_seams.py",
+]
+
+
+def main() -> int:
+    """Run the command named on the command line."""
+    match sys.argv[1:]:
+        case ["alone"]:
+            names = leaves()
+        case ["alone", name] if name in packages():
+            names = [name]
+        case ["floor"]:
+            return _floor()
+        case _:
+            print(__doc__, file=sys.stderr)
+            return 2
+    with tempfile.TemporaryDirectory(prefix="titan-alone-") as scratch:
+        constraints = _locked_versions(Path(scratch))
+        failed = [name for name in names if not _alone(name, Path(scratch), constraints)]
+    print(f"alone: {', '.join(failed)} failed" if failed else f"alone: {', '.join(names)} passed")
+    return 1 if failed else 0
+
+
+def _alone(name: str, scratch: Path, constraints: Path) -> bool:
+    print(f"--- {name}, alone", flush=True)
+    dist, environment = scratch / "dist", scratch / name
+    _run("uv", "build", "--quiet", "--wheel", "--package", name, "--out-dir", str(dist))
+    (wheel,) = dist.glob(f"{name.replace('-', '_')}-*.whl")
+    python = _environment(environment)
+    _install(python, str(wheel), "pytest", "hypothesis", "--constraint", str(constraints))
+    others = [other.replace("-", "_") for other in packages() if other != name]
+    code = f"import importlib.util as u; assert not any(map(u.find_spec, {others})); import {name.replace('-', '_')}"
+    _run(str(python), "-c", code)
+    return _tests(python, [f"packages/{name}/tests"])
+
+
+def _floor() -> int:
+    with tempfile.TemporaryDirectory(prefix="titan-floor-") as folder:
+        scratch = Path(folder)
+        _run("uv", "build", "--quiet", "--wheel", "--all-packages", "--out-dir", str(scratch / "dist"))
+        pyprojects = [str(package.folder / "pyproject.toml") for package in packages().values()]
+        lowest = subprocess.run(
+            ["uv", "pip", "compile", "--quiet", "--all-extras", "--resolution", "lowest-direct", "--no-header"]
+            + ["--no-annotate", "--python-version", "3.11", *pyprojects],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        outside = [line for line in lowest.splitlines() if "titan-" not in line]
+        (scratch / "floor.txt").write_text("\n".join(outside))
+        direct = ("torch==", "pydantic==", "rich==", "tensorboard==", "datasets==", "typing-extensions==")
+        print("--- floor:", " ".join(line for line in outside if line.startswith(direct)), flush=True)
+        python = _environment(scratch / "venv")
+        _install(python, "--requirement", str(scratch / "floor.txt"), "pytest", "hypothesis")
+        _install(python, "--no-deps", *map(str, (scratch / "dist").glob("*.whl")))
+        passed = _tests(python, FLOOR_TESTS)
+    print("floor: passed" if passed else "floor: failed")
+    return 0 if passed else 1
+
+
+def _locked_versions(scratch: Path) -> Path:
+    """Write the versions of the lock as constraints, so that a new release elsewhere changes nothing here."""
+    file = scratch / "locked.txt"
+    _run("uv", "export", "--quiet", "--all-packages", "--all-extras", "--no-emit-workspace", "--no-hashes", "-o", str(file))
+    return file
+
+
+def _environment(folder: Path) -> Path:
+    _run("uv", "venv", "--quiet", "--python", sys.executable, str(folder))
+    return folder / "bin" / "python"
+
+
+def _install(python: Path, *what: str) -> None:
+    _run("uv", "pip", "install", "--quiet", "--python", str(python), *what)
+
+
+def _tests(python: Path, tests: list[str]) -> bool:
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    # The environment's own programs (torchrun) come first, as if it were activated.
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, check=False).returncode == 0
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
