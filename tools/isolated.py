@@ -1,8 +1,8 @@
 """Test packages as their users install them: from built wheels, in environments of their own.
 
-    uv run python tools/isolated.py alone titan-data    only this package's wheel is installed; its tests run
-    uv run python tools/isolated.py alone               the same for each package that needs no sibling
-    uv run python tools/isolated.py floor               the lowest versions that the packages claim to work with
+uv run python tools/isolated.py alone titan-data    only this package's wheel is installed; its tests run
+uv run python tools/isolated.py alone               the same for each package that needs no sibling
+uv run python tools/isolated.py floor               the lowest versions that the packages claim to work with
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workspace import ROOT, leaves, packages
 
-# Enough of each package to notice a missing function of an older dependency; the whole suites run on the locked versions.
+# Enough of each package to notice what an older dependency lacks; the whole suites run on the locked versions.
 FLOOR_TESTS = [
     "packages/titan-model/tests",
     "packages/titan-data/tests",
@@ -66,14 +66,9 @@ def _floor() -> int:
         scratch = Path(folder)
         _run("uv", "build", "--quiet", "--wheel", "--all-packages", "--out-dir", str(scratch / "dist"))
         pyprojects = [str(package.folder / "pyproject.toml") for package in packages().values()]
-        lowest = subprocess.run(
-            ["uv", "pip", "compile", "--quiet", "--all-extras", "--resolution", "lowest-direct", "--no-header"]
-            + ["--no-annotate", "--python-version", "3.11", *pyprojects],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        options = "--quiet --all-extras --resolution lowest-direct --no-header --no-annotate --python-version 3.11"
+        command = ["uv", "pip", "compile", *options.split(), *pyprojects]
+        lowest = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         outside = [line for line in lowest.splitlines() if "titan-" not in line]
         (scratch / "floor.txt").write_text("\n".join(outside))
         direct = ("torch==", "pydantic==", "rich==", "tensorboard==", "datasets==", "typing-extensions==")
@@ -89,7 +84,17 @@ def _floor() -> int:
 def _locked_versions(scratch: Path) -> Path:
     """Write the versions of the lock as constraints, so that a new release elsewhere changes nothing here."""
     file = scratch / "locked.txt"
-    _run("uv", "export", "--quiet", "--all-packages", "--all-extras", "--no-emit-workspace", "--no-hashes", "-o", str(file))
+    _run(
+        "uv",
+        "export",
+        "--quiet",
+        "--all-packages",
+        "--all-extras",
+        "--no-emit-workspace",
+        "--no-hashes",
+        "-o",
+        str(file),
+    )
     return file
 
 

@@ -13,6 +13,7 @@ import re
 import sys
 
 from packaging.specifiers import SpecifierSet
+
 from workspace import Package, packages
 
 

@@ -6,13 +6,14 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 import changed
 import check_run
 import lock
-import pytest
 import readme_commands
 import release
-from workspace import ROOT, leaves, packages
+from workspace import ROOT, Package, leaves, packages
 
 ADDRESSED = """\
 version = 1
@@ -147,7 +148,7 @@ def test_release_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"is at 0\.1\.0"):
         release.package_of("titan-data-v9.9.9", known)
     train = known["titan-train"]
-    off = release.Package(train.name, "7.0.0", {"titan-data": ">=3", "titan-model": ""}, train.folder)
+    off = Package(train.name, "7.0.0", {"titan-data": ">=3", "titan-model": ""}, train.folder)
     said = "\n".join(release.problems(off, known))
     assert "no text under '## [7.0.0]'" in said
     assert "requires titan-data>=3, but it is 0.1.0 here" in said
