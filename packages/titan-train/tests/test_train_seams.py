@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import get_type_hints
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import titan_ckpt
 import titan_data
 import titan_model
 import titan_parallel
-from titan_parallel.plan import match_modules
 from titan_train.assembly import Progress
 from titan_train.config import OptimizerSection
 from titan_train.optimizer import Optimizer
 from titan_train.seams import Batch, BatchLoader
 
 
+@pytest.fixture
+def eight_ranks() -> Iterator[None]:
+    """Be rank 0 of 8 that do not exist: enough to lay a model out, which sends nothing while it is on meta."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("name", titan_model.preset_names())
-def test_model_to_parallel(name: str) -> None:
-    """Every preset's plan names real modules, covers all parameters and allows the usual degrees."""
+def test_model_to_parallel(name: str, eight_ranks: None) -> None:
+    """Every preset's own plan lays it out, leaves no parameter whole, and keeps the names that init and files use."""
     config = titan_model.preset(name)
-    model, plan = titan_model.build(config), titan_model.parallel_plan(config)
+    plan = titan_model.parallel_plan(config)
     assert plan.keys() == get_type_hints(titan_parallel.ParallelPlan).keys()
     titan_parallel.check_plan(plan, tp=4, sequence_length=128)
-    named = {module for pattern in plan["tensor"] for module in match_modules(model, [pattern])}
-    for parameter, _ in model.named_parameters():
-        assert parameter.rsplit(".", 1)[0] in named
-    blocks = match_modules(model, plan["blocks"])
-    assert len(blocks) == config.n_layers
-    ends = match_modules(model, [*plan["before"], *plan["after"]])
-    holding = {parameter.split(".")[0] for parameter, _ in model.named_parameters()}
-    assert holding <= {block.split(".")[0] for block in blocks} | set(ends)
+    names = [name for name, _ in titan_model.build(config).named_parameters()]
+
+    mesh = titan_parallel.build_mesh(titan_parallel.Degrees(tp=4), "cpu")
+    options = titan_parallel.ParallelOptions(activation_checkpointing="full")
+    model = titan_parallel.parallelize(titan_model.build(config), mesh, plan, options)
+    laid_out = dict(model.named_parameters())
+    assert list(laid_out) == names == list(model.state_dict())
+    for parameter in laid_out.values():
+        assert parameter.to_local().numel() * 8 == parameter.numel() or parameter.ndim == 1
+    assert sum(p.to_local().numel() for p in laid_out.values()) < titan_model.count_parameters(config) / 7
 
 
 def test_data_to_loop() -> None:
@@ -66,21 +78,6 @@ def test_everything_saved_is_stateful() -> None:
     for name, state in optimizer.state_dict().items():
         for key, value in state.items():
             assert torch.equal(fresh.state_dict()[name][key], value)
-
-
-def test_model_and_init_and_parallel_names_agree() -> None:
-    """titan-parallel's clean names are the names that titan-model initialises and that checkpoints hold."""
-    config = titan_model.preset("debug")
-    plain = dict(titan_model.build(config).named_parameters())
-    with torch.device("meta"):
-        wrapped = titan_model.Decoder(config)
-    for name, block in list(wrapped.layers.items()):
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-        wrapped.layers[name] = checkpoint_wrapper(block)
-    from titan_parallel.plan import clean_name
-
-    assert [clean_name(name) for name, _ in wrapped.named_parameters()] == list(plain)
 
 
 def test_tokenizer_ids_fit_the_debug_model() -> None:

@@ -111,6 +111,9 @@ def _command(settings: Settings, run: Run, steps: int) -> str:
     flags = [f"--{key} {_as_flag(values[key])}" for key in given]
     if steps != run.config.training.steps or settings.origins.get("training.steps") == "--training.steps":
         flags.append(f"--training.steps {steps}")
+    world = str(run.process.world)
+    if world != "1" and os.environ.get("LOCAL_WORLD_SIZE") == world:  # all on this machine
+        flags.insert(0, f"--nproc {world}")
     return _prefix() + " ".join(["titan-train", "--config", settings.name, *flags])
 
 
