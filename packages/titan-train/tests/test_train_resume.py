@@ -140,7 +140,7 @@ def test_two_processes_stop_together_on_a_signal_to_the_launcher(tmp_path: Path)
     shown, _ = process.communicate(timeout=90)
     assert process.returncode == ExitCode.STOPPED, shown
     assert "stopped and saved at step" in shown
-    assert "titan-train --config debug --nproc 2 --run.folder" in shown
+    assert "titan-train --config debug --nproc 2 --" in shown
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
     assert "Traceback" not in shown
 
