@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from titan_parallel import (
     Degrees,
-    LayoutError,
     Microbatch,
     ParallelModel,
     ParallelOptions,
@@ -185,7 +184,7 @@ def fill_from_meta(rank: int, world: int, degrees: Degrees, tied: bool) -> tuple
         model.module.scale.fill_(1)
     digest = hashlib.sha256()
     for name, value in whole(model).items():
-        digest.update(name.encode() + value.numpy().tobytes())
+        digest.update(f"{name} {value.tolist()}".encode())
     return (
         [name for name, _ in model.named_parameters()],
         list(model.state_dict()),
@@ -212,16 +211,6 @@ def state_round_trip(rank: int, world: int, degrees: Degrees) -> bool:
     other.load_state_dict(model.state_dict())
     first, second = whole(model), whole(other)
     return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def layout_error(rank: int, world: int, degrees: Degrees, changed: ParallelPlan) -> str:
-    """Return the message that `parallelize` refuses with, which must come on every rank without a hang."""
-    merged: ParallelPlan = {**plan(False), **changed}
-    try:
-        parallelize(build(False), build_mesh(degrees, "cpu"), merged)
-    except LayoutError as error:
-        return str(error)
-    return ""
 
 
 def bf16_options(options: ParallelOptions | None = None) -> ParallelOptions:

@@ -23,6 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# All processes come from one that has imported torch: seven of them then cost one import, not seven.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the forkserver, which starts with this process's environment
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["titan_parallel", "torch._dynamo", "torch.distributed.tensor.debug"])
+
 
 class Group:
     """Processes that run cases together."""
@@ -30,12 +35,11 @@ class Group:
     def __init__(self, world: int) -> None:
         self.world = world
         self.folder = Path(tempfile.mkdtemp(prefix="titan-group-"))
-        context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world, str(self.folder)), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(theirs, rank, world, str(self.folder)), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

@@ -27,19 +27,20 @@ def _selective_contexts() -> tuple[Any, Any]:
 
 
 def _save_costly() -> Callable[..., CheckpointPolicy]:
-    """Save attention and every second matrix product: those cost most to compute again for their size."""
+    """Save what costs most to compute again for its size: attention, every second matrix product, reduce-scatters."""
     aten = torch.ops.aten
-    attention = {
+    always = {
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
     }
     products = {aten.mm.default, aten.addmm.default}
     seen = {"forward": 0, "recompute": 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in attention:
+        if op in always:
             return CheckpointPolicy.MUST_SAVE
         if op in products:
             phase = "recompute" if context.is_recompute else "forward"

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from titan_parallel.tensor_parallel import to_full
+from titan_parallel.tensor_parallel import settle_gradients, to_full
 
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `max_norm`.
 
-    Parameters are taken by sharding, each group's norm is reduced over its own mesh, and the groups' norms are
-    combined; no gradient is gathered.
+    Parameters are grouped by the mesh dims that they are sharded over; each group's squares are summed over those.
+    No gradient is gathered.
 
     Args:
         parameters: All parameters of this rank; those without a gradient are passed over.
@@ -26,20 +26,36 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     Returns:
         The norm before clipping, a plain fp32 scalar that is equal on all ranks; not finite if any gradient is not.
     """
-    groups: dict[Any, list[nn.Parameter]] = {}
+    parameters = list(parameters)
+    settle_gradients(parameters)
+    groups: dict[tuple[DeviceMesh, tuple[bool, ...]] | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None:
-            key = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault(_sharding(gradient), []).append(parameter)
     if not groups:
         return torch.zeros(())
-    norms = [
-        to_full(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
-        for group in groups.values()
-    ]
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    squares = [_sum_of_squares([p.grad for p in group if p.grad is not None]) for group in groups.values()]
+    total: Tensor = torch.stack(squares).sum().sqrt()
     if max_norm is not None:
         for group in groups.values():
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total
+
+
+def _sharding(gradient: Tensor) -> tuple[DeviceMesh, tuple[bool, ...]] | None:
+    if not isinstance(gradient, DTensor):
+        return None
+    return gradient.device_mesh, tuple(not placement.is_replicate() for placement in gradient.placements)
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    """Sum over all ranks, for gradients of one group; in fp32 whatever their dtype, so that layouts round alike."""
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    total: Tensor = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).square().sum()
+    sharding = _sharding(gradients[0])
+    if sharding is None:
+        return total
+    mesh, sharded = sharding
+    placements = [Partial() if is_sharded else Replicate() for is_sharded in sharded]
+    return to_full(DTensor.from_local(total, mesh, placements, run_check=False))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_parallel.clipping import clip_grad_norm
 from titan_parallel.plan import clean_name
-from titan_parallel.sharding import set_last_microbatch
-from titan_parallel.tensor_parallel import to_full
+from titan_parallel.sharding import reshard, set_last_microbatch
+from titan_parallel.tensor_parallel import settle_gradients, to_full, whole
+from titan_parallel.tying import tie_weights
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -64,48 +64,47 @@ class ParallelModel:
 
         Args:
             microbatches: This rank's share of the global batch, with the same number of microbatches on each rank.
-            loss_function: Maps (output, target) to the *summed* loss, a scalar.
+            loss_function: Maps (output, target) to the *summed* loss, a scalar. The output is what the model returns,
+                its tensors whole, but for logits that the plan leaves split over the vocabulary: on these,
+                `torch.nn.functional.cross_entropy` with plain targets works as always.
             normaliser: What to divide by, equal on all ranks: for the mean over tokens, the number of scored tokens
                 of the global batch.
 
         Returns:
             This rank's part of the loss, detached: the parts of all ranks of the data axis add up to the loss.
+
+        Raises:
+            ValueError: If there is no microbatch.
         """
-        total: Tensor | None = None
+        _check_any(microbatches)
+        parts = []
         for i, microbatch in enumerate(microbatches):
             set_last_microbatch(self.module, i == len(microbatches) - 1)
             with self._loss_context():
-                output = self.module(*microbatch.args, **microbatch.kwargs)
-                loss = loss_function(output, microbatch.target) / normaliser
-                del output
+                loss = self._loss(microbatch, loss_function) / normaliser
                 loss.backward()  # type: ignore[no-untyped-call]
-            part = to_full(loss.detach())
-            total = part if total is None else total + part
-        assert total is not None, "a step needs at least one microbatch"
-        self._settle_gradients()
-        return total
+            parts.append(to_full(loss.detach()))
+        settle_gradients(self.parameters())
+        return torch.stack(parts).sum()
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> Tensor:
-        """Return this rank's summed loss over `microbatches`, without gradients, in evaluation mode."""
-        was_training = self.module.training
-        self.module.eval()
-        with self._loss_context():
-            losses = [to_full(loss_function(self.module(*m.args, **m.kwargs), m.target)) for m in microbatches]
-        self.module.train(was_training)
-        return torch.stack(losses).sum()
+        """Return this rank's summed loss over `microbatches`, without gradients, in evaluation mode.
+
+        Arguments and exceptions are those of `forward_backward`.
+        """
+        _check_any(microbatches)
+        with self._evaluating(), self._loss_context():
+            return torch.stack([to_full(self._loss(m, loss_function)) for m in microbatches]).sum()
 
     @torch.no_grad()
-    def predict(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the model's output for the given arguments as a whole tensor on every rank, in evaluation mode.
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output for the given arguments, its tensors whole on every rank, in evaluation mode.
 
-        All ranks call it together, with equal arguments.
+        All ranks call it together; those that share a place on the data axis with equal arguments.
         """
-        was_training = self.module.training
-        self.module.eval()
-        output: Tensor = to_full(self.module(*args, **kwargs))
-        self.module.train(was_training)
-        return output
+        with self._evaluating():
+            return whole(self.module(*args, **kwargs))
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Clip the gradients by their global norm and return it; see `titan_parallel.clip_grad_norm`."""
@@ -113,8 +112,10 @@ class ParallelModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the plain model, parameter); a tied weight comes once, under its owner's name."""
+        owners = dict(self._tied)
         for name, parameter in self.module.named_parameters():
-            yield clean_name(name), parameter
+            plain = clean_name(name)
+            yield owners.get(plain, plain), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield every parameter once."""
@@ -132,33 +133,39 @@ class ParallelModel:
 
         Raises:
             KeyError: If names are missing or unexpected; nothing is copied then.
+            ValueError: If shapes differ; nothing is copied then.
         """
         own = self.state_dict()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unexpected:
             raise KeyError(f"the state does not fit the model: missing {missing}, unexpected {unexpected}")
+        shapes = [(name, tuple(state[name].shape), tuple(value.shape)) for name, value in own.items()]
+        wrong = [f"{name} is {given}, not {wanted}" for name, given, wanted in shapes if given != wanted]
+        if wrong:  # copying would repeat a smaller tensor to fit
+            raise ValueError(f"the state does not fit the model: {'; '.join(wrong)}")
         for name, value in own.items():
             if value is not state[name]:
                 value.copy_(state[name])
 
+    def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
+        output = self.module(*microbatch.args, **microbatch.kwargs)
+        return loss_function(output if self._sharded_logits else whole(output), microbatch.target)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.module.modules()]  # a part may be frozen in another mode
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            reshard(self.module)
+
     def _loss_context(self) -> AbstractContextManager[None]:
         return loss_parallel() if self._sharded_logits else nullcontext()
 
-    def _settle_gradients(self) -> None:
-        # Parameters that tensor-parallel ranks share gather a part of their gradient on each: sum the parts here, once,
-        # so that nobody after this meets a gradient that is laid out otherwise than its parameter.
-        for parameter in self.parameters():
-            gradient = parameter.grad
-            if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
-                continue
-            if gradient.placements != parameter.placements:
-                parameter.grad = gradient.redistribute(placements=parameter.placements)
 
-
-def tie_weights(model: nn.Module, tied: Sequence[tuple[str, str]]) -> None:
-    """Make each alias the same parameter object as its owner again, after a transform replaced one of them."""
-    for alias, owner in tied:
-        owner_module, owner_key = owner.rsplit(".", 1)
-        alias_module, alias_key = alias.rsplit(".", 1)
-        parameter = getattr(model.get_submodule(owner_module), owner_key)
-        model.get_submodule(alias_module).register_parameter(alias_key, parameter)
+def _check_any(microbatches: Sequence[Microbatch]) -> None:
+    if not microbatches:
+        raise ValueError("there is no microbatch; every rank needs at least one, and as many as the others")

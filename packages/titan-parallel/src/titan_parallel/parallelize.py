@@ -6,11 +6,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan_parallel.activation import checkpoint_block
-from titan_parallel.model import ParallelModel, tie_weights
+from titan_parallel.model import ParallelModel
 from titan_parallel.options import ParallelOptions
-from titan_parallel.plan import ParallelPlan, check_plan, match_modules
+from titan_parallel.plan import ParallelPlan, check_plan, match_names
 from titan_parallel.sharding import apply_fsdp
-from titan_parallel.tensor_parallel import apply_tensor_parallel
+from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
+from titan_parallel.tying import check_tied, tie_weights
 
 
 def parallelize(
@@ -35,18 +36,21 @@ def parallelize(
     tp = mesh["tp"].size()
     tied = list(plan.get("tied", ()))
     check_plan(plan, tp=tp)
-    block_names = match_modules(model, plan.get("blocks", ()))
-    before = [model.get_submodule(name) for name in match_modules(model, plan.get("before", ()))]
-    after = [model.get_submodule(name) for name in match_modules(model, plan.get("after", ()))]
+    roles = {"before": plan.get("before", ()), "blocks": plan.get("blocks", ()), "after": plan.get("after", ())}
+    found = match_names(model, [pattern for patterns in roles.values() for pattern in patterns])
+    names = {role: [name for pattern in patterns for name in found[pattern]] for role, patterns in roles.items()}
+    outer = [*names["before"], *names["after"]]
+    check_tied(model, tied, {name: name for name in names["blocks"]} | dict.fromkeys(outer, "outer"))
 
     if tp > 1:
         apply_tensor_parallel(model, mesh["tp"], plan.get("tensor", {}), sequence_parallel=options.sequence_parallel)
         tie_weights(model, tied)
+        check_covered(model)
 
-    for name in block_names:
+    for name in names["blocks"]:
         block = checkpoint_block(model.get_submodule(name), options.activation_checkpointing)
         model.set_submodule(name, block)
-    blocks = [model.get_submodule(name) for name in block_names]
+    before, blocks, after = ([model.get_submodule(name) for name in names[role]] for role in roles)
 
     if options.compile_blocks:
         for block in blocks:

@@ -12,7 +12,9 @@ from typing_extensions import ReadOnly
 
 from titan_parallel.errors import LayoutError
 
-TensorStyle = Literal["vocab", "sequence", "gather", "colwise", "rowwise", "logits"]
+TensorStyle = Literal["vocab", "sequence", "gather", "colwise", "rowwise", "logits", "replicate"]
+
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 class ParallelPlan(TypedDict, total=False):
@@ -25,13 +27,15 @@ class ParallelPlan(TypedDict, total=False):
         blocks: The repeated blocks: the unit of sharding, of activation checkpointing and of compilation.
         before: Modules that run before the first block; each is sharded by itself.
         after: Modules that run after the last block; sharded together.
-        tensor: Tensor-parallel style of modules:
+        tensor: Tensor-parallel style of modules. Of two patterns that match one module the later one holds. Every
+            parameter has to be under a module with a style other than `gather`:
             `vocab` an embedding table split over its rows;
             `colwise` a linear split over its outputs;
             `rowwise` a linear split over its inputs, its output summed over the ranks;
             `sequence` a norm or the like that works on each position by itself;
             `gather` a module whose tensor inputs must hold the whole sequence;
-            `logits` the last linear, split over the vocabulary, whose output stays split for the loss.
+            `logits` the last linear, split over the vocabulary, whose output stays split for the loss;
+            `replicate` a module, or a single parameter by its name, that every rank holds and computes in whole.
         tied: Pairs of parameter names (alias, owner) that are one weight.
         divisible: Sizes that the tensor-parallel degree has to divide, each under a name for the message.
     """
@@ -46,23 +50,24 @@ class ParallelPlan(TypedDict, total=False):
 
 def clean_name(name: str) -> str:
     """Return a module's or parameter's name without what wrappers put in."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def match_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Return the names of the modules that `patterns` match, pattern by pattern.
+def match_names(model: nn.Module, patterns: Iterable[str], *, parameters: bool = False) -> dict[str, list[str]]:
+    """Return for each pattern the names of the modules (and `parameters`, if wanted) that it matches.
 
     Raises:
         LayoutError: If a pattern matches nothing; the message lists every such pattern with the nearest names.
     """
     names = [name for name, _ in model.named_modules() if name]
-    found: list[str] = []
+    if parameters:
+        names += [name for name, _ in model.named_parameters()]
+    found: dict[str, list[str]] = {}
     wrong: list[str] = []
     for pattern in patterns:
         regex = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
-        hits = [name for name in names if regex.fullmatch(name)]
-        found.extend(hits)
-        if not hits:
+        found[pattern] = [name for name in names if regex.fullmatch(name)]
+        if not found[pattern]:
             near = difflib.get_close_matches(pattern.replace("*", "0"), names, n=3, cutoff=0.4)
             wrong.append(f"{pattern!r} (nearest: {', '.join(near) or 'none'})")
     if wrong:
@@ -81,6 +86,9 @@ def check_plan(plan: ParallelPlan, *, tp: int, sequence_length: int | None = Non
     Raises:
         LayoutError: With every misfit, and degrees that would fit.
     """
+    unknown = sorted(plan.keys() - ParallelPlan.__annotations__.keys())
+    if unknown:
+        raise LayoutError(f"unknown entries of the plan {unknown}; there are {list(ParallelPlan.__annotations__)}")
     styles = set(plan.get("tensor", {}).values()) - set(get_args(TensorStyle))
     if styles:
         raise LayoutError(f"unknown tensor-parallel styles {sorted(styles)}; there are {list(get_args(TensorStyle))}")

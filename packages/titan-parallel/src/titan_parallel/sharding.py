@@ -48,6 +48,8 @@ def apply_fsdp(
 
     for unit in [] if tied else before:
         shard(unit, options.reshard_after_forward)
+        if isinstance(unit, nn.Embedding) and isinstance(unit, FSDPModule):
+            unit.set_unshard_in_backward(False)  # the gradient of a table does not depend on the table
     for unit in blocks:
         shard(unit, options.reshard_after_forward)
     if after:
@@ -65,6 +67,16 @@ def set_last_microbatch(model: nn.Module, is_last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)
         model.set_is_last_backward(is_last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights that units keep for a backward which does not come.
+
+    They would stand in for the parameters until the next backward, even after an optimizer step.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _reduce_dtype(options: ParallelOptions) -> torch.dtype | None:

@@ -1,12 +1,14 @@
 """Tensor and sequence parallelism: from the plan's words to torch's parallel styles.
 
 Between blocks activations stay DTensors, sharded over the sequence (or replicated, without sequence parallelism). A
-plain tensor there would hide the collective still in flight from torch.compile, which breaks its backward.
+plain tensor there would hide the collective still in flight from torch.compile, which breaks its backward. A plain
+tensor that comes in from outside is taken to be whole, the same on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.utils._pytree import tree_map_only
 
-from titan_parallel.plan import match_modules
+from titan_parallel.errors import LayoutError
+from titan_parallel.plan import match_names
 
 _SEQUENCE_DIM = 1  # activations are [B, S, ...]
+_SHOWN = 8  # names in a message
 
 
 def apply_tensor_parallel(
@@ -28,19 +33,92 @@ def apply_tensor_parallel(
     Args:
         model: On any device, meta included. Real weights are taken from the first rank of the mesh.
         mesh: The one-dimensional tensor-parallel mesh.
-        styles: Module-name patterns to the words of `ParallelPlan.tensor`.
+        styles: Name patterns to the words of `ParallelPlan.tensor`.
         sequence_parallel: Whether activations between blocks are split over the sequence.
+
+    Raises:
+        LayoutError: If a style does not fit what its pattern matches.
     """
     words = _styles(sequence_parallel)
-    by_name = {name: words[style] for pattern, style in styles.items() for name in match_modules(model, [pattern])}
-    parallelize_module(model, mesh, by_name)
+    found = match_names(model, styles, parameters=True)
+    chosen = {name: style for pattern, style in styles.items() for name in found[pattern]}
+    parameters = dict(model.named_parameters())
+    _check_kinds(model, {name: style for name, style in chosen.items() if style != "replicate"}, parameters)
+    # What copies whole modules comes last: it leaves alone the parameters that another word has split.
+    for name in sorted(chosen, key=lambda name: isinstance(words[chosen[name]], _Copied)):
+        if name in parameters:
+            _replicate_parameter(model, name, mesh)
+        else:
+            parallelize_module(model.get_submodule(name), mesh, words[chosen[name]])
+
+
+def check_covered(model: nn.Module) -> None:
+    """Check that tensor parallelism has reached every parameter of `model`.
+
+    torch refuses to mix a plain parameter with split activations, in words that name neither. Worse, where a block's
+    inside is plain on each rank (the heads of attention), it takes the parameter and each rank gets another gradient.
+
+    Raises:
+        LayoutError: With the names that no pattern covers.
+    """
+    plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if plain:
+        more = f" and {len(plain) - _SHOWN} more" if len(plain) > _SHOWN else ""
+        raise LayoutError(
+            f"tp is more than 1, but no pattern under 'tensor' of the plan covers {', '.join(plain[:_SHOWN])}{more}; "
+            "if every rank is to compute with all of it, say 'sequence' (each position by itself) or 'replicate'"
+        )
+
+
+def settle_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Lay each gradient out as its parameter.
+
+    Parameters that tensor-parallel ranks share gather a part of their gradient on each: the parts are summed here, once
+    for all microbatches, so that nobody after this meets a gradient that is laid out otherwise than its parameter.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+            continue
+        if gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
+def to_full(x: Tensor) -> Tensor:
+    """Return `x` as a plain tensor, gathered from all ranks if it is a DTensor."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole(output: Any) -> Any:
+    """Return a model's output, a tensor or any container of tensors that torch knows, with whole tensors in it."""
+    return tree_map_only(DTensor, to_full, output)
+
+
+def _check_kinds(model: nn.Module, styles: Mapping[str, str], parameters: Mapping[str, nn.Parameter]) -> None:
+    wrong = [f"{name!r} is a parameter, for which there is only 'replicate'" for name in styles if name in parameters]
+    modules = {name: model.get_submodule(name) for name in styles if name not in parameters}
+    wrong += [
+        f"{name!r} is a {type(module).__name__}, but {styles[name]!r} splits nn.Linear and nn.Embedding only"
+        for name, module in modules.items()
+        if styles[name] not in ("sequence", "gather") and not isinstance(module, nn.Linear | nn.Embedding)
+    ]
+    if wrong:
+        raise LayoutError(f"the plan's styles do not fit {type(model).__name__}: {'; '.join(wrong)}")
+
+
+def _replicate_parameter(model: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    module, _, key = name.rpartition(".")
+    parameter = model.get_parameter(name)
+    copied = nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()]), requires_grad=parameter.requires_grad)
+    model.get_submodule(module).register_parameter(key, copied)
 
 
 def _styles(sequence_parallel: bool) -> dict[str, ParallelStyle]:
     between: Placement = Shard(_SEQUENCE_DIM) if sequence_parallel else Replicate()
     return {
         "vocab": RowwiseParallel(input_layouts=Replicate(), output_layouts=between, use_local_output=False),
-        "sequence": _PerPosition(between),
+        "sequence": _Copied(between),
+        "replicate": _Copied(Replicate()),
         "gather": _WholeSequence(),
         "colwise": ColwiseParallel(),
         "rowwise": RowwiseParallel(output_layouts=between, use_local_output=False),
@@ -48,8 +126,8 @@ def _styles(sequence_parallel: bool) -> dict[str, ParallelStyle]:
     }
 
 
-class _PerPosition(ParallelStyle):
-    """Runs a module on activations as they lie between blocks, its parameters the same on every rank.
+class _Copied(ParallelStyle):
+    """Runs a module on activations as they lie between blocks, with the same parameters on every rank.
 
     torch's SequenceParallel is this for a sharded sequence only.
     """
@@ -59,17 +137,22 @@ class _PerPosition(ParallelStyle):
         self.layout = layout
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._replicate, self._take)
+        module.register_forward_pre_hook(partial(_lay_out_inputs, device_mesh, self.layout), with_kwargs=True)
+        return distribute_module(module, device_mesh)
 
-    def _replicate(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-        for key, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(key, nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()])))
 
-    def _take(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
-        first, *rest = inputs
-        if not isinstance(first, DTensor):
-            first = DTensor.from_local(first, mesh, [self.layout], run_check=False)
-        return (first, *rest)
+def _lay_out_inputs(
+    mesh: DeviceMesh, layout: Placement, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make plain tensors DTensors: the first argument in `layout`, others (a scale, a mask) whole."""
+    laid = [_laid_out(x, mesh, Replicate() if i else layout) for i, x in enumerate([*args, *kwargs.values()])]
+    return tuple(laid[: len(args)]), dict(zip(kwargs, laid[len(args) :], strict=True))
+
+
+def _laid_out(x: object, mesh: DeviceMesh, layout: Placement) -> object:
+    if not isinstance(x, Tensor) or isinstance(x, DTensor):
+        return x
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).redistribute(placements=[layout])
 
 
 class _WholeSequence(ParallelStyle):
@@ -102,8 +185,3 @@ def _gathered(x: object) -> object:
     # Whole already, but the children's gradients are partial sums. Passing through a plain tensor sums them here, once;
     # left partial they would reach the embedding, whose backward does not take them.
     return DTensor.from_local(x.to_local(), x.device_mesh, x.placements, run_check=False)
-
-
-def to_full(x: Tensor) -> Tensor:
-    """Return `x` as a plain tensor, gathered from all ranks if it is a DTensor."""
-    return x.full_tensor() if isinstance(x, DTensor) else x

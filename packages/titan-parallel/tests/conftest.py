@@ -1,0 +1,32 @@
+from collections.abc import Iterator
+
+import pytest
+
+import parallel_cases
+from parallel_group import Group
+
+
+@pytest.fixture(scope="session")
+def one() -> Iterator[Group]:
+    group = Group(1)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Group]:
+    group = Group(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Group]:
+    group = Group(4)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def plain() -> dict:
+    return parallel_cases.reference()

@@ -1,0 +1,93 @@
+"""A model of another library, under titan-parallel as it comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel_cases import sum_over_data
+from titan_parallel import Degrees, Microbatch, ParallelPlan, build_mesh, data_axis, parallelize
+
+VOCAB, ROWS, SEQ, STEPS = 64, 4, 16, 3
+
+PLAN: ParallelPlan = {
+    "blocks": ["model.layers.*"],
+    "before": ["model.embed_tokens"],
+    "after": ["model.norm", "lm_head"],
+    "tensor": {
+        "model.embed_tokens": "vocab",
+        "model.layers.*.*_layernorm": "sequence",
+        "model.layers.*.self_attn": "gather",
+        "model.layers.*.self_attn.q_proj": "colwise",
+        "model.layers.*.self_attn.k_proj": "colwise",
+        "model.layers.*.self_attn.v_proj": "colwise",
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "model.layers.*.mlp": "gather",
+        "model.layers.*.mlp.gate_proj": "colwise",
+        "model.layers.*.mlp.up_proj": "colwise",
+        "model.layers.*.mlp.down_proj": "rowwise",
+        "model.norm": "sequence",
+        "lm_head": "logits",
+    },
+    "divisible": {"key/value heads": 2, "vocabulary": VOCAB},
+}
+
+
+def build() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=SEQ,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, VOCAB, (ROWS, SEQ), generator=torch.Generator().manual_seed(step))
+    return tokens, (tokens * 5 + 2) % VOCAB
+
+
+def summed_loss(output: Any, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def reference() -> list[float]:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(STEPS):
+        tokens, labels = batch(step)
+        loss = summed_loss(model(tokens), labels) / labels.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train(rank: int, world: int, degrees: Degrees) -> tuple[list[float], Tensor]:
+    model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    place = data_axis(model.mesh)
+    losses = []
+    for step in range(STEPS):
+        tokens, labels = (x.chunk(place.world)[place.rank] for x in batch(step))
+        part = model.forward_backward([Microbatch((tokens,), labels)], summed_loss, ROWS * SEQ)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(sum_over_data(model, part)))
+    return losses, model.predict(batch(0)[0]).logits

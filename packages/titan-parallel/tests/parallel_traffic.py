@@ -1,0 +1,40 @@
+"""Cases that count collectives."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch.distributed.tensor.debug import CommDebugMode
+
+from parallel_cases import batch, build, plan, summed_loss
+from titan_parallel import Degrees, Microbatch, ParallelOptions, build_mesh, parallelize
+
+KINDS = {
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+}
+
+
+def collectives(
+    rank: int, world: int, degrees: Degrees, options: ParallelOptions, microbatches: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Count what a step's forward and backward send, and what clipping then sends."""
+    model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False), options)
+    tokens, labels = batch(0)
+    step = [Microbatch((tokens,), labels)] * microbatches
+    with CommDebugMode() as training:
+        model.forward_backward(step, summed_loss, labels.numel())
+    with CommDebugMode() as clipping:
+        model.clip_grad_norm(1.0)
+    return _by_kind(training), _by_kind(clipping)
+
+
+def _by_kind(mode: CommDebugMode) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for op, count in mode.get_comm_counts().items():
+        name = str(op).rsplit(".", 1)[-1].strip("_")
+        counts[next(kind for start, kind in KINDS.items() if name.startswith(start))] += count
+    return dict(counts)

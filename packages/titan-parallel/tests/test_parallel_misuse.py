@@ -1,0 +1,96 @@
+"""What cannot work is refused in words that help; a look at the model changes nothing; gradients add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import parallel_misuse as misuse
+from parallel_cases import plan
+from parallel_group import Group
+from titan_parallel import Degrees, LayoutError, check_plan
+
+WITHOUT_INNER = {name: style for name, style in plan(False)["tensor"].items() if not name.startswith("stack.*.mlp.")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"divisible": {"heads": 3}}, "tp 2 does not divide heads 3; these degrees would: [1, 3]"),
+        ({"blocks": ["stock.*"]}, "'stock.*' (nearest: stack.0"),
+        ({"tensor": {}}, "the plan says under 'tensor' of no module"),
+        ({"tensor": {"table": "colums"}}, "unknown tensor-parallel styles ['colums']"),
+        ({"tensor": {"tabel": "vocab", "lost": "sequence"}}, "'tabel' (nearest: table"),
+        ({"tensor": {"stack.*.norm1": "colwise"}}, "'stack.0.norm1' is a LayerNorm, but 'colwise' splits nn.Linear"),
+        ({"tensor": {"last.weight": "sequence"}}, "'last.weight' is a parameter, for which there is only 'replicate'"),
+        (
+            {"tensor": WITHOUT_INNER},
+            "covers stack.0.mlp.0.weight, stack.0.mlp.0.bias, stack.0.mlp.2.weight, stack.0.mlp.2.bias, stack.1.mlp.0",
+        ),
+    ],
+    ids=["divide", "glob", "no-plan", "style", "tensor-glob", "kind", "parameter", "uncovered"],
+)
+def test_refusals(two: Group, changed: dict, says: str) -> None:
+    for message in two.run(misuse.refusal, Degrees(tp=2), False, changed):
+        assert says in message
+
+
+@pytest.mark.parametrize(
+    ("shared", "changed", "says"),
+    [
+        (True, {}, "missing in the plan under 'tied': ('vocab_out.weight', 'table.weight')"),
+        (
+            False,
+            {"tied": [("vocab_out.weight", "table.weight")]},
+            "'vocab_out.weight' and 'table.weight' are tied in the plan, but are not one parameter",
+        ),
+        (
+            True,
+            {"tied": [("vocab_out.weight", "table.weight")], "after": ["last"]},
+            "'vocab_out.weight' and 'table.weight' are one parameter, but lie in different units",
+        ),
+    ],
+    ids=["unknown", "untied", "units"],
+)
+def test_refusals_of_tied_weights(two: Group, shared: bool, changed: dict, says: str) -> None:
+    for message in two.run(misuse.refusal, Degrees(), shared, changed):
+        assert says in message
+
+
+def test_unknown_entries_of_the_plan() -> None:
+    with pytest.raises(LayoutError, match=r"unknown entries of the plan \['block'\]; there are \['blocks', "):
+        check_plan({"block": ["stack.*"]}, tp=1)  # type: ignore[typeddict-unknown-key]
+
+
+def test_wrong_calls(two: Group) -> None:
+    for no_step, nothing_to_evaluate, incomplete, misshapen in two.run(misuse.wrong_calls):
+        assert no_step.startswith("ValueError: there is no microbatch")
+        assert nothing_to_evaluate.startswith("ValueError: there is no microbatch")
+        assert "missing ['table.weight'], unexpected []" in incomplete
+        assert misshapen == "ValueError: the state does not fit the model: last.bias is (1,), not (32,)"
+
+
+def test_a_look_changes_nothing(two: Group) -> None:
+    # FSDP keeps some weights gathered after a forward; an update or an optimizer must not meet them.
+    plain, evaluated, predicted = (
+        two.run(misuse.look_between, Degrees(), look)[0] for look in ("", "evaluate", "predict")
+    )
+    for name, weight in plain.items():
+        assert torch.equal(evaluated[name], weight)
+        assert torch.equal(predicted[name], weight)
+
+
+def test_modes_come_back_after_an_error(two: Group) -> None:
+    assert two.run(misuse.modes_after_an_error) == [(True, ["stack.1"])] * 2
+
+
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2)], ids=["fsdp", "tp"])
+def test_gradients_add_up_over_calls(two: Group, degrees: Degrees) -> None:
+    assert max(two.run(misuse.add_twice, degrees)) < 1e-6
+
+
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2)], ids=["fsdp", "tp"])
+def test_norm_of_low_precision_gradients(two: Group, degrees: Degrees) -> None:
+    for norm, exact, is_fp32 in two.run(misuse.norm_of_bf16, degrees):
+        assert norm == pytest.approx(exact, rel=1e-5)
+        assert is_fp32

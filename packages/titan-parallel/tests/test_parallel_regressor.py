@@ -1,0 +1,34 @@
+"""What is no language model, and keeps its parameters where it likes, trains as in one process too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import parallel_regressor
+from parallel_group import Group
+from titan_parallel import Degrees, ParallelOptions
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    return parallel_regressor.reference()
+
+
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        (Degrees(), ParallelOptions()),
+        (Degrees(tp=2), ParallelOptions()),
+        (Degrees(tp=2), ParallelOptions(sequence_parallel=False, activation_checkpointing="selective")),
+    ],
+    ids=["fsdp", "tp", "tp-no-sp"],
+)
+def test_regressor(two: Group, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
+    assert plain["losses"][0] / plain["losses"][-1] > 1.2
+    for result in two.run(parallel_regressor.train, degrees, options):
+        assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        assert result["weights"].keys() == plain["weights"].keys()
+        for name, weight in plain["weights"].items():
+            torch.testing.assert_close(result["weights"][name], weight)
+        assert result["frozen"] == ["layers.1.norm.inner.bias"]

@@ -1,0 +1,69 @@
+"""A step sends what theory says, and no more.
+
+The model has an embedding table, 3 blocks, and a norm and a vocabulary matrix that make one unit: 5 units for FSDP.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import parallel_traffic
+from parallel_group import Group
+from titan_parallel import Degrees, ParallelOptions
+
+BLOCKS = 3
+FSDP_UNITS = 1 + BLOCKS + 1
+
+
+def count(group: Group, degrees: Degrees, options: ParallelOptions, microbatches: int = 1) -> tuple[dict, dict]:
+    first, *others = group.run(parallel_traffic.collectives, degrees, options, microbatches)
+    assert all(other == first for other in others)
+    return first
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp(two: Group, reshard: bool) -> None:
+    training, clipping = count(two, Degrees(), ParallelOptions(reshard_after_forward=reshard))
+    # Forward gathers every unit. Backward gathers the blocks once more if they were freed; not the last unit, which is
+    # kept because its backward comes at once, nor the table, whose gradient does not depend on its values.
+    assert training == {"all_gather": FSDP_UNITS + (BLOCKS if reshard else 0), "reduce_scatter": FSDP_UNITS}
+    assert clipping == {"all_reduce": 1}
+
+
+def test_replicas_exchange_gradients_once_a_step(two: Group) -> None:
+    # Shards of one rank are gathered and scattered without a word. Each unit's gradient is summed over the replicas in
+    # the last microbatch only, for it holds those of the others.
+    for microbatches in (1, 3):
+        training, _ = count(two, Degrees(dp_replicate=2), ParallelOptions(), microbatches)
+        assert training == {"all_reduce": FSDP_UNITS}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_tensor_parallel_with_sequence_parallel(two: Group, checkpointing: str) -> None:
+    training, clipping = count(two, Degrees(tp=2), ParallelOptions(activation_checkpointing=checkpointing))
+    # Attention and MLP each gather the sequence before and scatter their sum after, and the other way round in
+    # backward: 2 x 2 of both kinds a block. The table scatters its sum in forward (backward: gather), the vocabulary
+    # matrix gathers its input (backward: scatter).
+    gathers = scatters = 4 * BLOCKS + 2
+    # Checkpointing runs a block's forward again, up to the last thing that backward needs: both gathers, but only the
+    # first scatter, which `selective` has saved.
+    if checkpointing != "none":
+        gathers += 2 * BLOCKS
+    if checkpointing == "full":
+        scatters += BLOCKS
+    # Each rank has a part of the gradients of the norms, two in a block and the last, each weight and bias. The loss
+    # over a split vocabulary needs the maximum, the sum of exponentials and the logit of the label.
+    assert training == {
+        "all_gather": gathers,
+        "reduce_scatter": scatters,
+        "all_reduce": 2 * (2 * BLOCKS + 1) + 3,
+    }
+    # Split parameters' squares are summed over ranks, copied ones' are not.
+    assert clipping == {"all_reduce": 1}
+
+
+def test_tensor_parallel_without_sequence_parallel(two: Group) -> None:
+    training, _ = count(two, Degrees(tp=2), ParallelOptions(sequence_parallel=False))
+    # What was a scatter and a gather is one all-reduce: forward, attention, MLP and table; backward, attention, MLP and
+    # vocabulary matrix. Norms see whole sequences, and so have whole gradients. The loss needs 3, as above.
+    assert training == {"all_reduce": (2 * BLOCKS + 1) + (2 * BLOCKS + 1) + 3}
