@@ -17,12 +17,19 @@ class RopeScaling:
         low_freq_factor: Sets the wavelength (in units of the original context) above which all of `factor` applies.
         high_freq_factor: Sets the wavelength below which nothing changes.
         original_context: Context length of pre-training, in tokens.
+
+    Raises:
+        ValueError: If the wavelengths do not fit together.
     """
 
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_context >= 1):
+            raise ValueError(f"rope scaling: needs factor >= 1, 0 < low < high, a context of at least 1, not {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +70,13 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
         wrong = [f"{name} is {getattr(self, name)}, must be at least 1" for name in sizes if getattr(self, name) < 1]
-        if not wrong:
+        if self.dim >= 1 and self.n_heads >= 1:
             if self.dim % self.n_heads:
                 wrong.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
             elif self.head_dim % 2:
                 wrong.append(f"dim / n_heads is {self.head_dim}; rotary embeddings need an even number")
-            if self.n_heads % self.n_kv_heads:
-                wrong.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.n_heads >= 1 and self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads:
+            wrong.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if wrong:
             raise ValueError("model config: " + "; ".join(wrong))
 

@@ -52,8 +52,8 @@ def truncated_normal(key: int, indices: Tensor, bound: float) -> Tensor:
     Returns:
         float64 of the shape of `indices`.
     """
-    # The top 53 bits, centred in their cells: never 0 nor 1.
-    uniform = (_shift_right(random_bits(key, indices), 11).double() + 0.5) * 2.0**-53
+    # The top 52 bits, centred in their cells: never 0 nor 1. (With 53 the half would be rounded away, at the end to 1.)
+    uniform = (_shift_right(random_bits(key, indices), 12).double() + 0.5) * 2.0**-52
     inside = math.erf(bound / math.sqrt(2))  # share of the normal within the bounds
     return torch.erfinv((2 * uniform - 1) * inside) * math.sqrt(2)
 

@@ -147,7 +147,8 @@ def build(config: DecoderConfig, device: torch.device | str = "meta") -> Decoder
     Args:
         config: Its shape.
         device: Where the parameters lie. On `meta` (the default) nothing is allocated; elsewhere they hold torch's
-            own initialisation until `init_parameters` or a checkpoint fills them.
+            own initialisation until `init_parameters` or a checkpoint fills them. (torch's `to_empty` takes tied
+            weights apart: set `model.head.weight = model.embed.weight` after it.)
 
     Returns:
         The model.

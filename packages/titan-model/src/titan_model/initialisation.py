@@ -7,6 +7,7 @@ sharding, and all layouts start from the same weights without a seed checkpoint.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 
 import torch
@@ -19,6 +20,11 @@ from titan_model.counter_rng import stream_key, truncated_normal
 
 _BOUND = 3.0  # standard deviations
 _CHUNK = 1 << 20  # elements drawn at once: bounds the scratch memory at some tens of MiB
+
+# Whole names: what a wrapper puts into a name would select another stream, and so other weights in other layouts.
+_ONES = re.compile(r"(layers\.\d+\.(attn|ffn)_)?norm\.weight")
+_NORMAL = re.compile(r"(embed|head|layers\.\d+\.(attn\.[qkv]_proj|ffn\.(gate|up)_proj))\.weight")
+_RESIDUAL = re.compile(r"layers\.\d+\.(attn\.o_proj|ffn\.down_proj)\.weight")
 
 
 @torch.no_grad()
@@ -37,20 +43,24 @@ def init_parameters(named_parameters: Iterable[tuple[str, Tensor]], config: Deco
         seed: Selects the weights.
 
     Raises:
-        ValueError: If a name is not one of a `Decoder`.
+        ValueError: If a name is not one of a `Decoder`, or tied weights have come apart.
     """
     for name, parameter in named_parameters:
-        if "norm." in name:
+        if _ONES.fullmatch(name):
             _local(parameter).fill_(1.0)
         else:
             _fill_normal(parameter, _std(name, config), stream_key(seed, name))
 
 
 def _std(name: str, config: DecoderConfig) -> float:
-    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    if module in ("o_proj", "down_proj"):
+    if name == "head.weight" and config.tied_embeddings:
+        raise ValueError(
+            "head.weight is a weight of its own, but the config ties it to embed.weight (Module.to_empty takes tied "
+            "weights apart): set `model.head.weight = model.embed.weight` first"
+        )
+    if _RESIDUAL.fullmatch(name):
         return config.init_std / math.sqrt(2 * config.n_layers)
-    if module in ("embed", "head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+    if _NORMAL.fullmatch(name):
         return config.init_std
     raise ValueError(f"no rule to initialise a parameter named {name!r}: it is not one of a Decoder")
 

@@ -1,0 +1,65 @@
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from titan_model import Decoder, DecoderConfig, RopeScaling, build
+
+TINY = DecoderConfig(vocab_size=37, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to handing work between threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> DecoderConfig:
+    """Two layers, grouped-query attention, a vocabulary that nothing divides."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def small_configs() -> st.SearchStrategy[DecoderConfig]:
+    """Any config that is quick to build, with every option on and off."""
+
+    @st.composite
+    def draw_config(draw: st.DrawFn) -> DecoderConfig:
+        n_kv_heads = draw(st.integers(1, 4))
+        n_heads = n_kv_heads * draw(st.integers(1, 4))
+        return DecoderConfig(
+            vocab_size=draw(st.integers(1, 70)),
+            dim=n_heads * draw(st.sampled_from([2, 4, 6, 10])),
+            n_layers=draw(st.integers(1, 4)),
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            ffn_dim=draw(st.integers(1, 40)),
+            max_seq_len=64,
+            rope_scaling=draw(st.none() | st.just(RopeScaling(factor=8.0))),
+            tied_embeddings=draw(st.booleans()),
+        )
+
+    return draw_config()
+
+
+@pytest.fixture(scope="session")
+def random_decoder() -> Callable[..., Decoder]:
+    """Return a function that builds a decoder with weights large enough for every part to matter."""
+
+    def make(config: DecoderConfig = TINY, **changes: object) -> Decoder:
+        model = build(replace(config, **changes), "cpu")
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Norms too: with ones, a norm in the wrong place would go unseen.
+                shift = 1.0 if parameter.dim() == 1 else 0.0
+                parameter.normal_(shift, 0.2, generator=generator)
+        return model
+
+    return make

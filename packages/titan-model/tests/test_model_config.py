@@ -1,0 +1,133 @@
+"""Configs refuse numbers that do not fit, all at once; presets are found by name or nearly."""
+
+from dataclasses import FrozenInstanceError, astuple, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_model import DecoderConfig, RopeScaling, preset, preset_names
+
+SIZES = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
+
+
+@settings(deadline=None)
+@given(wrong=st.dictionaries(st.sampled_from(SIZES), st.integers(-5, 0), min_size=1))
+def test_error_names_every_size_below_one_and_no_other(tiny: DecoderConfig, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"^model config: ") as caught:
+        replace(tiny, **wrong)
+    misfits = str(caught.value).removeprefix("model config: ").split("; ")
+    assert sorted(misfits) == sorted(f"{name} is {value}, must be at least 1" for name, value in wrong.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "misfits"),
+    [
+        ({"dim": 30}, ["dim 30 is not a multiple of n_heads 4"]),
+        ({"n_kv_heads": 3}, ["n_heads 4 is not a multiple of n_kv_heads 3"]),
+        ({"n_kv_heads": 8}, ["n_heads 4 is not a multiple of n_kv_heads 8"]),
+        ({"dim": 20}, ["dim / n_heads is 5; rotary embeddings need an even number"]),
+        (
+            {"dim": 30, "n_kv_heads": 3},
+            ["dim 30 is not a multiple of n_heads 4", "n_heads 4 is not a multiple of n_kv_heads 3"],
+        ),
+        (
+            {"dim": 20, "n_kv_heads": 3},
+            [
+                "dim / n_heads is 5; rotary embeddings need an even number",
+                "n_heads 4 is not a multiple of n_kv_heads 3",
+            ],
+        ),
+        # A size below one hides no misfit between the others.
+        (
+            {"ffn_dim": 0, "dim": 30, "n_kv_heads": 3},
+            [
+                "ffn_dim is 0, must be at least 1",
+                "dim 30 is not a multiple of n_heads 4",
+                "n_heads 4 is not a multiple of n_kv_heads 3",
+            ],
+        ),
+        (
+            {"dim": 0, "n_kv_heads": 3},
+            ["dim is 0, must be at least 1", "n_heads 4 is not a multiple of n_kv_heads 3"],
+        ),
+        (
+            {"n_kv_heads": 0, "dim": 30},
+            ["n_kv_heads is 0, must be at least 1", "dim 30 is not a multiple of n_heads 4"],
+        ),
+    ],
+)
+def test_error_lists_every_misfit(tiny: DecoderConfig, changes: dict[str, int], misfits: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^model config: ") as caught:
+        replace(tiny, **changes)
+    assert str(caught.value) == "model config: " + "; ".join(misfits)
+
+
+def test_config_is_frozen_and_keyword_only(tiny: DecoderConfig) -> None:
+    with pytest.raises(FrozenInstanceError):
+        tiny.dim = 64  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        DecoderConfig(37, 32, 2, 4, 2, 48, 64)  # type: ignore[misc]
+
+
+def test_every_name_is_a_preset() -> None:
+    names = preset_names()
+    assert len(names) == len(set(names)) == 9
+    for name in names:
+        assert isinstance(preset(name), DecoderConfig)
+    # The byte tokenizer has 258 tokens, and training on it is what this preset is for.
+    assert preset("debug").vocab_size >= 258
+
+
+@pytest.mark.parametrize(
+    ("family", "theta", "scaling"),
+    [
+        ("llama2_", 10_000.0, None),
+        ("llama3_8b", 500_000.0, None),
+        ("llama3_70b", 500_000.0, None),
+        ("llama3_1_", 500_000.0, (8.0, 1.0, 4.0, 8192)),
+        ("llama3_2_", 500_000.0, (32.0, 1.0, 4.0, 8192)),
+    ],
+)
+def test_presets_have_the_released_constants(
+    family: str, theta: float, scaling: tuple[float, float, float, int] | None
+) -> None:
+    # Parameter counts cannot show these: they are as the released `config.json` files have them.
+    configs = [preset(name) for name in preset_names() if name.startswith(family)]
+    assert configs
+    for config in configs:
+        assert config.norm_eps == 1e-5
+        assert config.rope_theta == theta
+        assert (None if config.rope_scaling is None else astuple(config.rope_scaling)) == scaling
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_typo_names_the_preset_that_was_meant(name: str) -> None:
+    dropped = {name[:i] + name[i + 1 :] for i in range(len(name))}
+    swapped = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)}
+    for typo in (dropped | swapped | {name.replace("_", "-"), name + "b"}) - set(preset_names()):
+        with pytest.raises(KeyError) as caught:
+            preset(typo)
+        unknown, suggested = caught.value.args[0].split("; did you mean ")
+        assert repr(typo) in unknown
+        assert name in suggested
+
+
+def test_name_unlike_any_lists_all_presets() -> None:
+    with pytest.raises(KeyError) as caught:
+        preset("zzz")
+    assert all(name in caught.value.args[0] for name in preset_names())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"factor": 0.5},
+        {"factor": 8.0, "low_freq_factor": 4.0},
+        {"factor": 8.0, "low_freq_factor": 0.0},
+        {"factor": 8.0, "original_context": 0},
+    ],
+)
+def test_rope_scaling_refuses_wavelengths_that_do_not_fit(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="rope scaling"):
+        RopeScaling(**values)
