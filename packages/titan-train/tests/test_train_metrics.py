@@ -59,7 +59,7 @@ def test_mfu_is_model_flops_over_the_peak_of_all_processes() -> None:
     meter.start(0)
     shown = meter.report(2, [3.0, 2.0], 1.0, 0.1, 2000)
     assert recorder.seen == [shown]
-    assert (meter.first_loss, meter.recent_loss, shown.loss) == (3.0, 2.5, 2.0)
+    assert (meter.first, meter.recent, shown.loss) == ((1, 3.0), [3.0, 2.0], 2.0)
     assert shown.mfu == pytest.approx(shown.tokens_per_second * 6e6 / 4e9)
     assert shown.seconds_left == pytest.approx(8 * 1000 / shown.tokens_per_second)
 

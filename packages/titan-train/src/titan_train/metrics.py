@@ -67,8 +67,8 @@ class Meter:
         device: Whose memory is reported.
 
     Attributes:
-        first_loss: Loss of the first step since `start`, or None before the first report.
-        recent_loss: Mean loss of the steps of the last report.
+        first: The first step that this process did and its loss, or None before the first report.
+        recent: Losses of the steps of the last report.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Meter:
         world: int,
         device: torch.device,
     ) -> None:
-        self.first_loss: float | None = None
-        self.recent_loss: float | None = None
+        self.first: tuple[int, float] | None = None
+        self.recent: list[float] = []
         self._sinks = sinks
         self._total_steps = total_steps
         self._tokens_per_step = tokens_per_step
@@ -110,8 +110,8 @@ class Meter:
         now = time.perf_counter()
         per_step = (now - self._last_time) / (step - self._last_step)
         speed = self._tokens_per_step / per_step
-        self.first_loss = losses[0] if self.first_loss is None else self.first_loss
-        self.recent_loss = sum(losses) / len(losses)
+        self.first = self.first or (step - len(losses) + 1, losses[0])
+        self.recent = losses
         metrics = StepMetrics(
             step=step,
             loss=losses[-1],

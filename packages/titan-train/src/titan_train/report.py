@@ -73,15 +73,16 @@ def print_summary(
 ) -> None:
     """Say what came of the run, where everything lies and what to try next."""
     config, folder = run.config, run.config.run.folder
-    if meter.recent_loss is not None:
+    if meter.first is not None:
         speed = outcome.tokens / outcome.seconds
         world = run.process.world
+        mean, (first_step, first_loss) = sum(meter.recent) / len(meter.recent), meter.first
+        of = f"mean of the last {len(meter.recent)} steps" if len(meter.recent) > 1 else "of the last step"
         _print(console, f"[bold green]done[/]: {outcome.tokens:,} tokens in {outcome.seconds:.1f} s")
         _print_table(
             console,
             {
-                "final loss": f"{meter.recent_loss:.4f} nats per token (mean since the last line before; "
-                f"first step {meter.first_loss:.4f})",
+                "final loss": f"{mean:.4f} nats per token ({of}), from {first_loss:.4f} at step {first_step}",
                 "speed": f"{speed:,.0f} tokens/s, {speed / world:,.0f} per process, saving included",
                 "MFU": f"{meter.mfu(speed):.1%} of {peak.flops * world / 1e9:,.0f} GFLOP/s ({peak.source}); "
                 "6 FLOPs per weight and causal pair, attention's causal half counted once",
@@ -114,7 +115,7 @@ def _command(settings: Settings, run: Run, steps: int) -> str:
     world = str(run.process.world)
     if world != "1" and os.environ.get("LOCAL_WORLD_SIZE") == world:  # all on this machine
         flags.insert(0, f"--nproc {world}")
-    return _prefix() + " ".join(["titan-train", "--config", settings.name, *flags])
+    return _prefix() + " ".join(["titan-train", "--config", shlex.quote(settings.name), *flags])
 
 
 def _as_flag(value: object) -> str:
