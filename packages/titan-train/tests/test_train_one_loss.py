@@ -76,6 +76,15 @@ def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[
         same_curve(result, single)
 
 
+def test_bfloat16_learns_with_float32_weights(one: Group, two: Group, single: dict, tmp_path: Path) -> None:
+    alone = one.run(run_here, tiny(run__folder=str(tmp_path / "1"), training__dtype="bfloat16"))[0]
+    split = two.run(run_here, tiny(run__folder=str(tmp_path / "2"), training__dtype="bfloat16"))[0]
+    for result in (alone, split):
+        assert result["initial"] == single["initial"]
+        assert result["losses"] == pytest.approx(single["losses"], abs=0.05)
+        assert result["losses"] != single["losses"]
+
+
 def test_documents_masked_is_another_loss_but_one(one: Group, two: Group, single: dict, tmp_path: Path) -> None:
     alone = one.run(run_here, tiny(run__folder=str(tmp_path / "1"), data__mask_documents="true"))[0]
     split = two.run(run_here, tiny(run__folder=str(tmp_path / "2"), data__mask_documents="true", parallel__tp="2"))[0]

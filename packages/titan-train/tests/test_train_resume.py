@@ -24,11 +24,11 @@ def flags(folder: Path, **changes: str) -> list[str]:
     return ["--config", "debug", *(word for key, value in settings.items() for word in (f"--{key}", value))]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], *, by: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     # As many threads as this process has: another number would sum in another order.
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
-        [sys.executable, "-m", "titan_train", *arguments],
+        [sys.executable, "-m", *by, *(["-m"] if by else []), "titan_train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -143,6 +143,16 @@ def test_two_processes_stop_together_on_a_signal_to_the_launcher(tmp_path: Path)
     assert "titan-train --config debug --nproc 2 --" in shown
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
     assert "Traceback" not in shown
+
+
+@pytest.mark.slow
+def test_torchrun_passes_a_signal_on_and_the_run_is_saved(tmp_path: Path) -> None:
+    process = start(flags(tmp_path, training__steps="4000"), by=("torch.distributed.run", "--nproc-per-node", "2"))
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=90)
+    assert "stopped and saved at step" in shown
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

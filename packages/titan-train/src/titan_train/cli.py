@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(error, ExitCode.BAD_CONFIG)
     except TrainingError as error:
         return _refuse(error, ExitCode.FAILED)
+    except KeyboardInterrupt:  # before or after the run, which takes signals itself
+        return 128 + signal.SIGINT
 
 
 def _refuse(error: Exception, code: ExitCode) -> int:
