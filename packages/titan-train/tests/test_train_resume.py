@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from titan_ckpt import verify
 from titan_train.cli import main
 from titan_train.errors import ExitCode
 from train_cases import TINY
@@ -173,6 +174,14 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert time.monotonic() - asked < 5
     assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_what_was_saved_before_a_failure_stays(tmp_path: Path) -> None:
+    explosive = {"optimizer__lr": "1e30", "training__max_norm": "none", "schedule__warmup_steps": "0"}
+    assert main(flags(tmp_path, checkpoint__interval="1", **explosive)) == ExitCode.FAILED
+    (path,) = (tmp_path / "checkpoints").glob("step-*")  # written in the background while step 2 failed
+    assert path.name == "step-00000001"
+    assert verify(path, "checksum") == []
 
 
 def test_not_finite_is_refused_and_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

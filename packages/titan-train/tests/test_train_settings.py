@@ -104,7 +104,6 @@ def test_config_is_frozen() -> None:
         (["--config", "debug", "--parallel.tp", "2"], ["tp 2 = 2", "number of processes, 1"]),
         (["--config", "debug", "--nproc", "3"], ["cannot be split over 3", "9 could"]),
         (["--config", "debug", "--nproc", "3", "--parallel.tp", "3"], ["tp 3 does not divide", "[1, 2, 4"]),
-        (["--config", "debug", "--schedule.warmup_steps", "999"], ["warmup_steps 999 is over training.steps 200"]),
         (["--config", "debug", "--data.source", "huggingface"], ['source "huggingface" needs a path']),
     ],
 )

@@ -102,8 +102,6 @@ def check(config: Config, world: int) -> None:
         wrong.append(f"training.microbatch_size {training.microbatch_size} does not divide the {rows} rows of a rank")
     if model.vocab_size < (needed := titan_data.ByteTokenizer().vocab_size):
         wrong.append(f"model.vocab_size {model.vocab_size} is less than the tokenizer's {needed}")
-    if config.schedule.warmup_steps > training.steps:
-        wrong.append(f"schedule.warmup_steps {config.schedule.warmup_steps} is over training.steps {training.steps}")
     if wrong:
         raise ConfigError("\n".join(wrong))
 

@@ -33,14 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(settings.to_toml(loaded.config, loaded.origins), end="")
             return ExitCode.DONE
         # Heavy imports come after all that can be wrong without them: a typo is answered at once.
-        from titan_train.assembly import check
-
-        is_worker = "WORLD_SIZE" in os.environ
-        world = int(os.environ["WORLD_SIZE"]) if is_worker else options.nproc or 1
-        check(loaded.config, world)
-        if options.nproc and not is_worker:
+        if options.nproc and "WORLD_SIZE" not in os.environ:
+            from titan_train.assembly import check
             from titan_train.launch import launch
 
+            check(loaded.config, options.nproc)  # one message, before there are processes that each would give it
             return launch(options.nproc, _without_nproc(arguments))
         from titan_train.running import run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from titan_ckpt import CheckpointError
 from titan_data import DataError
 from titan_model import flops_per_token
 from titan_train import report
-from titan_train.assembly import Run, assemble
+from titan_train.assembly import Run, assemble, check
 from titan_train.errors import ExitCode, TrainingError
 from titan_train.hardware import Peak, find_peak
 from titan_train.loop import train
@@ -25,7 +26,7 @@ def run(settings: Settings) -> int:
     """Train as the settings say, resuming what lies in the run folder.
 
     Args:
-        settings: Checked settings.
+        settings: From `load`.
 
     Returns:
         An `ExitCode`.
@@ -43,19 +44,20 @@ def run(settings: Settings) -> int:
 
 def _run(settings: Settings, process: Process, stop: StopSignal) -> int:
     config = settings.config
+    check(config, process.world)
     console = Console(quiet=not process.is_first)
     parts = assemble(config, process)
-    found = parts.checkpointer.load(parts.state())
-    peak = find_peak(process.device, _dtype(parts))
-    if process.is_first:
-        folder = Path(config.run.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(config, settings.origins), "utf-8")
-    report.print_start(console, settings, parts, found.path if found else None)
-    meter = _meter(parts, peak, console)
-    outcome = train(parts, meter, stop)
-    parts.checkpointer.close()
-    meter.close()
+    # Closed also when training fails: a save still in flight is a good one, from before.
+    with closing(parts.checkpointer):
+        found = parts.checkpointer.load(parts.state())
+        peak = find_peak(process.device, _dtype(parts))
+        if process.is_first:
+            folder = Path(config.run.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.toml").write_text(to_toml(config, settings.origins), "utf-8")
+        report.print_start(console, settings, parts, found.path if found else None)
+        with closing(_meter(parts, peak, console)) as meter:
+            outcome = train(parts, meter, stop)
     if outcome.stopped:
         report.print_stopped(console, settings, parts)
         return ExitCode.STOPPED
