@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ from titan_train.config import Config
 from titan_train.schedule import lr_factor
 from train_cases import run_here, tiny
 from train_group import Group
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[Group]:
-    group = Group(1)
-    yield group
-    group.close()
 
 
 def by_hand(config: Config, file: str, masked: bool) -> tuple[dict[int, float], dict[int, float]]:

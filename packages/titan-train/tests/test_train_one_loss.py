@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,28 +10,7 @@ from train_cases import run_here, tiny
 from train_group import Group
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[Group]:
-    group = Group(1)
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Group]:
-    group = Group(2)
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Group]:
-    group = Group(4)
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict:
     return one.run(run_here, tiny(run__folder=str(tmp_path_factory.mktemp("single"))))[0]
 

@@ -55,7 +55,7 @@ class Run:
     model_config: DecoderConfig
     model: ParallelModel
     optimizer: Optimizer
-    tokenizer: titan_data.ByteTokenizer
+    tokenizer: titan_data.Tokenizer
     loader: BatchLoader
     checkpointer: Checkpointer
     progress: Progress

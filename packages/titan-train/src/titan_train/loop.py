@@ -58,7 +58,7 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
 
     while progress.step < total:
         # All ranks stop at the same step, whichever of them was told to.
-        stopped = sum_over_ranks(int(stop.received is not None))[0] > 0
+        stopped = sum_over_ranks(int(stop.received is not None)) > 0
         if stopped:
             break
         step = progress.step + 1
@@ -93,7 +93,7 @@ def _save(run: Run) -> None:
 def _scored_tokens(run: Run, batch: Batch) -> int:
     """Return the scored tokens of the global batch, at least 1. Ranks that share rows count them once."""
     counts_rows = run.model.mesh["tp"].get_local_rank() == 0
-    return max(1, sum_over_ranks(int((batch["labels"] != -100).sum()) if counts_rows else 0)[0])
+    return max(1, sum_over_ranks(int((batch["labels"] != -100).sum()) if counts_rows else 0))
 
 
 def _microbatches(run: Run, batch: Batch) -> list[Microbatch]:

@@ -55,9 +55,9 @@ def join_processes(wanted_device: str) -> Iterator[Process]:
         dist.destroy_process_group()
 
 
-def sum_over_ranks(*numbers: int) -> list[int]:
-    """Return each number summed over all ranks, through the host."""
-    totals = torch.tensor(numbers, dtype=torch.int64)
+def sum_over_ranks(number: int) -> int:
+    """Return a number summed over all ranks, through the host."""
+    total = torch.tensor(number, dtype=torch.int64)
     if dist.get_world_size() > 1:
-        dist.all_reduce(totals)
-    return [int(total) for total in totals]
+        dist.all_reduce(total)
+    return int(total)

@@ -44,22 +44,3 @@ class BatchLoader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position."""
         ...
-
-
-class TextCodec(Protocol):
-    """Text to tokens and back, as the sample at the end of a run needs it."""
-
-    @property
-    def bos_id(self) -> int | None:
-        """The token that begins a document, if there is one."""
-        ...
-
-    @property
-    def eos_id(self) -> int | None:
-        """The token that ends a document, if there is one."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        ...

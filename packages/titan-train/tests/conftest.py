@@ -1,0 +1,26 @@
+from collections.abc import Iterator
+
+import pytest
+
+from train_group import Group
+
+
+@pytest.fixture(scope="session")
+def one() -> Iterator[Group]:
+    group = Group(1)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Group]:
+    group = Group(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Group]:
+    group = Group(4)
+    yield group
+    group.close()
