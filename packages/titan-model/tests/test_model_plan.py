@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from titan_model import DecoderConfig, build, parallel_plan, preset, preset_names
+from titan_model.config import MoEConfig
 
 
 def matches(glob: str, name: str) -> bool:
@@ -22,14 +23,20 @@ def named(model: nn.Module, glob: str) -> list[str]:
     return [name for name, _ in model.named_modules() if matches(glob, name)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_every_glob_names_modules(small_configs: st.SearchStrategy[DecoderConfig], data: st.DataObject) -> None:
     config = data.draw(small_configs)
     plan, model = parallel_plan(config), build(config)
+    with_experts = sum(config.has_experts(layer) for layer in range(config.n_layers))
     for glob in (*plan["blocks"], *plan["before"], *plan["after"], *plan["tensor"]):
-        # One in each block, or one in the model.
-        assert len(named(model, glob)) == (config.n_layers if "*" in glob else 1), glob
+        # One in the model, one in each block, or one in each block of a kind.
+        expected = config.n_layers if "*" in glob else 1
+        if re.search(r"\.ffn\.(router|experts|shared)", glob):
+            expected = with_experts
+        elif ".ffn." in glob:
+            expected = config.n_layers - with_experts
+        assert len(named(model, glob)) == expected > 0, glob
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -96,7 +103,7 @@ def test_a_degree_that_divides_the_sizes_divides_the_weights(
                 split, rest = divmod(model.get_submodule(name).weight.shape[SPLIT_DIM[role]], degree)
                 assert rest == 0, (name, degree)
                 if ".attn." in name:  # whole heads, as each rank computes its own
-                    assert split % config.head_dim == 0, (name, degree)
+                    assert split % config.attention_head_dim == 0, (name, degree)
 
 
 def test_each_named_size_is_needed() -> None:
@@ -115,12 +122,27 @@ def test_each_named_size_is_needed() -> None:
     ]
 
 
-def test_column_and_row_follow_one_another(tiny: DecoderConfig) -> None:
+@pytest.mark.parametrize("part", ["attn", "ffn", "ffn.shared"])
+def test_column_and_row_follow_one_another(tiny: DecoderConfig, part: str) -> None:
     # Within attention and feed-forward the row-split projection comes after the column-split ones: what they put out
     # split is what it takes in.
-    plan, model = parallel_plan(tiny), build(tiny)
-    for part in ("attn", "ffn"):
-        projections = [name for name, _ in model.layers["0"].get_submodule(part).named_children()]
-        roles = [plan["tensor"][f"layers.*.{part}.{name}"] for name in projections]
-        assert roles[-1] == "rowwise"
-        assert set(roles[:-1]) == {"colwise"}
+    moe = MoEConfig(n_experts=2, top_k=1, ffn_dim=8, shared_ffn_dim=8, dense_layers=(0,))
+    config = replace(tiny, moe=moe, qk_norm=True)
+    plan, model = parallel_plan(config), build(config)
+    names = [name for name, _ in model.layers["1" if "shared" in part else "0"].get_submodule(part).named_children()]
+    roles = [plan["tensor"][f"layers.*.{part}.{name}"] for name in names if name.endswith("_proj")]
+    assert roles[-1] == "rowwise"
+    assert set(roles[:-1]) == {"colwise"}
+
+
+def test_what_only_some_blocks_have_is_named_where_it_is() -> None:
+    moe = MoEConfig(n_experts=2, top_k=1, ffn_dim=8, shared_ffn_dim=3)
+    even = DecoderConfig(vocab_size=8, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=9, max_seq_len=8, moe=moe)
+    odd = [key for key, size in parallel_plan(even)["divisible"].items() if size % 2]
+    assert odd == ["shared expert's width (moe.shared_ffn_dim)"]  # no block has a plain feed-forward
+    mixed = replace(even, moe=replace(moe, dense_layers=(1,), shared_ffn_dim=4))
+    assert [key for key, size in parallel_plan(mixed)["divisible"].items() if size % 2] == [
+        "feed-forward width (ffn_dim)"
+    ]
+    dense = replace(even, moe=replace(moe, dense_layers=(0, 1)))
+    assert not any("router" in name or "shared" in name for name in parallel_plan(dense)["tensor"])

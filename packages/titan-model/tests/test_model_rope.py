@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_model import RopeScaling
-from titan_model.rope import inverse_frequencies, rotate, rotation
+from titan_model.fused import rotate
+from titan_model.rope import inverse_frequencies, rotation
 
 POSITIONS = st.integers(0, 1000)
 HALF_DIMS = st.integers(1, 8)

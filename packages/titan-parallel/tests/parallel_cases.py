@@ -27,15 +27,17 @@ VOCAB, DIM, HEADS, SEQ, ROWS, STEPS, MAX_NORM = 32, 32, 4, 16, 8, 5, 0.3
 
 
 class Mixer(nn.Module):
-    """Attention with biases and a fused mask argument, unlike a Llama's."""
+    """Attention with biases, a norm over single heads and a fused mask argument, unlike a Llama's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(DIM, DIM) for _ in range(3))
+        self.head_norm = nn.RMSNorm(DIM // HEADS)
         self.out = nn.Linear(DIM, DIM)
 
     def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        q, k, v = (m(x).unflatten(-1, (-1, DIM // HEADS)).transpose(1, 2) for m in (self.query, self.key, self.value))
+        q, k, v = (m(x).unflatten(-1, (-1, DIM // HEADS)) for m in (self.query, self.key, self.value))
+        q, k, v = (x.transpose(1, 2) for x in (self.head_norm(q), self.head_norm(k), v))
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
 
 
@@ -81,6 +83,7 @@ def plan(tied: bool) -> ParallelPlan:
             "stack.*.mix.query": "colwise",
             "stack.*.mix.key": "colwise",
             "stack.*.mix.value": "colwise",
+            "stack.*.mix.head_norm": "local",
             "stack.*.mix.out": "rowwise",
             "stack.*.mlp": "gather",
             "stack.*.mlp.0": "colwise",

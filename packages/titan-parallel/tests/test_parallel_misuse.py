@@ -21,6 +21,10 @@ WITHOUT_INNER = {name: style for name, style in plan(False)["tensor"].items() if
         ({"tensor": {}}, "the plan says under 'tensor' of no module"),
         ({"tensor": {"table": "colums"}}, "unknown tensor-parallel styles ['colums']"),
         ({"tensor": {"tabel": "vocab", "lost": "sequence"}}, "'tabel' (nearest: table"),
+        (
+            {"experts": ["stack.*.mlp"]},
+            "experts (stack.*.mlp): a mixture of experts cannot be split by tensor paralleli",
+        ),
         ({"tensor": {"stack.*.norm1": "colwise"}}, "'stack.0.norm1' is a LayerNorm, but 'colwise' splits nn.Linear"),
         ({"tensor": {"last.weight": "sequence"}}, "'last.weight' is a parameter, for which there is only 'replicate'"),
         (
@@ -28,11 +32,16 @@ WITHOUT_INNER = {name: style for name, style in plan(False)["tensor"].items() if
             "covers stack.0.mlp.0.weight, stack.0.mlp.0.bias, stack.0.mlp.2.weight, stack.0.mlp.2.bias, stack.1.mlp.0",
         ),
     ],
-    ids=["divide", "glob", "no-plan", "style", "tensor-glob", "kind", "parameter", "uncovered"],
+    ids=["divide", "glob", "no-plan", "style", "tensor-glob", "experts", "kind", "parameter", "uncovered"],
 )
 def test_refusals(two: Group, changed: dict, says: str) -> None:
     for message in two.run(misuse.refusal, Degrees(tp=2), False, changed):
         assert says in message
+
+
+def test_experts_that_are_not_there(two: Group) -> None:
+    for message in two.run(misuse.refusal, Degrees(), False, {"experts": ["stack.*.moe"]}):
+        assert "'stack.*.moe' (nearest: stack.0" in message
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,13 @@ def test_tensor_parallel_with_sequence_parallel(two: Group, checkpointing: str) 
         gathers += 2 * BLOCKS
     if checkpointing == "full":
         scatters += BLOCKS
-    # Each rank has a part of the gradients of the norms, two in a block and the last, each weight and bias. The loss
-    # over a split vocabulary needs the maximum, the sum of exponentials and the logit of the label.
+    # Each rank has a part of the gradients of the norms, two in a block and the last, each weight and bias, and of the
+    # weight that norms a block's heads. The loss over a split vocabulary needs the maximum, the sum of exponentials and
+    # the logit of the label.
     assert training == {
         "all_gather": gathers,
         "reduce_scatter": scatters,
-        "all_reduce": 2 * (2 * BLOCKS + 1) + 3,
+        "all_reduce": 2 * (2 * BLOCKS + 1) + BLOCKS + 3,
     }
     # Split parameters' squares are summed over ranks, copied ones' are not.
     assert clipping == {"all_reduce": 1}
@@ -69,5 +70,6 @@ def test_tensor_parallel_with_sequence_parallel(two: Group, checkpointing: str) 
 def test_tensor_parallel_without_sequence_parallel(two: Group) -> None:
     training, _ = count(two, Degrees(tp=2), ParallelOptions(sequence_parallel=False))
     # What was a scatter and a gather is one all-reduce: forward, attention, MLP and table; backward, attention, MLP and
-    # vocabulary matrix. Norms see whole sequences, and so have whole gradients. The loss needs 3, as above.
-    assert training == {"all_reduce": (2 * BLOCKS + 1) + (2 * BLOCKS + 1) + 3}
+    # vocabulary matrix. Norms see whole sequences, and so have whole gradients, but for those of a rank's heads. The
+    # loss needs 3, as above.
+    assert training == {"all_reduce": (2 * BLOCKS + 1) + (2 * BLOCKS + 1) + BLOCKS + 3}

@@ -34,7 +34,9 @@ def by_hand(config: Config, file: str, masked: bool) -> tuple[dict[int, float], 
     for step in range(1, config.training.steps + 1):
         batch = next(loader)
         documents = {"positions": batch["positions"], "document_ids": batch["document_ids"]} if masked else {}
-        loss = F.cross_entropy(model(batch["tokens"], **documents).flatten(0, 1), batch["labels"].flatten())
+        logits, labels = model(batch["tokens"], **documents).flatten(0, 1), batch["labels"].flatten()
+        z_loss = config.training.z_loss * logits[labels != -100].logsumexp(-1).square().mean()
+        loss = F.cross_entropy(logits, labels) + z_loss
         loss.backward()
         norms[step] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.max_norm))
         for group in optimizer.param_groups:
@@ -52,13 +54,15 @@ def test_same_as_by_hand(one: Group, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = {"data__source": "huggingface", "data__path": "json", "data__files": str(file)}
     curves = []
-    for masked in (False, True):
-        folder = str(tmp_path / str(masked))
-        config = tiny(run__folder=folder, data__mask_documents=str(masked).lower(), **data)
+    for masked, z_loss in ((False, "0.0"), (True, "0.0"), (False, "0.01")):
+        folder = str(tmp_path / f"{masked}-{z_loss}")
+        mask = {"data__mask_documents": str(masked).lower()}
+        config = tiny(run__folder=folder, training__z_loss=z_loss, **mask, **data)
         losses, norms = by_hand(config, str(file), masked)
         (result,) = one.run(run_here, config)
         assert result["losses"] == pytest.approx(losses, abs=1e-5)
         assert result["norms"] == pytest.approx(norms, rel=1e-4)
         curves.append(losses)
-    # Were they alike, the test could not tell whether documents are masked.
-    assert max(abs(curves[0][step] - curves[1][step]) for step in curves[0]) > 1e-3
+    # Were they alike, the test could not tell whether documents are masked, or a z-loss is added.
+    for other in curves[1:]:
+        assert max(abs(curves[0][step] - other[step]) for step in other) > 1e-3

@@ -17,8 +17,8 @@ from train_cases import TINY
 from train_recorder import Recorder
 
 
-def metrics(step: int, loss: float = 2.5) -> StepMetrics:
-    return StepMetrics(step, loss, 1.25, 3e-4, step * 100, 5120.4, 0.456, 0.75, 61.0)
+def metrics(step: int, loss: float = 2.5, **more: float) -> StepMetrics:
+    return StepMetrics(step, loss, 1.25, 3e-4, step * 100, 5120.4, 0.456, 0.75, 61.0, more)
 
 
 def test_line_is_plain_text_in_a_file_and_coloured_on_a_terminal() -> None:
@@ -28,6 +28,19 @@ def test_line_is_plain_text_in_a_file_and_coloured_on_a_terminal() -> None:
     expected = "step  10/200  loss 2.5000  grad 1.250  lr 3.00e-04  5,120 tok/s  MFU 45.6%  mem 0.75 GiB  eta 01:01\n"
     assert plain.getvalue() == expected
     assert "\x1b[" in coloured.getvalue()
+
+
+def test_what_the_model_says_is_reported_everywhere(tmp_path: Path) -> None:
+    said, line = metrics(10, **{"experts/max_load": 1.23456, "experts/idle": 0.0}), io.StringIO()
+    TerminalSink(Console(file=line), 200).write(said)
+    assert "mem 0.75 GiB  max_load 1.23  idle 0  eta 01:01\n" in line.getvalue()
+    sink = FileSink(tmp_path / "metrics.jsonl", resumed_step=0)
+    sink.write(said)
+    sink.close()
+    written = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (written["step"], written["experts/max_load"], written["experts/idle"]) == (10, 1.23456, 0.0)
+    assert "more" not in written
+    assert scalars(said) == scalars(metrics(10)) | {"experts/max_load": 1.23456, "experts/idle": 0.0}
 
 
 def test_file_drops_what_a_resumed_run_undoes(tmp_path: Path) -> None:

@@ -69,6 +69,17 @@ def test_documents_masked_is_another_loss_but_one(one: Group, two: Group, single
     same_curve(split, alone)
 
 
+def test_normed_heads(one: Group, two: Group, four: Group, tmp_path: Path) -> None:
+    # A head norm's weight is the same on all ranks, of which each sees other heads.
+    alone, fsdp, tp, both = (
+        group.run(run_here, tiny(run__folder=str(tmp_path / name), model__preset="debug_qwen3", parallel__tp=tp))[0]
+        for name, group, tp in (("1", one, "1"), ("fsdp", two, "1"), ("tp", two, "2"), ("fsdp-tp", four, "2"))
+    )
+    for result in (fsdp, tp, both):
+        assert result["initial"] == alone["initial"]
+        same_curve(result, alone)
+
+
 def test_resumed_on_other_layouts(one: Group, two: Group, four: Group, single: dict, tmp_path: Path) -> None:
     # 4 steps on 2 x 2 processes, 3 more on one, the rest on tensor-parallel 2: the curve must not show it.
     folder = str(tmp_path)

@@ -32,7 +32,17 @@ def test_shipped_configs_are_valid(name: str) -> None:
 
 
 def test_the_promised_configs_are_shipped() -> None:
-    wanted = {"debug", "llama2_7b", "llama2_13b", "llama2_70b", "llama3_8b", "llama3_70b", "llama3_405b"}
+    wanted = {
+        "debug",
+        "debug_qwen3",
+        "debug_moe",
+        "llama2_7b",
+        "llama2_13b",
+        "llama2_70b",
+        "llama3_8b",
+        "llama3_70b",
+        "llama3_405b",
+    }
     assert wanted <= set(settings.preset_names())
 
 

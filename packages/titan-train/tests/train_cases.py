@@ -59,12 +59,15 @@ def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
     )
     train(run, meter, StopSignal())
     run.checkpointer.close()
+    parameters = dict(run.model.named_parameters())
     return {
         "initial": initial,
         "final": weights_digest(run),
         "resumed": resumed.step if resumed else None,
         "losses": {m.step: m.loss for m in recorder.seen},
         "norms": {m.step: m.grad_norm for m in recorder.seen},
+        "more": {m.step: m.more for m in recorder.seen},
+        "buffers": {name: buffer.tolist() for name, buffer in run.model.state_dict().items() if name not in parameters},
     }
 
 

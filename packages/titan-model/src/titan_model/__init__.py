@@ -1,26 +1,51 @@
-"""Decoder language models as plain PyTorch modules: configs, presets, initialisation, cost."""
+"""Decoder language models as plain PyTorch modules: families, weights in and out, initialisation, loss, cost."""
 
-from titan_model.config import DecoderConfig, RopeScaling
-from titan_model.cost import count_parameters, flops_per_token
+from titan_model.balancing import balance_experts, set_loss_normaliser
+from titan_model.cache import KVCache
+from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
+from titan_model.cost import count_active_parameters, count_parameters, flops_per_token
 from titan_model.decoder import Decoder, build
 from titan_model.generation import generate
+from titan_model.huggingface import huggingface_map
+from titan_model.huggingface_config import config_from_huggingface, config_to_huggingface
+from titan_model.huggingface_files import load_huggingface, save_huggingface
 from titan_model.initialisation import init_parameters
-from titan_model.loss import cross_entropy_sum
+from titan_model.loss import LossSums, linear_cross_entropy
+from titan_model.meta_llama import load_meta, meta_map
 from titan_model.plan import DecoderPlan, parallel_plan
 from titan_model.presets import preset, preset_names
+from titan_model.sampling import sample
+from titan_model.weight_map import WeightMap
+from titan_model.weights_error import WeightsError
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "DecoderPlan",
+    "KVCache",
+    "LossSums",
+    "MoEConfig",
     "RopeScaling",
+    "WeightMap",
+    "WeightsError",
+    "balance_experts",
     "build",
+    "config_from_huggingface",
+    "config_to_huggingface",
+    "count_active_parameters",
     "count_parameters",
-    "cross_entropy_sum",
     "flops_per_token",
     "generate",
+    "huggingface_map",
     "init_parameters",
+    "linear_cross_entropy",
+    "load_huggingface",
+    "load_meta",
+    "meta_map",
     "parallel_plan",
     "preset",
     "preset_names",
+    "sample",
+    "save_huggingface",
+    "set_loss_normaliser",
 ]

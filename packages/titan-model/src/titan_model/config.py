@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+NormKind = Literal["rmsnorm", "fused_rmsnorm", "layernorm", "np_layernorm"]
+AttentionKind = Literal["auto", "sdpa", "flex", "varlen"]
+ScoreKind = Literal["softmax", "sigmoid"]
+
+_GROUPED_MULTIPLE = 8  # torch's grouped matrix products take rows of whole 16 bytes: 8 numbers in bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +40,84 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Shape of a decoder-only transformer of the Llama kind.
+class MoEConfig:
+    """A mixture of experts in place of the feed-forward of a block: token-choice top-k routing, no token dropped.
 
     Attributes:
-        vocab_size: Rows of the embedding and of the head.
+        n_experts: Experts per block (`E`).
+        top_k: Experts that each token goes to.
+        ffn_dim: Inner width of one expert; a multiple of 8, as the model's width then has to be.
+        shared_ffn_dim: Inner width of the expert that every token goes to besides; 0 for none.
+        dense_layers: Indices of the blocks that keep the plain feed-forward.
+        score: How router logits become scores.
+        normalise_top_k: Whether the scores of the chosen experts are scaled to sum to one.
+        route_scale: What they are multiplied by then.
+        balance_loss: Coefficient of the load-balancing loss (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961),
+            taken over each sequence in each block: the coefficient is what it adds per token where the load is even.
+            With it, `set_loss_normaliser` has to be called in each step. 0 for none.
+        balance_bias_rate: How far `balance_experts` moves each expert's selection bias per step (loss-free
+            balancing, Wang et al. 2024, arXiv:2408.15664); 0 for no such bias.
+
+    Raises:
+        ValueError: If the numbers do not fit together; the message lists every misfit.
+    """
+
+    n_experts: int
+    top_k: int
+    ffn_dim: int
+    shared_ffn_dim: int = 0
+    dense_layers: tuple[int, ...] = ()
+    score: ScoreKind = "softmax"
+    normalise_top_k: bool = True
+    route_scale: float = 1.0
+    balance_loss: float = 0.0
+    balance_bias_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {getattr(self, name)}, must be at least 1"
+            for name in ("n_experts", "top_k", "ffn_dim")
+            if getattr(self, name) < 1
+        ]
+        if self.ffn_dim >= 1 and self.ffn_dim % _GROUPED_MULTIPLE:
+            wrong.append(f"ffn_dim {self.ffn_dim} is not a multiple of {_GROUPED_MULTIPLE} (torch's grouped products)")
+        if self.top_k > self.n_experts >= 1:
+            wrong.append(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
+        wrong += [
+            f"{name} is {getattr(self, name)}, must not be negative"
+            for name in ("shared_ffn_dim", "balance_loss", "balance_bias_rate")
+            if not getattr(self, name) >= 0
+        ]
+        if not self.route_scale > 0:
+            wrong.append(f"route_scale is {self.route_scale}, must be positive")
+        if self.score not in get_args(ScoreKind):
+            wrong.append(f"score is {self.score!r}, must be one of {', '.join(get_args(ScoreKind))}")
+        if wrong:
+            raise ValueError("moe config: " + "; ".join(wrong))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape of a decoder-only transformer.
+
+    Attributes:
+        vocab_size: Rows of the embedding and of the head (`V`).
         dim: Width of the residual stream (`D`).
         n_layers: Number of blocks.
         n_heads: Query heads (`H`).
         n_kv_heads: Key/value heads (`Hkv`); fewer than `n_heads` is grouped-query attention.
+        head_dim: Width of one head (`Dh`); None is `dim / n_heads`. What applies is `attention_head_dim`.
         ffn_dim: Inner width of the SwiGLU feed-forward.
+        moe: Mixture of experts in place of the feed-forward, or None.
         max_seq_len: Longest sequence the model is meant for, in tokens.
-        norm_eps: Added to the mean square in every RMSNorm.
+        norm: Kind of the norms: `rmsnorm`; `fused_rmsnorm`, the same in one kernel; `layernorm` with weight and bias;
+            `np_layernorm`, LayerNorm without parameters (OLMo, Groeneveld et al. 2024).
+        norm_eps: Added to the mean square or the variance in every norm.
+        qk_norm: Whether each head's queries and keys pass through an RMSNorm of their own (Qwen3).
         rope_theta: Base of the rotary wavelengths.
         rope_scaling: Llama 3.1's long-context scaling, or None.
         tied_embeddings: Whether the head shares the embedding's weight.
+        attention: Which back-end computes attention; `auto` takes the best one that the device has.
         init_std: Standard deviation of the initial weights.
 
     Raises:
@@ -59,28 +129,64 @@ class DecoderConfig:
     n_layers: int
     n_heads: int
     n_kv_heads: int
+    head_dim: int | None = None
     ffn_dim: int
+    moe: MoEConfig | None = None
     max_seq_len: int
+    norm: NormKind = "rmsnorm"
     norm_eps: float = 1e-5
+    qk_norm: bool = False
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
+    attention: AttentionKind = "auto"
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
+        sizes = ["vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"]
+        if self.head_dim is not None:
+            sizes.append("head_dim")
         wrong = [f"{name} is {getattr(self, name)}, must be at least 1" for name in sizes if getattr(self, name) < 1]
-        if self.dim >= 1 and self.n_heads >= 1:
-            if self.dim % self.n_heads:
-                wrong.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-            elif self.head_dim % 2:
-                wrong.append(f"dim / n_heads is {self.head_dim}; rotary embeddings need an even number")
-        if self.n_heads >= 1 and self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads:
-            wrong.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        wrong += [
+            f"{name} is {getattr(self, name)}, must be positive"
+            for name in ("norm_eps", "rope_theta", "init_std")
+            if not getattr(self, name) > 0
+        ]
+        for name, kinds in (("norm", get_args(NormKind)), ("attention", get_args(AttentionKind))):
+            if getattr(self, name) not in kinds:
+                wrong.append(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(kinds)}")
+        wrong += self._head_misfits() + self._moe_misfits()
         if wrong:
             raise ValueError("model config: " + "; ".join(wrong))
 
+    def _head_misfits(self) -> list[str]:
+        wrong = []
+        if self.dim >= 1 and self.n_heads >= 1:
+            if self.head_dim is None and self.dim % self.n_heads:
+                wrong.append(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+            elif self.attention_head_dim % 2:
+                name = "dim / n_heads" if self.head_dim is None else "head_dim"
+                wrong.append(f"{name} is {self.attention_head_dim}; rotary embeddings need an even number")
+        if self.n_heads >= 1 and self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads:
+            wrong.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        return wrong
+
+    def _moe_misfits(self) -> list[str]:
+        if self.moe is None:
+            return []
+        wrong = []
+        if self.dim >= 1 and self.dim % _GROUPED_MULTIPLE:
+            wrong.append(f"dim {self.dim} is not a multiple of {_GROUPED_MULTIPLE}, which moe needs")
+        beyond = [i for i in self.moe.dense_layers if not 0 <= i < self.n_layers]
+        if beyond:
+            wrong.append(f"moe.dense_layers names {beyond}, but there are layers 0 to {self.n_layers - 1}")
+        return wrong
+
     @property
-    def head_dim(self) -> int:
+    def attention_head_dim(self) -> int:
         """Width of one head (`Dh`)."""
-        return self.dim // self.n_heads
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Say whether block number `layer` has a mixture of experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers

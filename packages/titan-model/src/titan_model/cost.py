@@ -2,37 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from titan_model.config import DecoderConfig
 
 
 def count_parameters(config: DecoderConfig) -> int:
     """Return the exact number of parameters; a tied weight counts once."""
-    embeddings = config.vocab_size * config.dim * (1 if config.tied_embeddings else 2)
-    norms = config.dim * (2 * config.n_layers + 1)
-    return embeddings + norms + config.n_layers * _block_matrices(config)
+    return _count(config, experts=None)
 
 
-def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
+def count_active_parameters(config: DecoderConfig) -> int:
+    """Return the number of parameters that one token meets: of each mixture of experts, those that it goes to."""
+    return _count(config, experts=0 if config.moe is None else config.moe.top_k)
+
+
+def flops_per_token(config: DecoderConfig, seq_len: int, document_lengths: Iterable[int] | None = None) -> float:
     """Return the floating-point operations that training needs for one token, forward and backward.
 
-    Six for each weight of a matrix product (two forward, four backward; the embedding is a look-up and costs none),
-    and for attention six for each query-key pair and dimension of scores and of values, over half the pairs, since a
-    causal query looks at (S + 1) / 2 keys on average. Nothing is counted twice for activation checkpointing. This is
-    the model FLOPs of PaLM's MFU (Chowdhery et al. 2022, appendix B) but with the causal half counted once.
+    Six for each weight of a matrix product that the token meets (two forward, four backward; the embedding is a
+    look-up and costs none, and of a mixture of experts only those count that the token goes to), and for attention six
+    for each query-key pair and dimension of scores and of values. A causal query looks at itself and what comes before
+    it in its document, so pairs are counted once and not twice. Nothing is added for what activation checkpointing
+    computes again. But for the causal half and for documents these are the model FLOPs of PaLM (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B), and with them
+
+        MFU = tokens per second * FLOPs per token / peak FLOPs per second.
 
     Args:
         config: The decoder's shape.
         seq_len: Tokens per sequence.
+        document_lengths: Tokens of each document in the sequences that are meant, where attention stays within
+            documents; None where it sees the whole sequence.
 
     Returns:
         FLOPs per trained token.
+
+    Raises:
+        ValueError: If a document has no tokens or more than a sequence, or there is none.
     """
-    weights = config.n_layers * _block_matrices(config) + config.vocab_size * config.dim
-    pairs_per_token = (seq_len + 1) / 2
-    attention = config.n_layers * 2 * config.dim * pairs_per_token
-    return 6 * (weights + attention)
+    lengths = [seq_len] if document_lengths is None else list(document_lengths)
+    if not lengths or not 1 <= min(lengths) <= max(lengths) <= seq_len:
+        found = f"from {min(lengths)} to {max(lengths)}" if lengths else "none"
+        raise ValueError(f"document lengths must be from 1 to the sequence's {seq_len} tokens; there are: {found}")
+    pairs_per_token = sum(length * (length + 1) / 2 for length in lengths) / sum(lengths)
+    attention = config.n_layers * 2 * config.n_heads * config.attention_head_dim * pairs_per_token
+    return 6 * (_active_matrices(config) + attention)
 
 
-def _block_matrices(config: DecoderConfig) -> int:
-    attention = 2 * config.dim * config.dim + 2 * config.dim * config.n_kv_heads * config.head_dim
-    return attention + 3 * config.dim * config.ffn_dim
+def _active_matrices(config: DecoderConfig) -> int:
+    """Return the weights of the matrix products that one token meets."""
+    embedding = 0 if config.tied_embeddings else config.vocab_size * config.dim
+    return count_active_parameters(config) - embedding - _norms(config)
+
+
+def _count(config: DecoderConfig, experts: int | None) -> int:
+    """Count parameters, of a mixture only `experts` experts (None for all of them)."""
+    embeddings = config.vocab_size * config.dim * (1 if config.tied_embeddings else 2)
+    q_dim, kv_dim = (heads * config.attention_head_dim for heads in (config.n_heads, config.n_kv_heads))
+    attention = 2 * config.dim * (q_dim + kv_dim)
+    feed_forwards = sum(_feed_forward(config, layer, experts) for layer in range(config.n_layers))
+    return embeddings + config.n_layers * attention + feed_forwards + _norms(config)
+
+
+def _feed_forward(config: DecoderConfig, layer: int, experts: int | None) -> int:
+    moe = config.moe
+    if moe is None or not config.has_experts(layer):
+        return 3 * config.dim * config.ffn_dim
+    held = moe.n_experts if experts is None else experts
+    return config.dim * (moe.n_experts + 3 * held * moe.ffn_dim + 3 * moe.shared_ffn_dim)
+
+
+def _norms(config: DecoderConfig) -> int:
+    each = {"rmsnorm": 1, "fused_rmsnorm": 1, "layernorm": 2, "np_layernorm": 0}[config.norm] * config.dim
+    heads = 2 * config.attention_head_dim if config.qk_norm else 0
+    return each * (2 * config.n_layers + 1) + config.n_layers * heads

@@ -39,6 +39,20 @@ def random_bits(key: int, indices: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
+def uniform(key: int, indices: Tensor) -> Tensor:
+    """Return numbers between 0 and 1, neither of them ever, one for each index.
+
+    Args:
+        key: The stream.
+        indices: int64 of any shape, from 0.
+
+    Returns:
+        float64 of the shape of `indices`.
+    """
+    # The top 52 bits, centred in their cells: never 0 nor 1. (With 53 the half would be rounded away, at the end to 1.)
+    return (_shift_right(random_bits(key, indices), 12).double() + 0.5) * 2.0**-52
+
+
 def truncated_normal(key: int, indices: Tensor, bound: float) -> Tensor:
     """Return standard normal numbers cut off at `bound` standard deviations, one for each index.
 
@@ -52,10 +66,8 @@ def truncated_normal(key: int, indices: Tensor, bound: float) -> Tensor:
     Returns:
         float64 of the shape of `indices`.
     """
-    # The top 52 bits, centred in their cells: never 0 nor 1. (With 53 the half would be rounded away, at the end to 1.)
-    uniform = (_shift_right(random_bits(key, indices), 12).double() + 0.5) * 2.0**-52
     inside = math.erf(bound / math.sqrt(2))  # share of the normal within the bounds
-    return torch.erfinv((2 * uniform - 1) * inside) * math.sqrt(2)
+    return torch.erfinv((2 * uniform(key, indices) - 1) * inside) * math.sqrt(2)
 
 
 def _signed(bits: int) -> int:

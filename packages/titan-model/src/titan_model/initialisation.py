@@ -6,9 +6,10 @@ sharding, and all layouts start from the same weights without a seed checkpoint.
 
 from __future__ import annotations
 
+import difflib
 import math
-import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,48 +22,102 @@ from titan_model.counter_rng import stream_key, truncated_normal
 _BOUND = 3.0  # standard deviations
 _CHUNK = 1 << 20  # elements drawn at once: bounds the scratch memory at some tens of MiB
 
-# Whole names: what a wrapper puts into a name would select another stream, and so other weights in other layouts.
-_ONES = re.compile(r"(layers\.\d+\.(attn|ffn)_)?norm\.weight")
-_NORMAL = re.compile(r"(embed|head|layers\.\d+\.(attn\.[qkv]_proj|ffn\.(gate|up)_proj))\.weight")
-_RESIDUAL = re.compile(r"layers\.\d+\.(attn\.o_proj|ffn\.down_proj)\.weight")
-
 
 @torch.no_grad()
-def init_parameters(named_parameters: Iterable[tuple[str, Tensor]], config: DecoderConfig, seed: int) -> None:
-    """Fill parameters in place with the initial weights of a `Decoder`.
+def init_parameters(named_tensors: Iterable[tuple[str, Tensor]], config: DecoderConfig, seed: int) -> None:
+    """Fill parameters and buffers in place with the initial state of a `Decoder`.
 
-    Norms are ones. Everything else is normal with `config.init_std`, cut off at three standard deviations; the two
-    projections that write to the residual stream are scaled by 1 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019),
-    so that the stream's variance at the end does not grow with depth.
+    Norms are ones, their biases and the routers' buffers zeros. Everything else is normal with
+    `config.init_std`, cut off at three standard deviations; what writes to the residual stream (`o_proj` and every
+    `down_proj`) is scaled by 1 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019), so that the stream's variance at the
+    end does not grow with depth.
 
     Args:
-        named_parameters: Pairs of the parameter's name in the plain `Decoder` and the parameter, a tensor or a
-            DTensor of any sharding, of which only the local shard is drawn. A tied weight appears once, as
-            `embed.weight`.
+        named_tensors: Pairs of the name in the plain `Decoder` and the parameter or buffer, a tensor or a DTensor of
+            any sharding, of which only the local shard is drawn. A tied weight appears once, as `embed.weight`. Any
+            part of a `Decoder` will do. Buffers need not be among them: `to_empty` leaves them zero.
         config: The decoder's shape.
         seed: Selects the weights.
 
     Raises:
-        ValueError: If a name is not one of a `Decoder`, or tied weights have come apart.
+        ValueError: If a name is not one of this `Decoder`, or tied weights have come apart.
     """
-    for name, parameter in named_parameters:
-        if _ONES.fullmatch(name):
-            _local(parameter).fill_(1.0)
+    fills = _fills(config)
+    for name, tensor in named_tensors:
+        # Whole names: what a wrapper puts into a name would select another stream, and so other weights in other
+        # layouts.
+        fill = fills.get(name)
+        if fill is None:
+            raise ValueError(_unknown(name, config, fills))
+        if fill.std:
+            _fill_normal(tensor, fill.std, stream_key(seed, name))
         else:
-            _fill_normal(parameter, _std(name, config), stream_key(seed, name))
+            _local(tensor).fill_(fill.mean)
 
 
-def _std(name: str, config: DecoderConfig) -> float:
+class _Fill(NamedTuple):
+    """What a tensor holds at first."""
+
+    mean: float = 0.0
+    std: float = 0.0
+
+
+def _fills(config: DecoderConfig) -> dict[str, _Fill]:
+    """Return the fill of every parameter and buffer of the decoder, by its whole name."""
+    normal, residual = _Fill(std=config.init_std), _Fill(std=config.init_std / math.sqrt(2 * config.n_layers))
+    fills = {"embed.weight": normal} | _norm_fills("norm", config)
+    if not config.tied_embeddings:
+        fills["head.weight"] = normal
+    for layer in range(config.n_layers):
+        block = f"layers.{layer}"
+        fills |= _norm_fills(f"{block}.attn_norm", config) | _norm_fills(f"{block}.ffn_norm", config)
+        fills |= {f"{block}.attn.{name}_proj.weight": normal for name in "qkv"}
+        fills[f"{block}.attn.o_proj.weight"] = residual
+        if config.qk_norm:
+            fills |= {f"{block}.attn.{name}_norm.weight": _Fill(mean=1.0) for name in "qk"}
+        if config.has_experts(layer):
+            fills |= _moe_fills(f"{block}.ffn", config, normal, residual)
+        else:
+            fills |= _feed_forward_fills(f"{block}.ffn", ".weight", normal, residual)
+    return fills
+
+
+def _norm_fills(prefix: str, config: DecoderConfig) -> dict[str, _Fill]:
+    if config.norm == "np_layernorm":
+        return {}
+    bias = {f"{prefix}.bias": _Fill()} if config.norm == "layernorm" else {}
+    return {f"{prefix}.weight": _Fill(mean=1.0)} | bias
+
+
+def _feed_forward_fills(prefix: str, suffix: str, normal: _Fill, residual: _Fill) -> dict[str, _Fill]:
+    return {
+        f"{prefix}.gate_proj{suffix}": normal,
+        f"{prefix}.up_proj{suffix}": normal,
+        f"{prefix}.down_proj{suffix}": residual,
+    }
+
+
+def _moe_fills(prefix: str, config: DecoderConfig, normal: _Fill, residual: _Fill) -> dict[str, _Fill]:
+    assert config.moe is not None
+    fills = {f"{prefix}.router.weight": normal, f"{prefix}.router.load": _Fill()}
+    if config.moe.balance_bias_rate:
+        fills[f"{prefix}.router.bias"] = _Fill()
+    if config.moe.shared_ffn_dim:
+        fills |= _feed_forward_fills(f"{prefix}.shared", ".weight", normal, residual)
+    return fills | _feed_forward_fills(f"{prefix}.experts", "", normal, residual)
+
+
+def _unknown(name: str, config: DecoderConfig, known: Iterable[str]) -> str:
     if name == "head.weight" and config.tied_embeddings:
-        raise ValueError(
+        return (
             "head.weight is a weight of its own, but the config ties it to embed.weight (Module.to_empty takes tied "
             "weights apart): set `model.head.weight = model.embed.weight` first"
         )
-    if _RESIDUAL.fullmatch(name):
-        return config.init_std / math.sqrt(2 * config.n_layers)
-    if _NORMAL.fullmatch(name):
-        return config.init_std
-    raise ValueError(f"no rule to initialise a parameter named {name!r}: it is not one of a Decoder")
+    near = difflib.get_close_matches(name, known, n=3)
+    return (
+        f"no rule to initialise {name!r}: it is not one of a Decoder of this config "
+        f"(nearest: {', '.join(near) or 'none'})"
+    )
 
 
 def _fill_normal(parameter: Tensor, std: float, key: int) -> None:
@@ -88,10 +143,15 @@ def _global_indices(
     flat: Tensor, local_shape: tuple[int, ...], offset: tuple[int, ...], global_shape: torch.Size
 ) -> Tensor:
     """Translate flat indices within a shard to flat indices within the whole tensor (row-major both)."""
-    result = torch.zeros_like(flat)
-    stride = 1
-    for size, first, whole in zip(reversed(local_shape), reversed(offset), reversed(global_shape), strict=True):
+    dims: list[tuple[int, int, int]] = []
+    for size, first, whole in zip(local_shape, offset, global_shape, strict=True):
+        if dims and size == whole:  # with the dim before it one longer dim: the division below is what costs
+            dims[-1] = (dims[-1][0] * whole, dims[-1][1] * whole, dims[-1][2] * whole)
+        else:
+            dims.append((size, first, whole))
+    result, stride = torch.zeros_like(flat), 1
+    for size, first, whole in reversed(dims[1:]):
         result += (flat % size + first) * stride
         flat = flat // size
         stride *= whole
-    return result
+    return result + (flat + dims[0][1]) * stride

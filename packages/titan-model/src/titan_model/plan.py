@@ -15,6 +15,7 @@ class DecoderPlan(TypedDict):
         before: What runs before the first block.
         after: What runs after the last block.
         tensor: Tensor-parallel style of modules.
+        experts: What holds the experts of each mixture.
         tied: Pairs of parameter names (alias, owner) that are one weight.
         divisible: Sizes that a tensor-parallel degree has to divide, each under a name for messages.
     """
@@ -23,37 +24,52 @@ class DecoderPlan(TypedDict):
     before: list[str]
     after: list[str]
     tensor: dict[str, str]
+    experts: list[str]
     tied: list[tuple[str, str]]
     divisible: dict[str, int]
 
 
 def parallel_plan(config: DecoderConfig) -> DecoderPlan:
     """Return the plan of the decoder that `config` describes."""
+    tensor = {"embed": "vocab", **_attention_styles(config), "layers.*.ffn_norm": "sequence", "layers.*.ffn": "gather"}
+    divisible = {
+        "attention heads (n_heads)": config.n_heads,
+        "key/value heads (n_kv_heads)": config.n_kv_heads,
+        "vocabulary (vocab_size)": config.vocab_size,
+    }
+    kinds = {config.has_experts(layer) for layer in range(config.n_layers)}
+    if False in kinds:
+        tensor |= _feed_forward_styles("layers.*.ffn")
+        divisible["feed-forward width (ffn_dim)"] = config.ffn_dim
+    if True in kinds and config.moe is not None:
+        tensor |= {"layers.*.ffn.router": "replicate", "layers.*.ffn.experts": "replicate"}
+        if config.moe.shared_ffn_dim:
+            tensor |= _feed_forward_styles("layers.*.ffn.shared")
+            divisible["shared expert's width (moe.shared_ffn_dim)"] = config.moe.shared_ffn_dim
     return {
         "blocks": ["layers.*"],
         "before": ["embed"],
         "after": ["norm", "head"],
-        "tensor": {
-            "embed": "vocab",
-            "layers.*.attn_norm": "sequence",
-            "layers.*.attn": "gather",
-            "layers.*.attn.q_proj": "colwise",
-            "layers.*.attn.k_proj": "colwise",
-            "layers.*.attn.v_proj": "colwise",
-            "layers.*.attn.o_proj": "rowwise",
-            "layers.*.ffn_norm": "sequence",
-            "layers.*.ffn": "gather",
-            "layers.*.ffn.gate_proj": "colwise",
-            "layers.*.ffn.up_proj": "colwise",
-            "layers.*.ffn.down_proj": "rowwise",
-            "norm": "sequence",
-            "head": "logits",
-        },
+        "tensor": tensor | {"norm": "sequence", "head": "logits"},
+        "experts": ["layers.*.ffn.experts"] if True in kinds else [],
         "tied": [("head.weight", "embed.weight")] if config.tied_embeddings else [],
-        "divisible": {
-            "attention heads (n_heads)": config.n_heads,
-            "key/value heads (n_kv_heads)": config.n_kv_heads,
-            "feed-forward width (ffn_dim)": config.ffn_dim,
-            "vocabulary (vocab_size)": config.vocab_size,
-        },
+        "divisible": divisible,
     }
+
+
+def _attention_styles(config: DecoderConfig) -> dict[str, str]:
+    styles = {
+        "layers.*.attn_norm": "sequence",
+        "layers.*.attn": "gather",
+        "layers.*.attn.q_proj": "colwise",
+        "layers.*.attn.k_proj": "colwise",
+        "layers.*.attn.v_proj": "colwise",
+        "layers.*.attn.o_proj": "rowwise",
+    }
+    if config.qk_norm:  # each rank norms the heads that it has, all by the same weight
+        styles |= {"layers.*.attn.q_norm": "local", "layers.*.attn.k_norm": "local"}
+    return styles
+
+
+def _feed_forward_styles(prefix: str) -> dict[str, str]:
+    return {f"{prefix}.gate_proj": "colwise", f"{prefix}.up_proj": "colwise", f"{prefix}.down_proj": "rowwise"}

@@ -54,18 +54,3 @@ def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """
     angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of `x` by its angle, in fp32, and return the dtype of `x`.
-
-    Args:
-        x: Queries or keys `[B, S, H, Dh]`.
-        rope: What `rotation` returned.
-
-    Returns:
-        `[B, S, H, Dh]`.
-    """
-    cos, sin = rope
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from titan_parallel.options import ActivationCheckpointing
+
+# By name: some operators are there only once whoever defines them has been imported.
+_ALWAYS = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "torch_attn::_varlen_attn",
+        "titan_model::document_attention",
+        "aten::_grouped_mm",
+        "_c10d_functional::reduce_scatter_tensor",
+    }
+)
+_EVERY_SECOND = frozenset({"aten::mm", "aten::addmm"})
 
 
 def checkpoint_block(block: nn.Module, mode: ActivationCheckpointing) -> nn.Module:
@@ -27,22 +41,14 @@ def _selective_contexts() -> tuple[Any, Any]:
 
 
 def _save_costly() -> Callable[..., CheckpointPolicy]:
-    """Save what costs most to compute again for its size: attention, every second matrix product, reduce-scatters."""
-    aten = torch.ops.aten
-    always = {
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    }
-    products = {aten.mm.default, aten.addmm.default}
+    """Save what costs most to compute again for its size: attention, products of experts, every second other one."""
     seen = {"forward": 0, "recompute": 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in always:
+        name = op.name()
+        if name in _ALWAYS:
             return CheckpointPolicy.MUST_SAVE
-        if op in products:
+        if name in _EVERY_SECOND:
             phase = "recompute" if context.is_recompute else "forward"
             seen[phase] += 1
             if seen[phase] % 2:

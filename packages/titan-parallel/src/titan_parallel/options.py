@@ -22,8 +22,8 @@ class ParallelOptions:
             backward (less memory), or keep them (less communication).
         sequence_parallel: Under tensor parallelism, split the activations between blocks over the sequence.
         activation_checkpointing: `none` keeps all activations of a block for backward, `full` only its input (and
-            computes the rest again), `selective` also the results of attention, of every second matrix product and of
-            the reduce-scatters of sequence parallelism.
+            computes the rest again), `selective` also the results of attention, of the grouped products of experts,
+            of every second other matrix product and of the reduce-scatters of sequence parallelism.
         compile_blocks: Compile each block with torch.compile.
         compile_backend: Backend of torch.compile.
     """

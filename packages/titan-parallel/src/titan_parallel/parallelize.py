@@ -40,6 +40,7 @@ def parallelize(
     found = match_names(model, [pattern for patterns in roles.values() for pattern in patterns])
     names = {role: [name for pattern in patterns for name in found[pattern]] for role, patterns in roles.items()}
     outer = [*names["before"], *names["after"]]
+    match_names(model, plan.get("experts", ()))
     check_tied(model, tied, {name: name for name in names["blocks"]} | dict.fromkeys(outer, "outer"))
 
     if tp > 1:

@@ -12,7 +12,7 @@ from typing_extensions import ReadOnly
 
 from titan_parallel.errors import LayoutError
 
-TensorStyle = Literal["vocab", "sequence", "gather", "colwise", "rowwise", "logits", "replicate"]
+TensorStyle = Literal["vocab", "sequence", "gather", "colwise", "rowwise", "logits", "local", "replicate"]
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
@@ -35,8 +35,12 @@ class ParallelPlan(TypedDict, total=False):
             `sequence` a norm or the like that works on each position by itself;
             `gather` a module whose tensor inputs must hold the whole sequence;
             `logits` the last linear, split over the vocabulary, whose output stays split for the loss;
+            `local` a module between `colwise` and `rowwise` that works on each rank's share by itself, with the same
+            parameters on every rank, as a norm over single heads; it must treat each entry of dim 0 alike;
             `replicate` a module, or a single parameter by its name, that every rank holds and computes in whole.
         tied: Pairs of parameter names (alias, owner) that are one weight.
+        experts: Modules that hold the experts of a mixture. Data parallelism shards them as all else; tensor
+            parallelism refuses them.
         divisible: Sizes that the tensor-parallel degree has to divide, each under a name for the message.
     """
 
@@ -45,6 +49,7 @@ class ParallelPlan(TypedDict, total=False):
     after: ReadOnly[Sequence[str]]
     tensor: ReadOnly[Mapping[str, str]]
     tied: ReadOnly[Sequence[tuple[str, str]]]
+    experts: ReadOnly[Sequence[str]]
     divisible: ReadOnly[Mapping[str, int]]
 
 
@@ -94,6 +99,11 @@ def check_plan(plan: ParallelPlan, *, tp: int, sequence_length: int | None = Non
         raise LayoutError(f"unknown tensor-parallel styles {sorted(styles)}; there are {list(get_args(TensorStyle))}")
     if tp == 1:
         return
+    if plan.get("experts"):
+        raise LayoutError(
+            f"tp is {tp}, but the plan names experts ({', '.join(plan['experts'])}): a mixture of experts cannot be "
+            "split by tensor parallelism yet; take tp 1, and shard the model over all ranks with dp_shard"
+        )
     if not plan.get("tensor"):
         raise LayoutError(f"tp is {tp}, but the plan says under 'tensor' of no module how to split it")
     sizes = dict(plan.get("divisible", {}))

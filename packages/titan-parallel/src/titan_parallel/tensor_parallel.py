@@ -45,7 +45,7 @@ def apply_tensor_parallel(
     parameters = dict(model.named_parameters())
     _check_kinds(model, {name: style for name, style in chosen.items() if style != "replicate"}, parameters)
     # What copies whole modules comes last: it leaves alone the parameters that another word has split.
-    for name in sorted(chosen, key=lambda name: isinstance(words[chosen[name]], _Copied)):
+    for name in sorted(chosen, key=lambda name: isinstance(words[chosen[name]], _Copied | _Local)):
         if name in parameters:
             _replicate_parameter(model, name, mesh)
         else:
@@ -100,7 +100,7 @@ def _check_kinds(model: nn.Module, styles: Mapping[str, str], parameters: Mappin
     wrong += [
         f"{name!r} is a {type(module).__name__}, but {styles[name]!r} splits nn.Linear and nn.Embedding only"
         for name, module in modules.items()
-        if styles[name] not in ("sequence", "gather") and not isinstance(module, nn.Linear | nn.Embedding)
+        if styles[name] not in ("sequence", "gather", "local") and not isinstance(module, nn.Linear | nn.Embedding)
     ]
     if wrong:
         raise LayoutError(f"the plan's styles do not fit {type(model).__name__}: {'; '.join(wrong)}")
@@ -120,6 +120,7 @@ def _styles(sequence_parallel: bool) -> dict[str, ParallelStyle]:
         "sequence": _Copied(between),
         "replicate": _Copied(Replicate()),
         "gather": _WholeSequence(),
+        "local": _Local(),
         "colwise": ColwiseParallel(),
         "rowwise": RowwiseParallel(output_layouts=between, use_local_output=False),
         "logits": _Logits(output_layouts=Shard(-1), use_local_output=False),
@@ -155,6 +156,36 @@ def _laid_out(x: object, mesh: DeviceMesh, layout: Placement) -> object:
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).redistribute(placements=[layout])
 
 
+class _Local(ParallelStyle):
+    """Runs a module on this rank's own plain tensor, such as its heads, with the same parameters on every rank.
+
+    To torch the ranks hold parts of one batch, whichever dim it is that they really share: then the gradient of a
+    parameter is known to be a part on each rank.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(partial(_batch_of_ranks, device_mesh), with_kwargs=True)
+        module.register_forward_hook(_own_output)
+        return distribute_module(module, device_mesh)
+
+
+def _batch_of_ranks(
+    mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make plain tensors DTensors: the first argument a part of a batch, others (a scale) whole."""
+    joined = [
+        DTensor.from_local(x, mesh, [Replicate() if i else Shard(0)], run_check=False)
+        if isinstance(x, Tensor) and not isinstance(x, DTensor)
+        else x
+        for i, x in enumerate([*args, *kwargs.values()])
+    ]
+    return tuple(joined[: len(args)]), dict(zip(kwargs, joined[len(args) :], strict=True))
+
+
+def _own_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return tree_map_only(DTensor, lambda x: x.to_local(), output)
+
+
 class _WholeSequence(ParallelStyle):
     """Gathers once what a module's children would otherwise each gather for themselves."""
 
@@ -164,7 +195,19 @@ class _WholeSequence(ParallelStyle):
 
 
 class _Logits(ColwiseParallel):
-    """A linear split over its outputs, which stay split; its input is gathered as by `_WholeSequence`."""
+    """A linear split over its outputs, which stay split; its input is gathered as by `_WholeSequence`.
+
+    A head may return something else than logits, say a loss that it has taken of them; that passes as it is.
+    """
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        if not isinstance(outputs, DTensor):
+            return outputs
+        prepare: Any = ColwiseParallel._prepare_output_fn
+        return prepare(output_layouts, use_local_output, mod, outputs, device_mesh)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.register_forward_pre_hook(_gather_inputs, with_kwargs=True)

@@ -112,13 +112,26 @@ def model_config(config: Config) -> DecoderConfig:
     Raises:
         ConfigError: If there is no such preset or the numbers do not fit together.
     """
-    changes = {key: value for key, value in config.model.model_dump(exclude={"preset"}).items() if value is not None}
+    changes, moe = _given(config.model.model_dump(exclude={"preset"})), _given(config.moe.model_dump())
     try:
-        return replace(titan_model.preset(config.model.preset), **changes)
+        shape = titan_model.preset(config.model.preset)
+        if moe and shape.moe is None:
+            with_experts = [name for name in titan_model.preset_names() if titan_model.preset(name).moe]
+            raise ConfigError(
+                f"moe.{next(iter(moe))}: model.preset {config.model.preset!r} has no experts; "
+                f"these have: {', '.join(with_experts)}"
+            )
+        if shape.moe is not None:
+            changes["moe"] = replace(shape.moe, **moe)
+        return replace(shape, **changes)
     except KeyError as error:
         raise ConfigError(f"model.preset: {error.args[0]}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def assemble(config: Config, process: Process) -> Run:

@@ -47,14 +47,39 @@ class ModelSection(Section):
     """Query heads."""
     n_kv_heads: Count | None = None
     """Key/value heads."""
+    head_dim: Count | None = None
+    """Width of one head, where it is not `dim / n_heads`."""
     ffn_dim: Count | None = None
     """Inner width of the feed-forward."""
     max_seq_len: Count | None = None
     """Longest sequence, in tokens."""
+    norm: Literal["rmsnorm", "fused_rmsnorm", "layernorm", "np_layernorm"] | None = None
+    """Kind of the norms."""
+    qk_norm: bool | None = None
+    """Whether each head's queries and keys are normed."""
     rope_theta: Positive | None = None
     """Base of the rotary wavelengths."""
     tied_embeddings: bool | None = None
     """Whether the head shares the embedding's weight."""
+    attention: Literal["auto", "sdpa", "flex", "varlen"] | None = None
+    """What computes attention; auto takes the best that the device has."""
+
+
+class MoESection(Section):
+    """What to change of the preset's mixture of experts, for presets that have one."""
+
+    n_experts: Count | None = None
+    """Experts per block; none keeps the preset's, as for all below."""
+    top_k: Count | None = None
+    """Experts that each token goes to."""
+    ffn_dim: Count | None = None
+    """Inner width of one expert."""
+    shared_ffn_dim: Whole | None = None
+    """Inner width of the expert that every token goes to besides; 0 for no such."""
+    balance_loss: NotNegative | None = None
+    """Coefficient of the load-balancing loss; 0 for no such."""
+    balance_bias_rate: NotNegative | None = None
+    """How far each expert's selection bias moves against its load per step; 0 for no such bias."""
 
 
 class DataSection(Section):
@@ -101,6 +126,8 @@ class TrainingSection(Section):
     """Sequences per forward and rank; none takes all of a rank's at once."""
     max_norm: Positive | None = 1.0
     """Gradients are clipped to this global norm; none does not clip."""
+    z_loss: NotNegative = 0.0
+    """Coefficient of the squared log of the softmax's denominator, which keeps logits from drifting; 0 for none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of forward and backward; weights and optimizer stay float32."""
 
@@ -190,6 +217,7 @@ class Config(Section):
 
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
+    moe: MoESection = MoESection()
     data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()

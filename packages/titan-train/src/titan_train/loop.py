@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from titan_model import cross_entropy_sum
+from titan_model import LossSums, balance_experts, set_loss_normaliser
 from titan_parallel import Microbatch, data_axis
 from titan_train.assembly import Run, microbatch_size
 from titan_train.errors import TrainingError
@@ -63,7 +65,10 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
             break
         step = progress.step + 1
         batch = next(run.loader)
-        loss = run.model.forward_backward(_microbatches(run, batch), cross_entropy_sum, _scored_tokens(run, batch))
+        scored = _scored_tokens(run, batch)
+        set_loss_normaliser(run.model.module, scored)
+        loss = run.model.forward_backward(_microbatches(run, batch), _total, scored)
+        experts = balance_experts(run.model.module, partial(_sum_over_data, run))
         norm = run.model.clip_grad_norm(config.training.max_norm)
         lr = run.optimizer.step(lr_factor(step, total, config.schedule))
         progress.step, progress.tokens = step, progress.tokens + tokens_per_step
@@ -73,7 +78,9 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
         save = _is_due(step, config.checkpoint.interval)
         if save or step == 1 or step == total or _is_due(step, config.metrics.log_interval):
             _refuse_unhealthy(run, healthy)
-            meter.report(step, _sum_over_data(run, torch.stack(losses)).tolist(), float(norm), lr, progress.tokens)
+            curve = torch.stack(losses)
+            _sum_over_data(run, curve)
+            meter.report(step, curve.tolist(), float(norm), lr, progress.tokens, _numbers(experts))
             losses.clear()
         if save:
             _save(run)
@@ -112,18 +119,32 @@ def _microbatches(run: Run, batch: Batch) -> list[Microbatch]:
     return [
         Microbatch(
             args=(moved["tokens"][i],),
-            kwargs={"positions": moved["positions"][i], "document_ids": moved["document_ids"][i]} if masked else {},
-            target=moved["labels"][i],
+            kwargs={
+                "labels": moved["labels"][i],
+                "positions": moved["positions"][i] if masked else None,
+                "document_ids": moved["document_ids"][i] if masked else None,
+                "z_loss": run.config.training.z_loss,
+            },
+            target=None,
         )
         for i in range(len(moved["tokens"]))
     ]
 
 
-def _sum_over_data(run: Run, losses: torch.Tensor) -> torch.Tensor:
+def _total(sums: LossSums, _: None) -> torch.Tensor:
+    return sums.total
+
+
+def _sum_over_data(run: Run, values: torch.Tensor) -> None:
+    """Sum in place over the ranks that had other rows."""
     if data_axis(run.model.mesh).world > 1:
         for dim in ("dp_replicate", "dp_shard"):
-            torch.distributed.all_reduce(losses, group=run.model.mesh[dim].get_group())
-    return losses
+            torch.distributed.all_reduce(values, group=run.model.mesh[dim].get_group())
+
+
+def _numbers(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Bring scalars to the host, all at once."""
+    return dict(zip(scalars, torch.stack([*scalars.values()]).tolist(), strict=True)) if scalars else {}
 
 
 def _refuse_unhealthy(run: Run, healthy: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ class StepMetrics:
         mfu: Share of the peak that the model's own FLOPs make up.
         memory_gib: Peak memory of the reporting process.
         seconds_left: Expected time to the last step.
+        more: What the model says of the step besides, by tag (`experts/max_load`).
     """
 
     step: int
@@ -40,6 +41,7 @@ class StepMetrics:
     mfu: float
     memory_gib: float
     seconds_left: float
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
 class Sink(Protocol):
@@ -97,7 +99,15 @@ class Meter:
         """Start the clock at a step that is done."""
         self._last_step, self._last_time = step, time.perf_counter()
 
-    def report(self, step: int, losses: list[float], grad_norm: float, lr: float, tokens: int) -> StepMetrics:
+    def report(
+        self,
+        step: int,
+        losses: list[float],
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        more: Mapping[str, float] | None = None,
+    ) -> StepMetrics:
         """Compute and write the figures of `step`.
 
         Args:
@@ -106,6 +116,7 @@ class Meter:
             grad_norm: Of this step.
             lr: Of this step.
             tokens: Trained since the run began.
+            more: What else is known of this step, by tag.
         """
         now = time.perf_counter()
         per_step = (now - self._last_time) / (step - self._last_step)
@@ -122,6 +133,7 @@ class Meter:
             mfu=self.mfu(speed),
             memory_gib=memory_in_use(self._device) / 2**30,
             seconds_left=(self._total_steps - step) * per_step,
+            more=more or {},
         )
         for sink in self._sinks:
             sink.write(metrics)
@@ -148,11 +160,12 @@ class TerminalSink:
     def write(self, metrics: StepMetrics) -> None:
         """Print the line."""
         width = len(str(self._total_steps))
+        more = "".join(f"  {tag.rpartition('/')[2]} {value:.3g}" for tag, value in metrics.more.items())
         self._console.print(
             f"[bold]step {metrics.step:>{width}}/{self._total_steps}[/]  "
             f"loss [bold green]{metrics.loss:.4f}[/]  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
             f"[cyan]{metrics.tokens_per_second:,.0f} tok/s[/]  MFU {metrics.mfu:.1%}  "
-            f"mem {metrics.memory_gib:.2f} GiB  eta {clock(metrics.seconds_left)}",
+            f"mem {metrics.memory_gib:.2f} GiB{more}  eta {clock(metrics.seconds_left)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -179,7 +192,9 @@ class FileSink:
 
     def write(self, metrics: StepMetrics) -> None:
         """Append the line."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        figures = asdict(metrics)
+        more = figures.pop("more")
+        self._file.write(json.dumps(figures | more) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -217,6 +232,7 @@ def scalars(metrics: StepMetrics) -> Mapping[str, float]:
         "speed/tokens_per_second": metrics.tokens_per_second,
         "speed/mfu": metrics.mfu,
         "speed/memory_gib": metrics.memory_gib,
+        **metrics.more,
     }
 
 

@@ -14,6 +14,7 @@ from titan_train.assembly import Run
 from titan_train.hardware import Peak
 from titan_train.loop import Outcome
 from titan_train.metrics import Meter
+from titan_train.sampling import continue_prompt
 from titan_train.settings import Settings, shown
 
 _SAMPLE_CONTEXT = 128  # tokens: enough to see words in, short enough for a CPU
@@ -55,7 +56,7 @@ def sample(run: Run) -> str | None:
     tp = run.model.mesh["tp"].size()
     context = min(run.config.training.seq_len, _SAMPLE_CONTEXT) // tp * tp  # a split sequence must divide
     bos = [run.tokenizer.bos_id] if run.tokenizer.bos_id is not None else []
-    tokens = titan_model.generate(
+    tokens = continue_prompt(
         run.model.predict,
         [*bos, *run.tokenizer.encode(wanted.prompt)],
         max_new_tokens=wanted.tokens,

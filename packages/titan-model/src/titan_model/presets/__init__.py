@@ -8,11 +8,14 @@ from titan_model.config import DecoderConfig
 from titan_model.presets.debug import DEBUG
 from titan_model.presets.llama2 import LLAMA2
 from titan_model.presets.llama3 import LLAMA3
+from titan_model.presets.qwen3 import QWEN3
+
+_FAMILIES = (DEBUG, LLAMA2, LLAMA3, QWEN3)
 
 
 def preset_names() -> list[str]:
     """Return every preset's name, family by family."""
-    return [*DEBUG, *LLAMA2, *LLAMA3]
+    return [name for family in _FAMILIES for name in family]
 
 
 def preset(name: str) -> DecoderConfig:
@@ -24,7 +27,7 @@ def preset(name: str) -> DecoderConfig:
     Raises:
         KeyError: If there is none; the message names the nearest ones.
     """
-    for family in (DEBUG, LLAMA2, LLAMA3):
+    for family in _FAMILIES:
         if name in family:
             return family[name]
     near = difflib.get_close_matches(name, preset_names(), n=3) or preset_names()

@@ -1,4 +1,4 @@
-"""A model of another library, under titan-parallel as it comes."""
+"""Models of another library, under titan-parallel as they come."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel_cases import sum_over_data
-from titan_parallel import Degrees, Microbatch, ParallelPlan, build_mesh, data_axis, parallelize
+from parallel_cases import sum_over_data, whole
+from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, build_mesh, data_axis, parallelize
 
-VOCAB, ROWS, SEQ, STEPS = 64, 4, 16, 3
+VOCAB, ROWS, SEQ, STEPS = 64, 4, 16, 5
+EPS = 1e-5  # well above rounding, which Adam would blow up where a gradient is next to nothing
 
-PLAN: ParallelPlan = {
+LLAMA: ParallelPlan = {
     "blocks": ["model.layers.*"],
     "before": ["model.embed_tokens"],
     "after": ["model.norm", "lm_head"],
@@ -35,12 +36,23 @@ PLAN: ParallelPlan = {
     "divisible": {"key/value heads": 2, "vocabulary": VOCAB},
 }
 
+# A Qwen3 is a Llama whose heads are normed, and are of a width of their own.
+QWEN3: ParallelPlan = {
+    **LLAMA,
+    "tensor": {
+        **LLAMA["tensor"],
+        "model.layers.*.self_attn.q_norm": "local",
+        "model.layers.*.self_attn.k_norm": "local",
+    },
+}
+PLANS = {"Llama": LLAMA, "Qwen3": QWEN3}
 
-def build() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+
+def build(family: str) -> nn.Module:
+    import transformers
 
     torch.manual_seed(3)
-    config = LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=64,
@@ -52,8 +64,10 @@ def build() -> nn.Module:
         initializer_range=0.2,
         use_cache=False,
         attn_implementation="sdpa",
+        **({"head_dim": 16} if family == "Qwen3" else {}),
     )
-    return LlamaForCausalLM(config)
+    model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config)
+    return model
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -65,9 +79,9 @@ def summed_loss(output: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def reference() -> list[float]:
-    model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+def reference(family: str) -> tuple[list[float], dict[str, Tensor]]:
+    model = build(family)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)
     losses = []
     for step in range(STEPS):
         tokens, labels = batch(step)
@@ -76,12 +90,14 @@ def reference() -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def train(rank: int, world: int, degrees: Degrees) -> tuple[list[float], Tensor]:
-    model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+def train(
+    rank: int, world: int, family: str, degrees: Degrees, options: ParallelOptions
+) -> tuple[list[float], dict[str, Tensor], Tensor]:
+    model = parallelize(build(family), build_mesh(degrees, "cpu"), PLANS[family], options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)
     place = data_axis(model.mesh)
     losses = []
     for step in range(STEPS):
@@ -90,4 +106,4 @@ def train(rank: int, world: int, degrees: Degrees) -> tuple[list[float], Tensor]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(sum_over_data(model, part)))
-    return losses, model.predict(batch(0)[0]).logits
+    return losses, whole(model), model.predict(batch(0)[0]).logits

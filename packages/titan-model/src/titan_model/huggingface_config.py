@@ -1,0 +1,219 @@
+"""Between `config.json` of Hugging Face's transformers and `DecoderConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# What a config.json may say about things that a Decoder has in one form only.
+_ONLY: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (),
+}
+
+
+def config_from_huggingface(values: Mapping[str, Any]) -> DecoderConfig:
+    """Return the config that a `config.json` describes.
+
+    Both spellings of the rotary settings are read: `rope_theta` with `rope_scaling`, and the `rope_parameters` of
+    transformers 5. What is left out takes the default that transformers gives it. How the load of experts is balanced
+    in training is not read: transformers balances only where it is asked to, and another loss than `balance_loss`.
+
+    Args:
+        values: What `config.json` holds, of model type `llama`, `qwen3` or `qwen3_moe`.
+
+    Raises:
+        ValueError: If it describes something that a `Decoder` is not; the message lists every such key and value.
+    """
+    kind = values.get("model_type")
+    if kind not in _ARCHITECTURES:
+        raise ValueError(f"config.json: model_type is {kind!r}; known are {', '.join(_ARCHITECTURES)}")
+    wrong = _misfits(values, kind)
+    if wrong:
+        raise ValueError(f"config.json of a {kind} model: " + "; ".join(wrong))
+    rope = _rope(values)
+    heads = values["num_attention_heads"]
+    # A Llama's heads share its width unless it says otherwise; Qwen3's are set apart from it.
+    head_dim = _given(values, "head_dim", 128 if kind == "qwen3" else None)
+    if kind == "llama" and head_dim is not None and head_dim * heads == values["hidden_size"]:
+        head_dim = None
+    return DecoderConfig(
+        vocab_size=values["vocab_size"],
+        dim=values["hidden_size"],
+        n_layers=values["num_hidden_layers"],
+        n_heads=heads,
+        n_kv_heads=_given(values, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        ffn_dim=values["intermediate_size"],
+        moe=_experts(values) if kind == "qwen3_moe" else None,
+        max_seq_len=values["max_position_embeddings"],
+        norm_eps=_given(values, "rms_norm_eps", 1e-6),
+        qk_norm=kind != "llama",
+        rope_theta=float(_given(rope, "rope_theta", _given(values, "rope_theta", 10_000.0))),
+        rope_scaling=_scaling(rope, values) if _rope_type(rope) == "llama3" else None,
+        tied_embeddings=_given(values, "tie_word_embeddings", False),
+        init_std=_given(values, "initializer_range", 0.02),
+    )
+
+
+def config_to_huggingface(config: DecoderConfig) -> dict[str, Any]:
+    """Return the `config.json` of a model, in the spelling that every release of transformers reads.
+
+    Token ids are null, since a model knows none: without them transformers would take those of Llama 2.
+
+    Raises:
+        ValueError: If no family that transformers knows is this model; the message lists every reason.
+    """
+    kind = "llama" if not config.qk_norm else "qwen3" if config.moe is None else "qwen3_moe"
+    wrong = _inexpressible(config, kind)
+    if wrong:
+        raise ValueError(f"no Hugging Face model of type {kind} is this one: " + "; ".join(wrong))
+    values: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.attention_head_dim,
+        "intermediate_size": config.ffn_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else _scaling_to_huggingface(config.rope_scaling),
+        "tie_word_embeddings": config.tied_embeddings,
+        "initializer_range": config.init_std,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if kind == "llama":
+        values["mlp_bias"] = False
+    else:
+        values |= {"use_sliding_window": False, "sliding_window": None}
+    if config.moe is not None:
+        values |= _experts_to_huggingface(config.moe)
+    return values
+
+
+def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = values.get(key)
+    return default if value is None else value
+
+
+def _misfits(values: Mapping[str, Any], kind: str) -> list[str]:
+    needed = [*_SIZES, "max_position_embeddings"]
+    if kind == "qwen3_moe":
+        needed += ["num_experts_per_tok", "moe_intermediate_size"]
+        if not values.get("num_experts") and not values.get("num_local_experts"):
+            needed.append("num_experts")
+    if kind != "llama" and "num_key_value_heads" not in values:
+        needed.append("num_key_value_heads")
+    wrong = [f"{key} is missing" for key in needed if not values.get(key)]
+    wrong += [
+        f"{key} is {values[key]!r}, which a Decoder cannot express" + (f" (only {only[0]!r})" if only else "")
+        for key, only in _ONLY.items()
+        if values.get(key) is not None and values[key] not in only
+    ]
+    other_layers = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
+    if other_layers:
+        wrong.append(f"layer_types has {', '.join(other_layers)}, a Decoder has full_attention only")
+    rope = _rope(values)
+    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if nested:
+        wrong.append(f"the rotary settings differ by layer ({', '.join(nested)}), a Decoder has one for all")
+    if _rope_type(rope) not in ("default", "llama3"):
+        wrong.append(f"rope_type is {_rope_type(rope)!r}, a Decoder knows default and llama3")
+    elif _rope_type(rope) == "llama3":
+        lost = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if rope.get(key) is None]
+        wrong += [f"{key} is missing from the rotary settings" for key in lost]
+    if _given(rope, "partial_rotary_factor", 1) != 1:
+        wrong.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}, a Decoder turns whole heads")
+    return wrong
+
+
+def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    rope: Mapping[str, Any] = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    return rope
+
+
+def _rope_type(rope: Mapping[str, Any]) -> object:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _scaling(rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
+    return RopeScaling(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_context=_given(rope, "original_max_position_embeddings", values["max_position_embeddings"]),
+    )
+
+
+def _scaling_to_huggingface(scaling: RopeScaling) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_context,
+    }
+
+
+def _experts(values: Mapping[str, Any]) -> MoEConfig:
+    layers = range(values["num_hidden_layers"])
+    step, dense = _given(values, "decoder_sparse_step", 1), set(_given(values, "mlp_only_layers", ()))
+    return MoEConfig(
+        n_experts=values.get("num_experts") or values["num_local_experts"],
+        top_k=values["num_experts_per_tok"],
+        ffn_dim=values["moe_intermediate_size"],
+        dense_layers=tuple(layer for layer in layers if layer in dense or (layer + 1) % step),
+        normalise_top_k=_given(values, "norm_topk_prob", False),
+    )
+
+
+def _experts_to_huggingface(moe: MoEConfig) -> dict[str, Any]:
+    return {
+        "num_experts": moe.n_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.ffn_dim,
+        "norm_topk_prob": moe.normalise_top_k,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(moe.dense_layers),
+    }
+
+
+def _inexpressible(config: DecoderConfig, kind: str) -> list[str]:
+    wrong = []
+    if config.norm not in ("rmsnorm", "fused_rmsnorm"):
+        wrong.append(f"norm is {config.norm!r}, it has rmsnorm only")
+    if kind == "llama" and config.moe is not None:
+        wrong.append("moe is set without qk_norm")
+    if kind == "llama" and config.dim % config.n_heads:
+        wrong.append(f"dim {config.dim} is not a multiple of n_heads {config.n_heads}")
+    if config.moe is not None:
+        moe = config.moe
+        if moe.shared_ffn_dim:
+            wrong.append(f"moe.shared_ffn_dim is {moe.shared_ffn_dim}, it has no shared expert")
+        if moe.score != "softmax":
+            wrong.append(f"moe.score is {moe.score!r}, it has softmax only")
+        if moe.route_scale != 1:
+            wrong.append(f"moe.route_scale is {moe.route_scale}, it has no such factor")
+    return wrong

@@ -1,0 +1,113 @@
+"""Mixtures of experts: one loss and one balance over layouts, resumed bit for bit, reported, refused under tp."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from titan_train.assembly import check
+from titan_train.config import Config
+from titan_train.errors import ConfigError
+from train_cases import run_here, tiny
+from train_group import Group
+
+# A balancing loss that weighs, so that a wrong normaliser shows; and a bias that moves.
+EXPERTS = {
+    "model__preset": "debug_moe",
+    "moe__n_experts": "4",
+    "moe__ffn_dim": "32",
+    "moe__balance_loss": "0.3",
+    "moe__balance_bias_rate": "0.01",
+}
+
+
+def config(folder: Path, **changes: str) -> Config:
+    return tiny(**(EXPERTS | {"run__folder": str(folder)} | changes))
+
+
+@pytest.fixture(scope="module")
+def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return one.run(run_here, config(tmp_path_factory.mktemp("single")))[0]
+
+
+def same(result: dict, expected: dict) -> None:
+    assert result["initial"] == expected["initial"]
+    assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    for step, figures in expected["more"].items():
+        assert result["more"][step] == pytest.approx(figures, rel=1e-4)
+    assert result["buffers"] == expected["buffers"]
+
+
+def test_what_is_reported(single: dict) -> None:
+    assert single["losses"][1] - single["losses"][10] > 0.2
+    for figures in single["more"].values():
+        assert list(figures) == ["experts/max_load", "experts/idle", "experts/entropy", "experts/balance_loss"]
+        assert 1 < figures["experts/max_load"] <= 2  # of 4 experts, 2 for each token: the mean is half of the tokens
+        assert 0 < figures["experts/entropy"] <= math.log(4)
+    assert list(single["buffers"]) == ["layers.0.ffn.router.bias", "layers.1.ffn.router.bias"]
+    assert all(any(biases) for biases in single["buffers"].values())
+
+
+def test_the_balancing_loss_acts(one: Group, single: dict, tmp_path: Path) -> None:
+    without = one.run(run_here, config(tmp_path, moe__balance_loss="0"))[0]
+    assert max(abs(without["norms"][step] - norm) for step, norm in single["norms"].items()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"}],
+    ids=["fsdp", "fsdp-accumulating-sac"],
+)
+def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+    for result in two.run(run_here, config(tmp_path, **layout)):
+        same(result, single)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"parallel__dp_replicate": "2"}, {"parallel__activation_checkpointing": "full"}],
+    ids=["hsdp", "fsdp-ac"],
+)
+def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+    for result in four.run(run_here, config(tmp_path, **layout)):
+        same(result, single)
+
+
+def test_compiled(two: Group, single: dict, tmp_path: Path) -> None:
+    compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
+    for result in two.run(run_here, config(tmp_path, **compiled), timeout=240.0):
+        same(result, single)
+
+
+def test_resumed_bit_for_bit(one: Group, tmp_path: Path) -> None:
+    constant = {"schedule__decay": "none"}
+    unbroken = one.run(run_here, config(tmp_path / "once", **constant))[0]
+    first = one.run(run_here, config(tmp_path / "twice", training__steps="4", **constant))[0]
+    second = one.run(run_here, config(tmp_path / "twice", **constant))[0]
+    assert second["resumed"] == 4
+    assert second["final"] == unbroken["final"]
+    assert second["buffers"] == unbroken["buffers"] != first["buffers"]
+    assert first["losses"] | second["losses"] == unbroken["losses"]
+    assert first["more"] | second["more"] == unbroken["more"]
+
+
+def test_resumed_on_other_layouts(one: Group, four: Group, single: dict, tmp_path: Path) -> None:
+    constant = {"schedule__decay": "none"}
+    expected = one.run(run_here, config(tmp_path / "once", **constant))[0]
+    four.run(run_here, config(tmp_path / "twice", training__steps="4", parallel__dp_replicate="2", **constant))
+    resumed = one.run(run_here, config(tmp_path / "twice", **constant))[0]
+    assert resumed["losses"] == pytest.approx({s: x for s, x in expected["losses"].items() if s > 4}, abs=1e-5)
+    assert resumed["buffers"] == expected["buffers"]
+
+
+def test_tensor_parallelism_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\[parallel\] tp is 2, but the plan names experts .* with dp_shard"):
+        check(config(tmp_path, parallel__tp="2"), world=4)
+
+
+def test_experts_of_a_preset_that_has_none() -> None:
+    with pytest.raises(ConfigError, match=r"moe.top_k: model.preset 'debug' has no experts; these have: debug_moe, "):
+        check(tiny(moe__top_k="1"), world=1)
