@@ -11,14 +11,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ckpt_states import Held, ModelState, OptimizerState, blank_state, holds_step, make_model, make_state
-from titan_ckpt import Checkpointer, CheckpointError
+from titan_ckpt import Checkpointer, CheckpointError, checkpointer, local, snapshot
 
 
 def lay_out(model: nn.Module, layout: str) -> nn.Module:
@@ -65,14 +64,14 @@ def save_laid_out(folder: Path, layout: str, asynchronous: bool) -> dict[str, An
     """Save, then change every weight at once while the writer is held back; return what must have been saved."""
     state = trained_state(layout, seed=1)
     expected = whole(state)
-    write = FileSystemWriter.write_data
+    write = checkpointer.write_file
 
     def slow(*args: Any) -> Any:
         time.sleep(0.3 if asynchronous else 0)
         return write(*args)
 
     ckpt = Checkpointer(folder, asynchronous=asynchronous)
-    with mock.patch.object(FileSystemWriter, "write_data", slow):
+    with mock.patch.object(checkpointer, "write_file", slow):
         ckpt.save(3, state, {"layout": layout})
         if asynchronous:
             train(state["model"].model, state["optimizer"].optimizer)  # its collectives go on beside the save's
@@ -129,19 +128,29 @@ def raise_on(rank: int, error: BaseException) -> Callable[..., Any]:
     return replaced
 
 
+# Where a save can fail: what is replaced by something that raises. "sync" is the first file, whichever that is.
+FAILURES: dict[str, tuple[Any, str]] = {
+    "collect": (snapshot, "split"),
+    "divide": (snapshot, "divide"),
+    "stage": (local.LocalStorage, "stage"),
+    "create": (local.LocalStorage, "create"),
+    "write": (local._Sink, "write"),
+    "sync": (os, "fsync"),
+    "publish": (local.LocalStorage, "publish"),
+    "rename": (os, "rename"),
+}
+
+
 def one_rank_fails(folder: Path, where: str, rank: int, asynchronous: bool) -> list[str]:
     """A save, one that fails on `rank` in `where`, and one after it."""
     ckpt = Checkpointer(folder, asynchronous=asynchronous)
     ckpt.save(1, make_state(1))
     ckpt.wait()
-    target, name = {"write": (FileSystemWriter, "write_data"), "plan": (FileSystemWriter, "prepare_local_plan"),
-                    "divide": (FileSystemWriter, "prepare_global_plan"), "finish": (FileSystemWriter, "finish"),
-                    "publish": (os, "rename"), "hash": (os, "stat")}[where]  # fmt: skip
+    target, name = FAILURES[where]
     patched = raise_on(rank, OSError(28, f"No space in {where}"))(getattr(target, name))
-    if where == "hash":
-        target, name, patched = _hash_patch(rank)
+    state = make_state(2) | {"more": Held(x=torch.ones(1))}  # of another form, so that it is planned anew
     with mock.patch.object(target, name, patched):
-        told = told_by(lambda: (ckpt.save(2, make_state(2)), ckpt.wait()))
+        told = told_by(lambda: (ckpt.save(2, state), ckpt.wait()))
     dist.barrier()
     names = sorted(path.name for path in folder.iterdir())
     dist.barrier()
@@ -158,28 +167,27 @@ def one_rank_fails(folder: Path, where: str, rank: int, asynchronous: bool) -> l
     return [told, *names]
 
 
-def _hash_patch(rank: int) -> tuple[Any, str, Any]:
-    from titan_ckpt import writer
-
-    return writer, "describe_file", raise_on(rank, OSError(5, "No space in hash"))(writer.describe_file)
-
-
 def states_that_differ(folder: Path) -> dict[str, str]:
     """What is told, on this rank, of states that rank 1 has otherwise."""
     rank = dist.get_rank()
     good, mesh = Held(x=1), init_device_mesh("cpu", (dist.get_world_size(),))
     partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+    shard = DTensor.from_local(torch.ones(4), mesh, [Shard(0)])
+    good_too, shape = torch.ones(1), 3 if rank == 1 else 2
     states: dict[str, Any] = {
         "json": {"a": good, "data": Held(position=rank)},
         "float": {"a": good, "data": Held(position=1 if rank else 1.0)},
         "names": {"a": good, f"b{rank}": good},
         "leaf": {"a": Held(x=object() if rank == 1 else 1)},
         "partial": {"a": Held(x=partial)},
+        "shape": {"a": Held(x=torch.ones(shape))},
+        "hole": {"a": Held(x=shard, y=good_too) if rank == 0 else Held(y=good_too)},
+        "twice": {"a": Held(x=shard if rank == 0 else torch.ones(8))},
     }
     ckpt = Checkpointer(folder, asynchronous=True)
     told = {name: told_by(lambda s=state: (ckpt.save(1, s), ckpt.wait())) for name, state in states.items()}
     told["step"] = told_by(lambda: ckpt.save(rank, {"a": good}))
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == [".lock"]
     ckpt.save(1, {"a": good})
     ckpt.close()
     return told
@@ -249,7 +257,5 @@ def one_rank_dies(folder: Path, tale: Path) -> None:
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with mock.patch.object(
-        FileSystemWriter, "write_data", die if dist.get_rank() == 1 else FileSystemWriter.write_data
-    ):
+    with mock.patch.object(checkpointer, "write_file", die if dist.get_rank() == 1 else checkpointer.write_file):
         tale.write_text(told_by(lambda: (ckpt.save(2, make_state(2)), ckpt.wait())))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["titan_ckpt.tensors"])
+# torch._dynamo is imported by the first optimizer: once here, or seconds in every worker.
+CONTEXT.set_forkserver_preload(["torch._dynamo", "ckpt_cases"])
 
 
 class WorkerGroup:
@@ -38,6 +39,7 @@ class WorkerGroup:
         """
         if not self._workers:
             self._start()
+            self.run(os.getpid, timeout=200)  # to import torch takes long where others compete for the cores
         for _, pipe, _ in self._workers:
             pipe.send((case, args))
         until = time.monotonic() + timeout

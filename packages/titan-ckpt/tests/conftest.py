@@ -5,15 +5,27 @@ import pytest
 from ckpt_group import WorkerGroup
 
 
-@pytest.fixture(scope="session")
-def group2() -> Iterator[WorkerGroup]:
-    group = WorkerGroup(2)
+def _group(size: int) -> Iterator[WorkerGroup]:
+    group = WorkerGroup(size)
     yield group
     group.close()
+
+
+@pytest.fixture(scope="session")
+def group1() -> Iterator[WorkerGroup]:
+    yield from _group(1)
+
+
+@pytest.fixture(scope="session")
+def group2() -> Iterator[WorkerGroup]:
+    yield from _group(2)
 
 
 @pytest.fixture(scope="session")
 def group4() -> Iterator[WorkerGroup]:
-    group = WorkerGroup(4)
-    yield group
-    group.close()
+    yield from _group(4)
+
+
+@pytest.fixture(scope="session")
+def group8() -> Iterator[WorkerGroup]:
+    yield from _group(8)

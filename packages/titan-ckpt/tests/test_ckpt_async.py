@@ -1,3 +1,6 @@
+import os
+import resource
+import signal
 import threading
 import time
 from pathlib import Path
@@ -5,29 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from ckpt_states import blank_state, holds_step, make_state
-from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints
+from ckpt_group import CONTEXT
+from ckpt_states import Held, blank_state, holds_step, make_state
+from titan_ckpt import Checkpointer, CheckpointError, checkpointer, list_checkpoints
 
 
 class Gate:
-    """Holds DCP's writer back until opened, and can make it fail."""
+    """Holds the writer back until opened, and can make it fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
         self.fail = False
         self.threads: list[str] = []
-        write = FileSystemWriter.write_data
+        write = checkpointer.write_file
 
-        def gated(writer: FileSystemWriter, *args: Any) -> Any:
+        def gated(*args: Any) -> Any:
             self.threads.append(threading.current_thread().name)
             assert self.open.wait(20)
             if self.fail:
                 raise OSError(28, "No space left on device")
-            return write(writer, *args)
+            return write(*args)
 
-        monkeypatch.setattr(FileSystemWriter, "write_data", gated)
+        monkeypatch.setattr(checkpointer, "write_file", gated)
 
 
 @pytest.fixture
@@ -86,7 +89,8 @@ def test_a_failure_surfaces_once_at_the_next_call(tmp_path: Path, gate: Gate, su
     }
     with pytest.raises(CheckpointError, match=r"step 2 was not saved: could not write the tensors .*No space left"):
         calls[surfaces_at]()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert [info.step for info in list_checkpoints(tmp_path)] == [1]
+    assert not list(tmp_path.glob(".staging*"))
     gate.fail = False
     if surfaces_at != "close":
         ckpt.save(3, make_state(3))
@@ -105,7 +109,7 @@ def test_when_synchronous_it_fails_at_once_in_the_callers_thread(tmp_path: Path,
     with pytest.raises(CheckpointError, match="No space left"):
         ckpt.save(1, make_state(1))
     assert gate.threads == [threading.current_thread().name]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     ckpt.wait()
 
 
@@ -119,5 +123,100 @@ def test_close_waits_for_the_save_in_flight(tmp_path: Path, gate: Gate) -> None:
 
 def test_what_is_not_writable_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"could not make a staging folder in .*file"):
+    with pytest.raises(CheckpointError, match=r"could not claim .*file"):
         Checkpointer(tmp_path / "file").save(1, make_state(1))
+
+
+def test_host_memory_is_one_copy_and_is_reused(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path, asynchronous=True)
+    state = {"model": Held(a=torch.ones(1000), b=torch.ones(3, dtype=torch.bfloat16))}
+    places = set()
+    for step in (1, 2, 3):
+        ckpt.save(step, state)
+        ckpt.wait()
+        assert ckpt._buffer is not None
+        assert 4006 <= ckpt._buffer.nbytes < 4006 + 64
+        places.add(ckpt._buffer.bytes_at(0, 1).ctypes.data)
+    assert len(places) == 1
+    state["model"].state["c"] = torch.arange(5000.0)  # it grows with the state
+    ckpt.save(4, state)
+    got = {"model": Held(a=torch.zeros(1000), b=torch.zeros(3, dtype=torch.bfloat16), c=torch.zeros(5000))}
+    ckpt.load(got)
+    assert torch.equal(got["model"].state["c"], torch.arange(5000.0))
+    ckpt.close()
+    assert ckpt._buffer.nbytes == 0
+
+
+def test_a_state_that_changes_its_form_is_planned_anew(tmp_path: Path) -> None:
+    for asynchronous in (False, True):
+        ckpt = Checkpointer(tmp_path / str(asynchronous), asynchronous=asynchronous)
+        for step, shape in enumerate(((3,), (3,), (4, 2), ()), 1):
+            ckpt.save(step, {"model": Held(w=torch.full(shape, float(step)))})
+        for step, shape in enumerate(((3,), (3,), (4, 2), ()), 1):
+            state = {"model": Held(w=torch.zeros(shape))}
+            ckpt.load(state, step=step)
+            assert (state["model"].state["w"] == step).all()
+        ckpt.close()
+
+
+def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path, asynchronous="process", keep_last=2)
+    for step in (1, 2):
+        state = make_state(step)
+        ckpt.save(step, state)
+        state["model"].state["weight"].zero_()
+    ckpt.wait()
+    for step in (1, 2):
+        got = blank_state()
+        ckpt.load(got, step=step)
+        assert holds_step(got, step)
+    assert ckpt._process is not None
+    no_limit = resource.prlimit(ckpt._process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(ckpt._process.pid, resource.RLIMIT_FSIZE, (1000, no_limit[1]))
+    ckpt.save(3, make_state(3))
+    with pytest.raises(CheckpointError, match=r"step 3 was not saved: could not write the tensors .*File too large"):
+        ckpt.wait()
+    resource.prlimit(ckpt._process.pid, resource.RLIMIT_FSIZE, no_limit)
+    larger = {"model": Held(w=torch.randn(100_000))}
+    ckpt.save(4, larger)
+    got = {"model": Held(w=torch.zeros(100_000))}
+    ckpt.load(got)
+    assert torch.equal(got["model"].state["w"], larger["model"].state["w"])
+
+    os.kill(ckpt._process.pid, signal.SIGKILL)
+    ckpt.save(5, make_state(5))
+    with pytest.raises(CheckpointError, match="the process that writes checkpoints died"):
+        ckpt.wait()
+    ckpt.close()
+    assert [info.step for info in list_checkpoints(str(tmp_path))] == [2, 4]
+
+
+def test_the_writing_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    pipe, theirs = CONTEXT.Pipe()
+    owner = CONTEXT.Process(target=_own_a_writer, args=(tmp_path, theirs))
+    owner.start()
+    assert pipe.poll(120)
+    writer = pipe.recv()
+    owner.kill()
+    owner.join()
+    for _ in range(600):
+        if not _runs(writer):
+            break
+        time.sleep(0.1)
+    assert not _runs(writer)
+
+
+def _own_a_writer(folder: Path, pipe: Any) -> None:
+    ckpt = Checkpointer(folder, asynchronous="process")
+    ckpt.save(1, make_state(1))
+    ckpt.wait()
+    assert ckpt._process is not None
+    pipe.send(ckpt._process.pid)
+    time.sleep(600)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import logging
 import os
@@ -11,10 +10,10 @@ import pytest
 
 from ckpt_states import blank_state, flip_bit, holds_step, make_state
 from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints, verify
-from titan_ckpt.manifest import FORMAT_VERSION
-from titan_ckpt.tree import digest
+from titan_ckpt.checksum import checksum
+from titan_ckpt.manifest import FORMAT_VERSION, digest_of
 
-DATA = Path("tensors") / "__0_0.distcp"
+DATA = Path("tensors-00000-of-00001.safetensors")
 
 
 def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -22,12 +21,12 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> No
     content = json.loads((path / "manifest.json").read_text())
     del content["digest"]
     change(content)
-    (path / "manifest.json").write_text(json.dumps({**content, "digest": digest(content)}))
+    (path / "manifest.json").write_text(json.dumps({**content, "digest": digest_of(content)}))
 
 
 def hostile(name: str) -> Callable[[Path], None]:
     def change(content: dict[str, Any]) -> None:
-        content["files"][name] = {"size": 1, "sha256": "00"}
+        content["files"][name] = {"size": 1, "checksum": "00" * 16}
 
     return lambda path: rewrite_manifest(path, change)
 
@@ -49,14 +48,21 @@ def point_elsewhere(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "bit flipped in a tensor": (lambda path: flip_bit(path / DATA), "__0_0.distcp does not match its checksum"),
+    "bit flipped in a tensor": (
+        lambda path: flip_bit(path / DATA),
+        "does not match its checksum in the tensor model/weight",
+    ),
+    "bit flipped in the other tensor": (
+        lambda path: flip_bit(path / DATA, -1),
+        "checksum in the tensor model/nested/bias",
+    ),
+    "bit flipped in a header": (lambda path: flip_bit(path / DATA, 9), "is no sound safetensors file: its header"),
     "bit flipped in state.json": (lambda path: flip_bit(path / "state.json"), "state.json does not match its checksum"),
-    "bit flipped in DCP's record": (lambda path: flip_bit(path / "tensors/.metadata"), ".metadata does not match"),
     "bit flipped in the manifest": (flip_manifest, "does not match its own digest"),
-    "file cut short": (lambda path: os.truncate(path / DATA, 1000), "__0_0.distcp has 1000 bytes instead of"),
+    "file cut short": (lambda path: os.truncate(path / DATA, 1000), f"{DATA} has 1000 bytes instead of"),
     "file empty": (lambda path: os.truncate(path / "state.json", 0), "state.json has 0 bytes instead of"),
-    "file missing": (lambda path: (path / DATA).unlink(), "__0_0.distcp is missing"),
-    "tensors missing": (lambda path: shutil.rmtree(path / "tensors"), "__0_0.distcp is missing"),
+    "file missing": (lambda path: (path / DATA).unlink(), f"{DATA} is missing"),
+    "file longer": (lambda path: (path / DATA).open("ab").write(b"x") and None, "bytes instead of"),
     "manifest missing": (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
     "manifest cut short": (lambda path: os.truncate(path / "manifest.json", 60), "manifest.json does not read"),
     "manifest is a list": (lambda path: (path / "manifest.json").write_text("[]") and None, "does not read"),
@@ -64,6 +70,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "format unknown": (edit_manifest(format_version=FORMAT_VERSION + 1), "is of format 2 and this titan-ckpt reads 1"),
     "field unknown": (edit_manifest(surprise=1), "does not read"),
     "step of another": (edit_manifest(step=1), "it is of step 1: was the folder renamed"),
+    "algorithm unknown": (edit_manifest(checksum="md5"), "its checksums are 'md5', which this release does not know"),
+    "size absurd": (
+        edit_manifest(files={"state.json": {"size": 2**62, "checksum": "0" * 32}}),
+        "instead of 46116860184",
+    ),
+    "size no number": (
+        edit_manifest(files={"state.json": {"size": 1.5, "checksum": "0" * 32}}),
+        "is no size and checksum",
+    ),
     "absolute name": (hostile("/etc/passwd"), "names the file '/etc/passwd', which is not inside"),
     "name above": (hostile("tensors/../../x"), "which is not inside the checkpoint"),
     "name of a drive": (hostile("C:\\x"), "which is not inside the checkpoint"),
@@ -107,7 +122,7 @@ def test_damage_in_the_newest(folder: Path, name: str, caplog: pytest.LogCapture
 
 def test_no_byte_can_change_unnoticed(folder: Path) -> None:
     path = folder / "step-00000002"
-    for name in ("manifest.json", "state.json", "tensors/.metadata", "tensors/__0_0.distcp"):
+    for name in ("manifest.json", "state.json", str(DATA)):
         whole = (path / name).read_bytes()
         for at in range(0, len(whole), max(1, len(whole) // 40)):
             if whole[at : at + 1].isspace() and name == "manifest.json":
@@ -121,7 +136,8 @@ def test_no_byte_can_change_unnoticed(folder: Path) -> None:
 def test_a_reference_out_of_the_folder_is_not_followed(folder: Path) -> None:
     path = folder / "step-00000002"
     point_elsewhere(path)
-    record = {"size": (path / "state.json").stat().st_size, "sha256": _sha256(path / "state.json")}
+    text = (path / "state.json").read_bytes()
+    record = {"size": len(text), "checksum": checksum(text)}
     rewrite_manifest(path, lambda content: content["files"].update({"state.json": record}))
     with pytest.raises(CheckpointError, match=r"refers to '../../secret', which the manifest does not list"):
         Checkpointer(folder).load(blank_state(), step=2)
@@ -146,10 +162,10 @@ def test_only_exact_names_are_checkpoints(tmp_path: Path) -> None:
     Checkpointer(tmp_path).save(5, make_state(5))
     for name in ("step-5", "step-000000005", "step-00000005.bak", "xstep-00000005", "step-" + "\u0665" * 8):
         shutil.copytree(tmp_path / "step-00000005", tmp_path / name)
-    assert [info.path.name for info in list_checkpoints(tmp_path)] == ["step-00000005"]
+    assert [Path(info.path).name for info in list_checkpoints(tmp_path)] == ["step-00000005"]
     found = Checkpointer(tmp_path).load(blank_state())
     assert found is not None
-    assert found.path.name == "step-00000005"
+    assert Path(found.path).name == "step-00000005"
     shutil.rmtree(tmp_path / "step-00000005")
     with pytest.raises(CheckpointError, match=r"no sound checkpoint, but .*step-5"):
         Checkpointer(tmp_path).load(blank_state())
@@ -166,7 +182,3 @@ def test_saving_over_a_damaged_step_moves_it_aside(folder: Path, caplog: pytest.
     state = blank_state()
     ckpt.load(state, step=2)
     assert holds_step(state, 2)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -4,62 +4,125 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_group import CONTEXT
-from ckpt_states import blank_state, holds_step, make_state
-from ckpt_victim import save_once_and_die_at, save_until_killed
-from titan_ckpt import Checkpointer
+from ckpt_victim import (
+    PHASES,
+    Victims,
+    blank,
+    holds,
+    kill_at_random,
+    save_and_die,
+    save_once_and_die_at,
+    save_until_killed,
+    state_of,
+)
+from titan_ckpt import Checkpointer, list_checkpoints
 
-KILLS = 6
+# How many kills at random instants: 200 and more in all, under ten minutes on two cores.
+MANY = {1: 60, 2: 30, 3: 10, 4: 10}
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_killed_at_random_instants(tmp_path: Path, asynchronous: bool) -> None:
+def check_and_return_step(folder: Path) -> int:
+    """Whatever happened, the newest sound checkpoint is whole."""
+    state = blank()
+    found = Checkpointer(folder).load(state, required=True)
+    assert found is not None
+    assert holds(state, found.step)
+    return found.step
+
+
+def killed_at_random(folder: Path, scratch: Path, world: int, asynchronous: bool, kills: int) -> None:
+    delays = random.Random(7 * world + asynchronous)
+    saved = 0
+    for kill in range(kills):
+        victims = Victims(world, scratch, save_until_killed, folder, asynchronous)
+        words = victims.told(timeout=60)
+        assert words, "no step was saved"
+        everyone = kill_at_random(victims, delays, 0.15)
+        codes, last_words = victims.end()
+        assert None not in codes, f"kill {kill}: a rank hangs: {codes}"
+        if not everyone:
+            assert sorted(codes) == [-9] + [3] * (world - 1), f"kill {kill}: {codes}"
+        saved = max([saved, *words, *last_words])
+        assert check_and_return_step(folder) >= saved, f"kill {kill}"
+
+
+@pytest.mark.parametrize(("world", "asynchronous", "kills"), [(1, False, 4), (1, True, 4), (2, True, 3)])
+def test_killed_at_random_instants(tmp_path: Path, world: int, asynchronous: bool, kills: int) -> None:
     """What `save` said was saved is there, to the bit, whenever the process was killed."""
-    delays = random.Random(7)
-    for _ in range(KILLS):
-        pipe, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=save_until_killed, args=(tmp_path, asynchronous, theirs))
-        process.start()
-        theirs.close()
-        assert pipe.poll(30)
-        saved = pipe.recv()
-        process.join(delays.uniform(0.0, 0.15))
-        process.kill()
-        process.join(30)
-        try:
-            while pipe.poll(0):
-                saved = pipe.recv()
-        except EOFError:
-            pass
-        state = blank_state()
-        found = Checkpointer(tmp_path).load(state)
-        assert found is not None
-        assert found.step >= saved
-        assert holds_step(state, found.step)
+    killed_at_random(tmp_path / "checkpoints", tmp_path, world, asynchronous, kills)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("world", list(MANY))
+def test_killed_at_many_random_instants(tmp_path: Path, world: int, asynchronous: bool) -> None:
+    killed_at_random(tmp_path / "checkpoints", tmp_path, world, asynchronous, MANY[world])
+
+
+def dies_at(folder: Path, scratch: Path, world: int, phase: str, after: bool, rank: int, asynchronous: bool) -> None:
+    """From steps 1 and 2, save step 3: it is there or not, but 2 is, and the next job goes on."""
+    ckpt = Checkpointer(folder)
+    for step in (1, 2):
+        ckpt.save(step, state_of(step))
+    ckpt.close()
+    victims = Victims(world, scratch, save_and_die, folder, 3, phase, after, rank, asynchronous)
+    codes, _ = victims.end()
+    assert codes[rank] == -9, codes
+    assert None not in codes, f"a rank hangs: {codes}"
+    newest = check_and_return_step(folder)
+    published = (after and phase in ("publishing", "renaming", "all")) or phase in ("pointing", "removing", "clearing")
+    assert newest == (3 if published else 2)
+    ckpt = Checkpointer(folder, keep_last=2)  # the dead job blocks nobody
+    ckpt.save(4, state_of(4))
+    ckpt.close()
+    assert [info.step for info in list_checkpoints(folder)] == [newest, 4]
+    assert {path.name for path in folder.iterdir()} == {f"step-{newest:08d}", "step-00000004", "latest"}
+
+
+def phases_of(rank: int) -> list[str]:
+    """Rank 0 alone goes through those that change names."""
+    return [phase for phase in PHASES if rank == 0 or phase in ("collecting", "opening a file", "writing", "syncing")]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("phase", list(PHASES))
+def test_killed_at_each_phase(tmp_path: Path, phase: str, after: bool) -> None:
+    dies_at(tmp_path / "checkpoints", tmp_path, 1, phase, after, 0, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("world", [2, 4])
+def test_killed_at_each_phase_among_ranks(tmp_path: Path, world: int, asynchronous: bool) -> None:
+    for rank in (0, world - 1):
+        for phase in phases_of(rank):
+            for after in (False, True):
+                case = tmp_path / f"{rank}-{phase}-{after}"
+                case.mkdir()
+                dies_at(case / "checkpoints", case, world, phase, after, rank, asynchronous)
+
+
+@pytest.mark.slow
 def test_killed_between_any_two_steps_of_a_save(tmp_path: Path) -> None:
     before = tmp_path / "before"
+    ckpt = Checkpointer(before)
     for step in (1, 2):
-        Checkpointer(before).save(step, make_state(step))
+        ckpt.save(step, state_of(step))
+    ckpt.close()
     newest = []
-    for instant in range(200):
+    for instant in range(300):
         folder = tmp_path / str(instant)
         shutil.copytree(before, folder)
-        process = CONTEXT.Process(target=save_once_and_die_at, args=(folder, 3, instant))
-        process.start()
-        process.join(30)
-        state = blank_state()
-        found = Checkpointer(folder).load(state)
-        assert found is not None, instant
-        assert holds_step(state, found.step), instant
-        assert all(path.name.startswith((".", "step-")) for path in folder.iterdir())
-        newest.append(found.step)
-        Checkpointer(folder, keep_last=2).save(4, make_state(4))
+        (code,), _ = Victims(1, tmp_path, save_once_and_die_at, folder, 3, instant).end()
+        newest.append(check_and_return_step(folder))
+        assert all(path.name.startswith((".", "step-", "latest")) for path in folder.iterdir())
+        ckpt = Checkpointer(folder, keep_last=2)
+        ckpt.save(4, state_of(4))
+        ckpt.close()
         names = sorted(path.name for path in folder.iterdir())
-        assert names == [f"step-0000000{found.step}", "step-00000004"], instant  # no half is left of anything
+        assert names == ["latest", f"step-0000000{newest[-1]}", "step-00000004"], instant  # no half is left of anything
         shutil.rmtree(folder)
-        if process.exitcode == 0:
+        if code == 0:
             break
     assert newest == sorted(newest)  # published at one instant
     assert newest[0] == 2

@@ -1,7 +1,10 @@
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from titan_ckpt.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -14,6 +17,11 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)  # one after the other, as one reads them
     assert "the loss goes on as if nothing had happened" in capsys.readouterr().out
+    (commands,) = re.findall(r"```console\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    for command in commands.splitlines():
+        program, *arguments = shlex.split(command.removeprefix("$ "))
+        assert program == "titan-ckpt"
+        assert main(arguments) == 0, command
 
 
 def test_the_names_it_lists_are_the_public_ones() -> None:

@@ -4,10 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
+from safetensors.torch import load_file
 
-import titan_ckpt
 from ckpt_states import Held, ModelState, OptimizerState, blank_state, holds_step, make_model, make_state
-from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints, verify
+from titan_ckpt import (
+    Checkpointer,
+    CheckpointError,
+    filewriter,
+    list_checkpoints,
+    open_checkpoint,
+    planning,
+    snapshot,
+    verify,
+    writer,
+)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -20,7 +31,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, asynchronous: bool) -> None:
         state = blank_state()
         found = ckpt.load(state, step=asked)
         assert found is not None
-        assert (found.step, found.path.name) == (step, f"step-{step:08d}")
+        assert (found.step, Path(found.path).name) == (step, f"step-{step:08d}")
         assert found.metadata == {"config_digest": f"d{step}", "betas": (0.9, 0.95)}
         assert holds_step(state, step)
     assert [info.step for info in list_checkpoints(ckpt.folder)] == [10, 20]
@@ -39,7 +50,7 @@ def test_tensors_are_filled_in_place_and_handed_over(tmp_path: Path) -> None:
 
 def test_every_dtype_and_awkward_shapes(tmp_path: Path) -> None:
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
-    dtypes += [torch.float8_e4m3fn, torch.complex64]
+    dtypes += [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.uint16, torch.uint64, torch.int8]
     tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in dtypes}
     tensors |= {
         "scalar": torch.tensor(3.5),
@@ -50,6 +61,8 @@ def test_every_dtype_and_awkward_shapes(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(torch.randn(3)),
         "nan and -0": torch.tensor([float("nan"), -0.0, float("inf")]),
         "": torch.ones(1),
+        "conjugated": torch.tensor([1 + 2j, 3j]).to(torch.complex64).conj(),
+        "name@0,0": torch.ones(3),
         "a/b~c.d ü": torch.ones(2),
     }
     for asynchronous in (False, True):
@@ -61,8 +74,8 @@ def test_every_dtype_and_awkward_shapes(tmp_path: Path) -> None:
         ckpt.load(state)
         for name, tensor in tensors.items():
             got = state["t/~"].state[name]
-            same = got.reshape(-1).contiguous().view(torch.uint8), tensor.detach().reshape(-1).contiguous()
-            assert torch.equal(same[0], same[1].view(torch.uint8)), name
+            one, other = (x.detach().resolve_conj().reshape(-1).contiguous().view(torch.uint8) for x in (got, tensor))
+            assert torch.equal(one, other), name
         ckpt.close()
 
 
@@ -113,40 +126,84 @@ def test_the_layout_on_disk(tmp_path: Path) -> None:
     Checkpointer(tmp_path).save(100, make_state(100), {"note": "x"})
     path = tmp_path / "step-00000100"
     files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-    assert files == {"manifest.json", "state.json", "tensors/.metadata", "tensors/__0_0.distcp"}
+    assert files == {"manifest.json", "state.json", "tensors-00000-of-00001.safetensors"}
+    assert (tmp_path / "latest").read_text() == "step-00000100\n"
     manifest = json.loads((path / "manifest.json").read_text())
     assert set(manifest["files"]) == files - {"manifest.json"}
     assert manifest["format_version"] == 1
     assert manifest["step"] == 100
     assert manifest["metadata"] == {"note": "x"}
-    assert manifest["world_size"] == 1
-    assert manifest["torch"] == torch.__version__
+    assert manifest["lineage"]["world_size"] == 1
+    assert manifest["lineage"]["versions"]["torch"] == torch.__version__
     content = json.loads((path / "state.json").read_text())
     assert content["values"] == {"data": {"position": 100, "fraction": 100 / 3}}
     assert set(content["tensors"]) == {"model/weight", "model/nested/bias"}
     assert verify(path, level="checksum") == []
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_torch_reads_the_tensors_folder(tmp_path: Path) -> None:
+def test_the_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
     Checkpointer(tmp_path).save(1, make_state(1))
-    tensors = {"model/weight": torch.empty(100, 300)}
-    torch.distributed.checkpoint.load(tensors, checkpoint_id=tmp_path / "step-00000001" / "tensors", no_dist=True)
+    tensors = load_file(tmp_path / "step-00000001" / "tensors-00000-of-00001.safetensors")
+    assert set(tensors) == {"model/weight", "model/nested/bias"}
     assert torch.equal(tensors["model/weight"], make_state(1)["model"].state["weight"])
+    assert torch.equal(tensors["model/nested/bias"], make_state(1)["model"].state["nested"]["bias"])
 
 
-def test_nothing_is_unpickled_but_tensors(tmp_path: Path) -> None:
-    """Even one who forges the checksums gets no code of his run from DCP's record."""
+def test_the_checksums_are_those_of_the_files(tmp_path: Path) -> None:
+    Checkpointer(tmp_path).save(1, make_state(1))
+    path = tmp_path / "step-00000001"
+    for name, record in json.loads((path / "manifest.json").read_text())["files"].items():
+        content = (path / name).read_bytes()
+        assert record == {"size": len(content), "checksum": xxhash.xxh3_128_hexdigest(content)}
+
+
+def test_lineage_tells_where_it_comes_from(tmp_path: Path) -> None:
+    told = {"tokens_seen": 4096, "config_digest": "c0", "data_fingerprint": "d1", "layout": {"dp_shard": 2}}
     ckpt = Checkpointer(tmp_path)
     ckpt.save(1, make_state(1))
-    (tmp_path / "step-00000001" / "tensors" / ".metadata").write_bytes(b"cos\nsystem\n(S'touch bad'\ntR.")
-    manifest = titan_ckpt.manifest.read_manifest(tmp_path / "step-00000001")
-    files = {name: titan_ckpt.manifest.describe_file(tmp_path / "step-00000001" / name) for name in manifest.files}
-    forged = titan_ckpt.manifest.Manifest(**{**vars(manifest), "files": files})
-    (tmp_path / "step-00000001" / "manifest.json").write_text(forged.to_json())
-    state = blank_state()
-    assert ckpt.load(state) is not None
-    assert holds_step(state, 1)
+    ckpt.save(2, make_state(2), {**told, "note": "x"})
+    ckpt.close()
+    first, second = (info.manifest for info in list_checkpoints(tmp_path))
+    assert first.lineage["parent"] is None
+    assert first.lineage["tokens_seen"] is None
+    assert {key: second.lineage[key] for key in told} == told
+    assert second.lineage["parent"] == {"step": 1, "digest": first.digest}
+    ckpt = Checkpointer(tmp_path)
+    ckpt.load(blank_state(), step=1)
+    ckpt.save(3, make_state(3))
+    assert list_checkpoints(tmp_path)[-1].manifest.lineage["parent"] == {"step": 1, "digest": first.digest}
+
+
+def test_large_tensors_take_several_pieces_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"w{place}": torch.randn(1000 + place, 1100) for place in range(3)} | {"odd": torch.ones(7).bool()}
+    monkeypatch.setattr(snapshot, "divide", lambda held, _: planning.divide(held, 5_000_000))
+    monkeypatch.setattr(filewriter, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(writer, "PIECE_BYTES", 1 << 20)
+    for asynchronous in (False, True):
+        ckpt = Checkpointer(tmp_path / str(asynchronous), asynchronous=asynchronous)
+        ckpt.save(1, {"model": Held(**tensors)})
+        ckpt.wait()
+        state = {"model": Held(**{name: torch.zeros_like(tensor) for name, tensor in tensors.items()})}
+        found = ckpt.load(state)
+        assert found is not None
+        assert len(found.manifest.files) == 4
+        assert all(torch.equal(state["model"].state[name], tensor) for name, tensor in tensors.items())
+        with open_checkpoint(found.path) as opened:
+            assert len(opened.tensors["model/w0"].chunks[0].checksums) == 5
+        ckpt.close()
+
+
+def test_what_is_tied_stays_tied(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    state = {"model": Held(embedding=weight, head=weight)}
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, state)
+    expected = weight.detach().clone()
+    with torch.no_grad():
+        weight.zero_()
+    ckpt.load(state)
+    assert torch.equal(weight, expected)
+    assert state["model"].state["head"] is state["model"].state["embedding"] is weight
 
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,7 +214,7 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path: Path, caplog: pytes
         ckpt.save(1, make_state(2))
     assert "not written again" in caplog.text
     assert (tmp_path / "step-00000001" / "manifest.json").stat() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "latest", ".lock"}
 
 
 def test_settings_and_steps_are_checked(tmp_path: Path) -> None:

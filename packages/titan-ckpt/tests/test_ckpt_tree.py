@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ckpt_states import Held
 from titan_ckpt import Checkpointer, CheckpointError
@@ -99,6 +100,9 @@ class Colour(enum.IntEnum):
         ({"$tuple": 1}, r"keeps for itself"),
         ({"a": torch.ones(1, device="meta")}, r"on the meta device"),
         ({"a": torch.ones(2, 2).to_sparse()}, r"of layout torch.sparse_coo"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, r"m/a is of torch.complex128, which safetensors files cannot"),
+        ({"a": TwoTensor(torch.ones(1), torch.ones(1))}, r"m/a is a TwoTensor, a tensor made of others"),
+        ({"\ud800": torch.ones(1)}, r"name .* cannot be written as UTF-8"),
     ],
 )
 def test_what_cannot_be_saved_is_named(tmp_path: Path, part: dict[str, Any], told: str) -> None:
@@ -106,7 +110,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path, part: dict[str, Any], tol
     with pytest.raises(CheckpointError, match=told):
         ckpt.save(1, {"m": _held(part)})
     ckpt.close()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # not even the lock, which is given back
 
 
 def test_metadata_must_be_json(tmp_path: Path) -> None:

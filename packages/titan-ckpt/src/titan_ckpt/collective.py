@@ -1,6 +1,7 @@
 """What the ranks of one checkpoint do together: share results, and fail as one."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Generic, TypeVar, cast
 
 import torch.distributed as dist
@@ -18,14 +19,15 @@ class Ranks:
     CheckpointError on all of them: whoever raised alone would leave the others waiting.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None = None, timeout: float = 1800.0) -> None:
         """Make the gloo group; a collective call when torch.distributed runs with several ranks.
 
         Args:
             process_group: a group to use instead, one that can send CPU tensors.
+            timeout: how long a rank waits for the others, in seconds.
         """
         self._owned = process_group is None
-        self._group = _group_of(process_group)
+        self._group = _group_of(process_group, timeout)
         self.rank = 0 if self._group is None else dist.get_rank(self._group)
         self.world = 1 if self._group is None else dist.get_world_size(self._group)
 
@@ -49,10 +51,26 @@ class Ranks:
             CheckpointError: on all ranks, when it raised on any.
         """
         mine = _Outcome.of(work)
-        failures = {rank: told for rank, told in enumerate(self.all_gather(mine.failure)) if told is not None}
-        if failures:
-            raise CheckpointError(self._told(what, failures)) from mine.error
+        self._raise_any(what, self.all_gather(mine.failure), mine.error)
         return mine.value
+
+    def share(self, what: str, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank and return every rank's result, at the cost of one exchange.
+
+        Args:
+            what: what the work does, in the infinitive, for the message.
+            work: what to run; it may raise anything, and its result should be small.
+
+        Returns:
+            The results in order of rank.
+
+        Raises:
+            CheckpointError: on all ranks, when it raised on any.
+        """
+        mine = _Outcome.of(work)
+        told = self.all_gather((mine.result, mine.failure))
+        self._raise_any(what, [failure for _, failure in told], mine.error)
+        return [cast(T, result) for result, _ in told]
 
     def on_first(self, what: str, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone and return its result on every rank.
@@ -137,6 +155,11 @@ class Ranks:
             _run(lambda: dist.broadcast_object_list(values, group=self._group, group_src=0))
         return values[0]
 
+    def _raise_any(self, what: str, told: list[str | None], error: BaseException | None) -> None:
+        failures = {rank: failure for rank, failure in enumerate(told) if failure is not None}
+        if failures:
+            raise CheckpointError(self._told(what, failures)) from error
+
     def _told(self, what: str, failures: dict[int, str]) -> str:
         if self.world == 1:
             return f"could not {what}: {failures[0]}"
@@ -156,9 +179,7 @@ class _Outcome(Generic[T]):
     def of(cls, work: Callable[[], T]) -> "_Outcome[T]":
         try:
             return cls(work(), None)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # DCP's CheckpointException is no Exception
+        except Exception as error:
             return cls(None, error)
 
     @property
@@ -174,12 +195,14 @@ class _Outcome(Generic[T]):
         )
 
 
-def _group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def _group_of(process_group: dist.ProcessGroup | None, timeout: float) -> dist.ProcessGroup | None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
         return None
     # A new group over some ranks only is for the caller to make: all ranks have to call new_group, and with
     # use_local_synchronization torch (2.15) numbers the groups made later differently on members and others.
-    return process_group if process_group is not None else cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    if process_group is not None:
+        return process_group
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
 
 
 def _run(exchange: Callable[[], None]) -> None:

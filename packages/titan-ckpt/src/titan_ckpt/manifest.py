@@ -1,84 +1,126 @@
-"""The manifest: which files make up a checkpoint, how long they are and what they hash to.
+"""The manifest: which files make up a checkpoint, how long they are, what they hash to, and where it all comes from.
 
 It is written last. A folder is a checkpoint when it bears a step's name and holds a manifest that reads, and it is
 sound when every file is as the manifest says. The manifest carries a digest of itself, so a bit that flips in it is
 noticed as well.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+from titan_ckpt.checksum import ALGORITHM, checksum
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.tree import decode, digest
+from titan_ckpt.storage import Storage
+from titan_ckpt.tensorfile import unique
+from titan_ckpt.tree import check_values, decode
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-TENSORS = "tensors"
-Level = Literal["size", "checksum"]
+MANIFEST_LIMIT = 1 << 28
+# What the caller may tell of a checkpoint's origin, as entries of `metadata`.
+LINEAGE_FROM_METADATA = ("tokens_seen", "config_digest", "data_fingerprint", "layout")
 
 # Only names that we would give ourselves: no root, no drive, no empty part; "." and ".." are looked for apart.
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+_HASH = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What is known of one file."""
+    """What is known of one file.
+
+    Attributes:
+        size: its length in bytes.
+        checksum: the XXH3-128 of its content in hexadecimal.
+    """
 
     size: int
-    sha256: str
+    checksum: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of one checkpoint."""
-
-    step: int
-    files: dict[str, FileRecord]  # by their name relative to the checkpoint, with "/"
-    metadata: Any  # the caller's, encoded
-    created: str  # UTC, ISO 8601
-    titan_ckpt: str  # version
-    torch: str  # version
-    world_size: int
-
-    def to_json(self) -> str:
-        """Return the text of the manifest file."""
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        return json.dumps({**content, "digest": digest(content)}, indent=1)
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """A checkpoint in a folder.
+    """What is known of one checkpoint.
 
     Attributes:
         step: the step it was saved at.
-        path: its own folder.
-        metadata: what was given to `save`.
+        created: when, UTC, ISO 8601.
+        files: its other files, by their path inside it.
+        lineage: where it comes from: tokens_seen, parent (step and digest), config_digest, data_fingerprint, layout,
+            world_size, versions. What nobody told is None.
+        metrics: the numbers given at save, by which checkpoints are compared.
+        metadata: the caller's words.
+        digest: the checksum of all of this.
     """
 
     step: int
-    path: Path
+    created: str
+    files: dict[str, FileRecord]
+    lineage: dict[str, Any]
+    metrics: dict[str, float]
     metadata: dict[str, Any]
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its files have together."""
+        return sum(record.size for record in self.files.values())
 
 
-def describe_file(path: Path) -> FileRecord:
-    """Measure and hash a file.
+class ManifestText(NamedTuple):
+    """A manifest as it is written.
+
+    Attributes:
+        text: the content of the file.
+        digest: what it says of itself.
+    """
+
+    text: bytes
+    digest: str
+
+
+def manifest_text(
+    step: int,
+    created: str,
+    files: Mapping[str, FileRecord],
+    lineage: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    metadata: Any,
+) -> ManifestText:
+    """Write a manifest.
 
     Args:
-        path: the file.
+        step: the step.
+        created: the time, UTC, ISO 8601.
+        files: the other files by their path inside the checkpoint.
+        lineage: see `Manifest`.
+        metrics: see `Manifest`.
+        metadata: the caller's words, encoded.
 
     Returns:
-        Its record.
+        The content of the manifest file, and its digest.
     """
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(size=file.tell(), sha256=sha256)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "created": created,
+        "checksum": ALGORITHM,
+        "files": {name: asdict(record) for name, record in files.items()},
+        "lineage": dict(lineage),
+        "metrics": dict(metrics),
+        "metadata": metadata,
+    }
+    digest = digest_of(content)
+    return ManifestText(json.dumps({**content, "digest": digest}, indent=1).encode(), digest)
+
+
+def digest_of(content: Any) -> str:
+    """Return the checksum of a JSON value, whatever the order of its dicts' keys."""
+    return checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def folder_name(step: int) -> str:
@@ -88,17 +130,18 @@ def folder_name(step: int) -> str:
 
 def step_of(name: str) -> int | None:
     """Return the step that a folder's name stands for, or None when it is no checkpoint's name."""
-    digits = re.fullmatch(r"step-([0-9]{8,})", name)
+    digits = re.fullmatch(r"step-([0-9]{8,18})", name)
     step = int(digits[1]) if digits else None
     # step-000000100 would be a second name for step 100.
     return step if step is not None and folder_name(step) == name else None
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(storage: Storage, name: str) -> Manifest:
     """Read a checkpoint's manifest and check what can be checked without the other files.
 
     Args:
-        path: the checkpoint's folder.
+        storage: the folder the checkpoint lies in.
+        name: its name there; when that is a step's name, the manifest must be of that step.
 
     Returns:
         The manifest.
@@ -106,112 +149,53 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: when it is absent, does not read, is of an unknown format, or names files elsewhere.
     """
-    file = path / MANIFEST
+    path = f"{name}/{MANIFEST}"
     try:
-        content = json.loads(file.read_bytes())
+        size = storage.size(path)
+        if size > MANIFEST_LIMIT:
+            raise ValueError(f"it has {size} bytes, more than any manifest")
+        content = json.loads(storage.read(path), object_pairs_hook=unique)
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            return _checked(content, path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.name} has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name}/{MANIFEST} does not read ({type(error).__name__}: {error})") from error
+            return _checked(content, name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{name} has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} does not read ({type(error).__name__}: {error})") from error
     raise CheckpointError(
-        f"{path.name}/{MANIFEST} is of format {version!r} and this titan-ckpt reads {FORMAT_VERSION}: "
-        "use the release that wrote it"
+        f"{path} is of format {version!r} and this titan-ckpt reads {FORMAT_VERSION}: use the release that wrote it"
     )
 
 
-def check_files(path: Path, manifest: Manifest, names: Iterable[str], level: Level) -> list[str]:
-    """Compare files with what the manifest says of them.
-
-    Args:
-        path: the checkpoint's folder.
-        manifest: its manifest.
-        names: which of its files to look at.
-        level: "size", or "checksum" to read them as well.
-
-    Returns:
-        What is wrong, one sentence per file; empty when all is well.
-    """
-    return [told for name in names if (told := _problem_with(path / name, name, manifest.files[name], level))]
-
-
-def verify(path: str | Path, level: Level = "size") -> list[str]:
-    """Check a checkpoint.
-
-    Args:
-        path: the checkpoint's folder.
-        level: "size" looks at the manifest and the files' lengths, "checksum" also reads every byte.
-
-    Returns:
-        What is wrong with it, one sentence each; empty when it is sound.
-    """
-    if level not in ("size", "checksum"):
-        raise ValueError(f'level must be "size" or "checksum", not {level!r}')
-    path = Path(path)
-    try:
-        manifest = read_manifest(path)
-    except CheckpointError as error:
-        return [str(error)]
-    return check_files(path, manifest, manifest.files, level)
-
-
-def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
-    """List the checkpoints whose manifest reads; their other files are not looked at (see `verify`).
-
-    Args:
-        folder: where a Checkpointer saves; it need not exist.
-
-    Returns:
-        The checkpoints, oldest step first.
-    """
-    found = []
-    for path in step_folders(Path(folder)):
-        try:
-            found.append(info_of(path, read_manifest(path)))
-        except CheckpointError:
-            continue
-    return found
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Return the folders that bear a step's name, oldest step first, whatever they hold."""
-    if not folder.is_dir():
-        return []
-    steps = {step: path for path in folder.iterdir() if (step := step_of(path.name)) is not None}
-    return [steps[step] for step in sorted(steps)]
-
-
-def info_of(path: Path, manifest: Manifest) -> CheckpointInfo:
-    """Return what callers are told of a checkpoint."""
-    return CheckpointInfo(step=manifest.step, path=path, metadata=decode(manifest.metadata))
-
-
-def _checked(content: dict[str, Any], path: Path) -> Manifest:
+def _checked(content: dict[str, Any], name: str) -> Manifest:
     stated = content.pop("digest")
-    if stated != digest(content):
+    if stated != digest_of(content):
         raise ValueError("it does not match its own digest")
     del content["format_version"]
-    files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
-    for name in files:
-        if not _SAFE_NAME.fullmatch(name) or {".", ".."} & set(name.split("/")):
-            raise ValueError(f"it names the file {name!r}, which is not inside the checkpoint")
-    manifest = Manifest(files=files, **content)
-    if folder_name(manifest.step) != path.name:
-        raise ValueError(f"it is of step {manifest.step}: was the folder renamed?")
-    return manifest
+    algorithm = content.pop("checksum")
+    if algorithm != ALGORITHM:
+        raise ValueError(f"its checksums are {algorithm!r}, which this release does not know")
+    files = {path: _record(path, described) for path, described in content.pop("files").items()}
+    for kind in ("lineage", "metrics", "metadata"):
+        if not isinstance(content[kind], dict):
+            raise ValueError(f"{kind} is no object")
+    if any(type(value) not in (int, float) for value in content["metrics"].values()):
+        raise ValueError("metrics are numbers")
+    check_values([content["lineage"], content["metadata"]])
+    if STATE not in files:
+        raise ValueError(f"it lists no {STATE}")
+    step = content["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its step is {step!r}")
+    if name.startswith("step-") and folder_name(step) != name:
+        raise ValueError(f"it is of step {step}: was the folder renamed?")
+    return Manifest(files=files, digest=stated, **{**content, "metadata": decode(content["metadata"])})
 
 
-def _problem_with(path: Path, name: str, record: FileRecord, level: Level) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != record.size:
-            return f"{name} has {size} bytes instead of {record.size}"
-        if level == "checksum" and describe_file(path) != record:
-            return f"{name} does not match its checksum"
-    except FileNotFoundError:
-        return f"{name} is missing"
-    except OSError as error:
-        return f"{name} does not read ({error})"
-    return None
+def _record(path: str, described: dict[str, Any]) -> FileRecord:
+    if not _SAFE_NAME.fullmatch(path) or {".", ".."} & set(path.split("/")) or path == MANIFEST:
+        raise ValueError(f"it names the file {path!r}, which is not inside the checkpoint")
+    record = FileRecord(**described)
+    if type(record.size) is not int or record.size < 0 or not _HASH.fullmatch(record.checksum):
+        raise ValueError(f"what it says of {path!r} is no size and checksum")
+    return record

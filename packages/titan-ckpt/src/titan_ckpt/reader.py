@@ -1,152 +1,159 @@
-"""One load: from a folder to the newest sound checkpoint, and from there into the caller's objects."""
+"""One checkpoint, opened: its manifest, its values, and its tensors, read whole or in parts and always checked."""
 
-import json
-import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
-from titan_ckpt.collective import Ranks
+import torch
+
+from titan_ckpt.boxes import Box, whole
+from titan_ckpt.checksum import checksum
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.index import describe, files_in, mismatches
-from titan_ckpt.manifest import (
-    STATE,
-    TENSORS,
-    CheckpointInfo,
-    Manifest,
-    check_files,
-    folder_name,
-    info_of,
-    read_manifest,
-    step_folders,
-)
-from titan_ckpt.tree import Stateful, merge, split
-
-logger = logging.getLogger(__name__)
+from titan_ckpt.filling import TensorFiles, Wanted, fill
+from titan_ckpt.index import Content, TensorSpec, read_content
+from titan_ckpt.manifest import STATE, Manifest, read_manifest
+from titan_ckpt.storage import Storage, open_storage, parent_and_name
+from titan_ckpt.tree import decode
 
 
-def find_checkpoint(ranks: Ranks, folder: Path, step: int | None) -> Path | None:
-    """Find the checkpoint to load; collective.
+class CheckpointReader:
+    """A checkpoint that is open for reading; made by `open_checkpoint`. Several threads may read from it.
 
-    Args:
-        ranks: who takes part; each checks its share of the files.
-        folder: where the checkpoints are.
-        step: the one wanted; None for the newest sound one.
-
-    Returns:
-        Its folder, or None when no step was asked for and there is no checkpoint at all.
-
-    Raises:
-        CheckpointError: when the step asked for is absent or damaged, or when all that is there is.
+    Attributes:
+        path: its path or URL.
+        manifest: what is known of it as a whole.
+        tensors: its tensors by name, with type, shape and chunks.
     """
-    if step is not None:
-        path = folder / folder_name(step)
-        problems = problems_of(ranks, path)
-        if problems:
+
+    def __init__(self, storage: Storage, name: str, manifest: Manifest, content: Content) -> None:
+        self.path = f"{storage.url.rstrip('/')}/{name}"
+        self.manifest = manifest
+        self.tensors: dict[str, TensorSpec] = content.tensors
+        self._content = content
+        self._files = TensorFiles(storage, name, manifest)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is not a tensor, by top-level entry; a fresh copy each time."""
+        return {name: decode(value) for name, value in self._content.values.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor whole, to CPU memory.
+
+        Args:
+            name: its name in `tensors`.
+
+        Returns:
+            The tensor, in its own dtype.
+
+        Raises:
+            CheckpointError: when there is none of that name, or what it takes is damaged.
+        """
+        shape = self._spec(name).shape
+        return self.read_slice(name, (0,) * len(shape), shape)
+
+    def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Read a part of one tensor, to CPU memory; only the pieces that hold it are read.
+
+        Args:
+            name: the tensor's name.
+            offsets: where the part begins.
+            sizes: its shape.
+
+        Returns:
+            The part, in the tensor's dtype.
+
+        Raises:
+            CheckpointError: when there is no such part, or what it takes is damaged.
+        """
+        part = torch.empty(tuple(sizes), dtype=self._spec(name).dtype)
+        self.read_into(name, part, offsets)
+        return part
+
+    def read_into(self, name: str, destination: torch.Tensor, offsets: Sequence[int] | None = None) -> None:
+        """Fill a tensor with a part of one tensor.
+
+        Args:
+            name: the tensor's name.
+            destination: what to fill: on any device, with any strides; another dtype is cast to.
+            offsets: where the part begins, which has the shape of `destination`; None for the beginning.
+
+        Raises:
+            CheckpointError: when there is no such part, or what it takes is damaged; then what was sound of it may
+                have been copied, nothing else.
+        """
+        spec = self._spec(name)
+        box = Box(whole(destination.shape).offsets if offsets is None else tuple(offsets), tuple(destination.shape))
+        if len(box.offsets) != len(spec.shape) or any(
+            at < 0 or at + length > size for at, length, size in zip(*box, spec.shape, strict=False)
+        ):
             raise CheckpointError(
-                f"{path} cannot be loaded: {'; '.join(problems)}. {_others(ranks, folder)}"
-                "Give no step to load the newest sound checkpoint"
+                f"{name} has the shape {list(spec.shape)}, and no part {list(box.lengths)} at {box[0]}"
             )
-        return path
-    paths, strangers = ranks.on_first(f"list {folder}", lambda: _candidates(folder))
-    for path in paths:
-        problems = problems_of(ranks, path)
-        if not problems:
-            return path
-        if ranks.rank == 0:
-            logger.warning("%s is damaged and passed over: %s", path, "; ".join(problems))
-    if paths or strangers:
-        names = ", ".join([path.name for path in paths] + strangers)
-        raise CheckpointError(
-            f"{folder} holds no sound checkpoint, but {names}: the warnings and titan_ckpt.verify say what is "
-            "wrong with each. Restore them, or give another folder to start afresh"
-        )
-    return None
+        damages = fill(self._files, self._content.piece_bytes, [Wanted(name, spec, box, destination.detach())])
+        if damages:
+            raise CheckpointError(f"{self.path} is damaged: {'; '.join(damages)}")
+
+    def close(self) -> None:
+        """Close its files."""
+        self._files.close()
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}")
+        return self.tensors[name]
 
 
-def problems_of(ranks: Ranks, path: Path) -> list[str]:
-    """Check a checkpoint, every byte of it, each rank its share of the files; collective.
-
-    Args:
-        ranks: who takes part.
-        path: the checkpoint's folder.
-
-    Returns:
-        What is wrong with it, the same on all ranks; empty when it is sound.
-    """
-    manifest, problem = ranks.on_first(f"read the manifest of {path}", lambda: _read_or_tell(path))
-    if manifest is None:
-        return [problem]
-    # The largest first, dealt out one by one: the ranks read about as much each.
-    names = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-    found = ranks.together(
-        f"check {path}", lambda: check_files(path, manifest, names[ranks.rank :: ranks.world], "checksum")
-    )
-    return [told for part in ranks.all_gather(found) for told in part]
-
-
-def restore(ranks: Ranks, path: Path, state: Mapping[str, Stateful]) -> CheckpointInfo:
-    """Load a checkpoint that was found sound into `state`; collective.
+def open_checkpoint(path: str) -> CheckpointReader:
+    """Open a checkpoint to look at it and to read from it, without a model and without torch.distributed.
 
     Args:
-        ranks: who takes part.
-        path: the checkpoint's folder.
-        state: what to fill, by top-level name.
+        path: its folder, as a path or URL.
 
     Returns:
-        What is known of the checkpoint.
+        It; close it, or use it in a `with` statement.
 
     Raises:
-        CheckpointError: when it does not hold just what `state` asks for; nothing was changed then.
+        CheckpointError: when it is no checkpoint, or its manifest or state.json is damaged.
     """
-    # DCP brings sympy and two seconds of import with it: only those who save or load pay.
-    from titan_ckpt.tensors import read_tensors
-
-    manifest, values, index = ranks.on_first(f"read {path}", lambda: _read_json(path))
-    tensors, _ = ranks.together("collect the state to load into", lambda: split(state))
-    wanted = describe(ranks, tensors)
-    ranks.on_first(f"load {path}", lambda: _raise_any(mismatches(list(state), wanted, values, index)))
-    ranks.together(f"read the tensors of {path}", lambda: read_tensors(path / TENSORS, index, tensors))
-
-    def hand_over() -> None:
-        for name, part in state.items():
-            part.load_state_dict(merge(name, values, tensors))
-
-    ranks.together(f"load the state of {path}", hand_over)
-    return info_of(path, manifest)
+    parent, name = parent_and_name(str(path))
+    storage = open_storage(parent)
+    manifest = read_manifest(storage, name)
+    return CheckpointReader(storage, name, manifest, read_content(read_state(storage, name, manifest), manifest))
 
 
-def _candidates(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return what may be checkpoints, newest first, and what is called like one but is none."""
-    paths = step_folders(folder)[::-1]
-    known = {path.name for path in paths}
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return paths, [name for name in names if name.startswith("step-") and name not in known]
+def read_state(storage: Storage, name: str, manifest: Manifest) -> bytes:
+    """Read state.json and compare it with the manifest.
 
+    Args:
+        storage: the folder the checkpoint lies in.
+        name: its name.
+        manifest: its manifest.
 
-def _others(ranks: Ranks, folder: Path) -> str:
-    steps = ranks.on_first(f"list {folder}", lambda: [path.name for path in step_folders(folder)])
-    return f"The folder holds {', '.join(steps)}. " if steps else "The folder holds no checkpoint. "
+    Returns:
+        The file's content.
 
-
-def _read_or_tell(path: Path) -> tuple[Manifest | None, str]:
-    if not path.exists():
-        return None, "it does not exist"
+    Raises:
+        CheckpointError: when it is missing, or not what the manifest says.
+    """
     try:
-        return read_manifest(path), ""
-    except CheckpointError as error:
-        return None, str(error)
-
-
-def _read_json(path: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any]]:
-    manifest = read_manifest(path)
-    content = json.loads((path / STATE).read_bytes())
-    unlisted = sorted(name for name in files_in(content["tensors"]) if f"{TENSORS}/{name}" not in manifest.files)
-    if unlisted:
-        raise CheckpointError(f"{STATE} refers to {unlisted[0]!r}, which the manifest does not list")
-    return manifest, content["values"], content["tensors"]
-
-
-def _raise_any(problems: str) -> None:
-    if problems:
-        raise CheckpointError(problems)
+        record = manifest.files[STATE]
+        size = storage.size(f"{name}/{STATE}")
+        if size != record.size:
+            raise CheckpointError(f"{STATE} has {size} bytes instead of {record.size}")
+        text = storage.read(f"{name}/{STATE}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{STATE} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{STATE} does not read ({error})") from error
+    if checksum(text) != record.checksum:
+        raise CheckpointError(f"{STATE} does not match its checksum")
+    return text

@@ -1,73 +1,161 @@
-"""Clearing away: old checkpoints, and what killed runs left behind."""
+"""Which checkpoints to keep, decided from storage alone, so that it survives restarts. Deciding deletes nothing."""
 
-import logging
-import re
-import secrets
-import shutil
-from pathlib import Path
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
+from titan_ckpt.catalog import latest_in, pins_in, step_names
+from titan_ckpt.checking import wrong_sizes
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.manifest import read_manifest, step_folders, step_of, verify
-
-_LEFTOVER = re.compile(r"\.(staging|removing)-step-[0-9]{8,}-[0-9a-f]{8}")
-
-logger = logging.getLogger(__name__)
+from titan_ckpt.manifest import Manifest, read_manifest
+from titan_ckpt.storage import Storage, open_storage
 
 
-def aside(folder: Path, why: str, name: str) -> Path:
-    """Return a fresh name in `folder` for what is on its way in or out, e.g. `.staging-step-00000100-1f2e3d4c`."""
-    return folder / f".{why}-{name}-{secrets.token_hex(4)}"
+@dataclass(frozen=True)
+class KeepBest:
+    """Keep the checkpoints that are best by a number given at save.
+
+    Attributes:
+        metric: its name in `save(..., metrics={...})`.
+        mode: whether the smallest or the largest is best.
+        count: how many to keep.
+    """
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+    count: int = 1
 
 
-def prune(folder: Path, published: int, keep_last: int | None) -> list[int]:
-    """Remove the checkpoints that are older than the newest `keep_last`.
+@dataclass(frozen=True)
+class Retention:
+    """What to keep; a checkpoint is kept when any of these says so, and all are when none is given.
 
-    What to remove is decided from the disk alone. The step just published is always kept, newer ones (a run went back
-    to before them) are left alone, and one with files missing or cut short does not count as kept. Folders without
-    a manifest that reads are never touched.
+    Attributes:
+        keep_last: the newest so many.
+        keep_every: those whose step is a multiple of this, for good.
+        keep_best: the best so many by a number.
+    """
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+    keep_best: KeepBest | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep_last is not None and self.keep_last < 1:
+            raise CheckpointError(f"keep_last must be at least 1 or None (keep all), not {self.keep_last}")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise CheckpointError(f"keep_every must be at least 1 step or None, not {self.keep_every}")
+        if self.keep_best is not None and (self.keep_best.count < 1 or self.keep_best.mode not in ("min", "max")):
+            raise CheckpointError(
+                f'keep_best needs a count of at least 1 and the mode "min" or "max", not {self.keep_best}'
+            )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is ever removed."""
+        return self.keep_last is None and self.keep_best is None
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What pruning would do.
+
+    Attributes:
+        keep: the checkpoints that stay, by folder name, each with the reasons.
+        remove: the checkpoints that go, by folder name, oldest first, each with its size in bytes.
+    """
+
+    keep: Mapping[str, list[str]] = field(default_factory=dict)
+    remove: Mapping[str, int] = field(default_factory=dict)
+
+
+def plan_prune(folder: str | Storage, policy: Retention, newest: int | None = None) -> PrunePlan:
+    """Decide what to remove; nothing is deleted.
+
+    What is damaged on its face (files missing or cut short) is neither counted as kept nor removed: it is evidence.
+    Folders without a manifest that reads are never touched. The newest sound one always stays.
 
     Args:
         folder: where the checkpoints are.
-        published: the step that was just published.
-        keep_last: how many to keep, the published one among them; None for all.
+        policy: what to keep.
+        newest: count from this step backwards and leave newer ones alone (a run went back to before them); None for
+            the newest there is.
 
     Returns:
-        The steps that were removed.
+        What stays, and why, and what goes.
     """
-    if keep_last is None:
-        return []
-    kept, removed = 1, []
-    for path in reversed(step_folders(folder)):
-        step = step_of(path.name)
-        if step is None or step >= published or not _has_manifest(path):
-            continue
-        if kept < keep_last:
-            kept += not verify(path, level="size")
-            continue
-        # Renamed first, it is gone at one stroke: a kill amid the deletion leaves no half of a checkpoint.
-        doomed = path.rename(aside(folder, "removing", path.name))
-        shutil.rmtree(doomed)
-        removed.append(step)
-    return removed
+    storage = open_storage(folder) if isinstance(folder, str) else folder
+    if policy.keeps_all:
+        return PrunePlan({name: ["all are kept"] for name in step_names(storage)})
+    manifests = _manifests(storage)
+    names = sorted(manifests, key=lambda name: manifests[name].step, reverse=True)
+    reasons: dict[str, list[str]] = {}
+    considered = []
+    for name in names:
+        if newest is not None and manifests[name].step > newest:
+            reasons[name] = [f"is newer than step {newest}"]
+        else:
+            considered.append(name)
+    for name in _sound(storage, manifests, considered, policy.keep_last or 1):
+        told = f"is among the last {policy.keep_last}" if policy.keep_last else "is the newest sound one"
+        reasons.setdefault(name, []).append(told)
+    for name in considered:
+        if policy.keep_every is not None and manifests[name].step % policy.keep_every == 0:
+            reasons.setdefault(name, []).append(f"is of a step that {policy.keep_every} divides")
+    for name in _best(storage, manifests, policy.keep_best):
+        assert policy.keep_best is not None
+        reasons.setdefault(name, []).append(f"is best by {policy.keep_best.metric}")
+    for pinned, name in pins_in(storage).items():
+        reasons.setdefault(name, []).append(f"is pinned as {pinned!r}")
+    if (latest := latest_in(storage)) is not None:
+        reasons.setdefault(latest, []).append("is what `latest` points to")
+    doomed = [name for name in reversed(considered) if name not in reasons]
+    for name in doomed:
+        if wrong_sizes(storage, name, manifests[name]):
+            reasons[name] = ["is damaged"]
+    return PrunePlan(
+        {name: reasons[name] for name in reversed(names) if name in reasons},
+        {name: manifests[name].nbytes for name in doomed if name not in reasons},
+    )
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove the staging folders and half-removed checkpoints of runs that were killed.
-
-    Called when no save is in flight.
+def prune(storage: Storage, plan: PrunePlan) -> None:
+    """Remove what a plan says, each checkpoint's validity before its files.
 
     Args:
-        folder: where the checkpoints are.
+        storage: where the checkpoints are.
+        plan: what `plan_prune` decided.
     """
-    for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
-            logger.info("removing %s, left by a run that was cut off", path)
-            shutil.rmtree(path)
+    for name in plan.remove:
+        storage.remove(name)
 
 
-def _has_manifest(path: Path) -> bool:
-    try:
-        read_manifest(path)
-    except CheckpointError:
-        return False
-    return True
+def _manifests(storage: Storage) -> dict[str, Manifest]:
+    found = {}
+    for name in step_names(storage):
+        try:
+            found[name] = read_manifest(storage, name)
+        except CheckpointError:
+            continue
+    return found
+
+
+def _sound(storage: Storage, manifests: Mapping[str, Manifest], names: list[str], count: int) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        if len(found) == count:
+            break
+        if not wrong_sizes(storage, name, manifests[name]):
+            found.append(name)
+    return found
+
+
+def _best(storage: Storage, manifests: Mapping[str, Manifest], policy: KeepBest | None) -> list[str]:
+    if policy is None:
+        return []
+    told = {name: manifest.metrics.get(policy.metric) for name, manifest in manifests.items()}
+    # NaN compares with nothing, so it would come out best or worst by chance.
+    known = {name: value for name, value in told.items() if value is not None and not math.isnan(value)}
+    sign = 1 if policy.mode == "min" else -1
+    return _sound(storage, manifests, sorted(known, key=lambda name: sign * known[name]), policy.count)

@@ -1,7 +1,8 @@
 """State dicts taken apart into tensors and JSON, and put together again.
 
 A tensor's key is its path through the nested dicts, joined with "/": `model/layers.0.wq.weight`. Within one part of
-the path "~" is written "~0" and "/" is written "~1", as JSON pointers do (RFC 6901), so no two paths share a key.
+the path "~" is written "~0" and "/" is written "~1", as JSON pointers do (RFC 6901), so no two paths share a key. "@",
+which sets a chunk's offsets apart from its tensor's name, is written "~2".
 
 What is not a tensor stays where it was, as JSON. Tuples, which JSON lacks and optimizers have ("betas"), are written
 `{"$tuple": [...]}` and come back as tuples. Dicts that hold nothing but tensors leave no trace in the JSON: where
@@ -18,6 +19,8 @@ import torch
 from titan_ckpt.errors import CheckpointError
 
 TUPLE_KEY = "$tuple"
+_MOST_NESTED = 200  # levels that are read: more than _MOST_SAVED, for a tuple takes two in JSON
+_MOST_SAVED = 64
 _CUT = object()  # stands for a branch of which nothing but tensors was left
 
 
@@ -94,12 +97,13 @@ def merge(name: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tens
     return merged
 
 
-def encode(value: Any, where: str) -> Any:
+def encode(value: Any, where: str, depth: int = 0) -> Any:
     """Turn a value into what JSON can hold exactly.
 
     Args:
         value: None, bool, int, float, str, or a list, tuple or dict of these.
         where: where it was found, for the message, e.g. `state["data"]`.
+        depth: how many dicts and lists it lies in.
 
     Returns:
         The value with tuples written as `{"$tuple": [...]}`.
@@ -107,14 +111,19 @@ def encode(value: Any, where: str) -> Any:
     Raises:
         CheckpointError: when it holds anything else; the message names the place and the type.
     """
+    if depth > _MOST_SAVED:
+        raise CheckpointError(f"{where[:80]}... is nested deeper than {_MOST_SAVED} levels, or holds itself")
     # Exact types only: an IntEnum or a numpy float would be written, but would come back as something else.
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
-        items = [encode(item, f"{where}[{place}]") for place, item in enumerate(value)]
+        items = [encode(item, f"{where}[{place}]", depth + 1) for place, item in enumerate(value)]
         return items if type(value) is list else {TUPLE_KEY: items}
     if isinstance(value, dict):
-        return {_checked_key(key, where): encode(item, f"{where}[{json.dumps(key)}]") for key, item in value.items()}
+        return {
+            _checked_key(key, where): encode(item, f"{where}[{json.dumps(key)}]", depth + 1)
+            for key, item in value.items()
+        }
     hint = "; inside lists there can be no tensors, name it in a dict" if isinstance(value, torch.Tensor) else ""
     raise CheckpointError(
         f"{where} is a {_type_name(value)}: a checkpoint holds tensors in dicts, and None, bool, int, float, "
@@ -140,6 +149,28 @@ def decode(value: Any) -> Any:
     return value
 
 
+def check_values(value: Any) -> None:
+    """See that a value from JSON is one that `encode` can have written: tuples are lists, and the nesting has an end.
+
+    Args:
+        value: what was read.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    level = [value]
+    for _ in range(_MOST_NESTED):
+        dicts = [item for item in level if isinstance(item, dict)]
+        if any(TUPLE_KEY in item and (len(item) > 1 or not isinstance(item[TUPLE_KEY], list)) for item in dicts):
+            raise ValueError(f"a {TUPLE_KEY} is no tuple")
+        level = [inner for item in dicts for inner in item.values()] + [
+            inner for item in level if isinstance(item, list) for inner in item
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {_MOST_NESTED} levels")
+
+
 def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value, whatever the order of its dicts' keys.
 
@@ -154,12 +185,12 @@ def digest(value: Any) -> str:
 
 def key_of(path: tuple[str, ...]) -> str:
     """Return the flat key of a path, e.g. `("model", "a/b")` gives `model/a~1b`."""
-    return "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
+    return "/".join(part.replace("~", "~0").replace("/", "~1").replace("@", "~2") for part in path)
 
 
 def parts_of(key: str) -> list[str]:
     """Return the path of a flat key."""
-    return [part.replace("~1", "/").replace("~0", "~") for part in key.split("/")]
+    return [part.replace("~2", "@").replace("~1", "/").replace("~0", "~") for part in key.split("/")]
 
 
 def _cut_tensors(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> Any:
@@ -171,8 +202,10 @@ def _cut_tensors(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Ten
         tensors[key_of(path)] = value
         return _CUT
     if not isinstance(value, dict):
-        return encode(value, _shown(path))
+        return encode(value, _shown(path), len(path))
     where = _shown(path)
+    if len(path) > _MOST_SAVED:
+        raise CheckpointError(f"{where[:80]}... is nested deeper than {_MOST_SAVED} levels, or holds itself")
     kept = {key: _cut_tensors(item, (*path, _checked_key(key, where)), tensors) for key, item in value.items()}
     kept = {key: item for key, item in kept.items() if item is not _CUT}
     return _CUT if value and not kept else kept

@@ -1,143 +1,262 @@
-"""One save, from tensors and JSON to a published checkpoint.
+"""One save, from planned parts to a published checkpoint.
 
-Everything is written under a staging name, each file synced to the disk, the manifest last; then one rename makes
-the folder a checkpoint. A kill at any instant leaves either that checkpoint or none, and never touches another one.
+Nothing that readers look at changes before the one act that publishes. A kill at any instant leaves either the whole
+checkpoint or none, and never touches another one.
 """
 
-import importlib.metadata
-import json
 import logging
-import os
-import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from titan_ckpt.catalog import LATEST
+from titan_ckpt.checking import damage_in
+from titan_ckpt.checksum import PIECE_BYTES, checksum
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.manifest import MANIFEST, STATE, TENSORS, FileRecord, Manifest, describe_file, folder_name
-from titan_ckpt.reader import problems_of
-from titan_ckpt.retention import aside, clear_leftovers, prune
-from titan_ckpt.snapshot import Snapshot
+from titan_ckpt.filewriter import WrittenFile
+from titan_ckpt.index import Chunk, TensorSpec, chunk_key, content_text
+from titan_ckpt.lock import FolderLock
+from titan_ckpt.manifest import (
+    LINEAGE_FROM_METADATA,
+    STATE,
+    FileRecord,
+    Manifest,
+    folder_name,
+    manifest_text,
+    read_manifest,
+)
+from titan_ckpt.planning import Part, PlannedFile
+from titan_ckpt.retention import Retention, plan_prune, prune
+from titan_ckpt.storage import Staged, Storage
+from titan_ckpt.tensorfile import make_header
+from titan_ckpt.tree import decode
 
 logger = logging.getLogger(__name__)
 
 
-def write_checkpoint(ranks: Ranks, folder: Path, snapshot: Snapshot, keep_last: int | None) -> None:
-    """Write and publish a checkpoint, then clear away old ones; collective.
+@dataclass(frozen=True)
+class Origin:
+    """What is written about a checkpoint besides its content.
+
+    Attributes:
+        step: the step.
+        metadata: the caller's words, encoded.
+        metrics: the caller's numbers.
+        parent: step and digest of the checkpoint that this run loaded or saved before; None for none.
+    """
+
+    step: int
+    metadata: Any
+    metrics: Mapping[str, float]
+    parent: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one rank has to write.
+
+    Attributes:
+        origin: what is written about the checkpoint.
+        values: what is not a tensor, encoded; rank 0's count.
+        own: this rank's files.
+        all_files: every rank's files; known to rank 0, empty elsewhere.
+        write_file: writes one of this rank's files: given its place in `own`, the path and the header.
+    """
+
+    origin: Origin
+    values: Mapping[str, Any]
+    own: Sequence[PlannedFile]
+    all_files: Sequence[PlannedFile]
+    write_file: Callable[[int, str, bytes], WrittenFile]
+
+
+def write_checkpoint(ranks: Ranks, storage: Storage, lock: FolderLock | None, order: Order) -> str | None:
+    """Write and publish a checkpoint; collective.
 
     Args:
         ranks: who takes part.
-        folder: where the checkpoints are; made if need be.
-        snapshot: what to write.
-        keep_last: how many to keep; None for all.
+        storage: where the checkpoints are.
+        lock: rank 0's right to write there, None elsewhere.
+        order: what to write.
+
+    Returns:
+        The digest of its manifest; None when the step was there already and sound.
 
     Raises:
         CheckpointError: on all ranks, when it failed on one; former checkpoints are untouched.
     """
-    # DCP brings sympy and two seconds of import with it: only those who save or load pay.
-    from titan_ckpt.tensors import write_tensors
-
-    final = folder / folder_name(snapshot.step)
-    if _stands(ranks, final):
-        return
-    staging = folder / ranks.on_first(f"make a staging folder in {folder}", lambda: _make_staging(final))
+    final = folder_name(order.origin.step)
+    if _stands(ranks, storage, final):
+        return None
+    staged = ranks.on_first(f"begin a checkpoint in {storage.url}", lambda: storage.stage(final))
     try:
-        index = write_tensors(ranks, staging / TENSORS, snapshot.tensors)
-        records = ranks.gather(ranks.together("hash the files", lambda: _own_files(staging, ranks.rank)))
-        files = {name: record for part in records for name, record in part.items()}
-        ranks.on_first(f"publish {final}", lambda: _publish(staging, final, snapshot, index, files, ranks.world))
-    except CheckpointError:
+        written = ranks.gather(
+            ranks.together(f"write the tensors to {storage.url}", lambda: _write_own(storage, staged, order))
+        )
+        digest = ranks.on_first(
+            f"publish {storage.url}/{final}",
+            lambda: _publish(storage, lock, staged, order, [file for part in written for file in part], ranks.world),
+        )
+    except BaseException:
         if ranks.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+            storage.abandon(staged)
         raise
     if ranks.rank == 0:
-        logger.info("saved %s", final)
-        _tidy(folder, snapshot.step, keep_last)
+        logger.info("saved %s/%s", storage.url, final)
+        _point_at(storage, final)
+    return digest
 
 
-def _stands(ranks: Ranks, final: Path) -> bool:
+def tidy(storage: Storage, lock: FolderLock, retention: Retention, published: int) -> None:
+    """Clear away what is no longer wanted; the checkpoint is safe by now, so a failure here is only told.
+
+    Args:
+        storage: where the checkpoints are.
+        lock: the right to write there.
+        retention: what to keep.
+        published: the step just saved.
+    """
+    try:
+        lock.confirm()
+        plan = plan_prune(storage, retention, published)
+        prune(storage, plan)
+        for name in plan.remove:
+            logger.info("removed %s: %s does not keep it", name, retention)
+        for name in storage.clear_leftovers():
+            logger.info("removed %s, left by a job that was cut off", name)
+    except Exception as error:  # a store's client has exceptions of its own
+        logger.warning("could not clear away old checkpoints in %s: %s", storage.url, error)
+
+
+def _stands(ranks: Ranks, storage: Storage, final: str) -> bool:
     """Tell whether the step is there already, in good order; a damaged one is moved aside."""
-    if not ranks.on_first(f"look for {final}", final.exists):
+    manifest, problem = ranks.on_first(f"look for {storage.url}/{final}", lambda: _present(storage, final))
+    if manifest is not None:
+        problems = shared_check(ranks, storage, final, manifest)
+    elif problem is not None:
+        problems = [problem]
+    else:
         return False
-    problems = problems_of(ranks, final)
     if not problems:
         if ranks.rank == 0:
-            logger.warning("%s exists and is sound: it is not written again", final)
+            logger.warning("%s/%s exists and is sound: it is not written again", storage.url, final)
         return True
 
     def move() -> None:
-        moved = final.rename(aside(final.parent, "damaged", final.name))
-        logger.warning("%s was damaged (%s): moved to %s", final, "; ".join(problems), moved.name)
+        aside = storage.set_aside(final)
+        logger.warning("%s/%s was damaged (%s): moved to %s", storage.url, final, "; ".join(problems), aside)
 
     ranks.on_first(f"move the damaged {final} aside", move)
     return False
 
 
-def _make_staging(final: Path) -> str:
-    staging = aside(final.parent, "staging", final.name)
-    (staging / TENSORS).mkdir(parents=True)
-    return staging.name
+def shared_check(ranks: Ranks, storage: Storage, name: str, manifest: Manifest) -> list[str]:
+    """Check every byte of a checkpoint, each rank its share of the files; collective.
+
+    Returns:
+        What is wrong with it, the same on all ranks; empty when it is sound.
+    """
+    # The largest first, dealt out one by one: the ranks read about as much each.
+    files = sorted(manifest.files, key=lambda file: -manifest.files[file].size)[ranks.rank :: ranks.world]
+    told = ranks.share(f"check {storage.url}/{name}", lambda: damage_in(storage, name, manifest, files))
+    return list(dict.fromkeys(problem for part in told for problem in part))
 
 
-def _own_files(staging: Path, rank: int) -> dict[str, FileRecord]:
-    """Hash the files that this rank wrote; DCP names them `__<rank>_<n>.distcp`, and its record is rank 0's."""
-    paths = list((staging / TENSORS).glob(f"__{rank}_*.distcp"))
-    if rank == 0:
-        paths.append(staging / TENSORS / ".metadata")
-    return {f"{TENSORS}/{path.name}": describe_file(path) for path in paths}
+def _present(storage: Storage, final: str) -> tuple[Manifest | None, str | None]:
+    if not storage.has(final):
+        return None, None
+    try:
+        return read_manifest(storage, final), None
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _write_own(storage: Storage, staged: Staged, order: Order) -> list[WrittenFile]:
+    written = []
+    for place, file in enumerate(order.own):
+        header = make_header(
+            [(chunk_key(part.name, part.shape, part.box), part.dtype, part.box.lengths) for part in file.parts]
+        )
+        written.append(order.write_file(place, f"{staged.folder}/{staged.prefix}{file.name}", header))
+    return written
 
 
 def _publish(
-    staging: Path, final: Path, snapshot: Snapshot, index: dict[str, Any], files: dict[str, FileRecord], world: int
-) -> None:
-    _write_synced(staging / STATE, json.dumps({"values": snapshot.values, "tensors": index}))
-    manifest = Manifest(
-        step=snapshot.step,
-        files={STATE: describe_file(staging / STATE), **dict(sorted(files.items()))},
-        metadata=snapshot.metadata,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        titan_ckpt=_own_version(),
-        torch=str(torch.__version__),
-        world_size=world,
+    storage: Storage,
+    lock: FolderLock | None,
+    staged: Staged,
+    order: Order,
+    written: Sequence[WrittenFile],
+    world: int,
+) -> str:
+    records: dict[str, FileRecord] = {}
+    chunks: dict[str, list[tuple[Part, str, tuple[str, ...]]]] = {}
+    for file, result in zip(order.all_files, written, strict=True):
+        name = f"{staged.prefix}{file.name}"
+        records[name] = FileRecord(result.size, result.checksum)
+        for part, hashes in zip(file.parts, result.pieces, strict=True):
+            chunks.setdefault(part.name, []).append((part, name, hashes))
+    text = content_text(order.values, {name: _spec(chunks[name]) for name in sorted(chunks)}, PIECE_BYTES)
+    sink = storage.create(f"{staged.folder}/{STATE}")
+    try:
+        sink.write(text)
+    except BaseException:
+        sink.discard()
+        raise
+    sink.close()
+    origin = order.origin
+    manifest = manifest_text(
+        origin.step,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        {STATE: FileRecord(len(text), checksum(text)), **records},
+        _lineage(origin, world),
+        origin.metrics,
+        origin.metadata,
     )
-    _sync_folder(staging / TENSORS)
-    _write_synced(staging / MANIFEST, manifest.to_json())
-    _sync_folder(staging)
-    os.rename(staging, final)  # fails where something holds files under that name: nothing is ever overwritten
-    _sync_folder(final.parent)
+    if lock is not None:
+        lock.confirm()
+    storage.publish(staged, manifest.text)
+    return manifest.digest
 
 
-def _tidy(folder: Path, published: int, keep_last: int | None) -> None:
-    """Clear away what is no longer wanted; the checkpoint is safe by now, so a failure here is only told."""
+def _spec(chunks: Sequence[tuple[Part, str, tuple[str, ...]]]) -> TensorSpec:
+    first = chunks[0][0]
+    found = [
+        Chunk(file, chunk_key(part.name, part.shape, part.box), *part.box, hashes) for part, file, hashes in chunks
+    ]
+    return TensorSpec(first.dtype, first.shape, tuple(sorted(found, key=lambda chunk: chunk.offsets)))
+
+
+def _lineage(origin: Origin, world: int) -> dict[str, Any]:
+    told = decode(origin.metadata)
+    return {
+        **{key: told.get(key) for key in LINEAGE_FROM_METADATA},
+        "parent": origin.parent,
+        "world_size": world,
+        "versions": {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "titan_ckpt": own_version(),
+            "torch": str(torch.__version__),
+        },
+    }
+
+
+def _point_at(storage: Storage, final: str) -> None:
     try:
-        for step in prune(folder, published, keep_last):
-            logger.info("removed the checkpoint of step %d, keeping the last %d", step, keep_last)
-        clear_leftovers(folder)
-    except OSError as error:
-        logger.warning("could not clear away old checkpoints in %s: %s", folder, error)
+        storage.replace(LATEST, f"{final}\n".encode())
+    except Exception as error:  # readers do not need it: the checkpoint is there
+        logger.warning("could not move %s/%s to %s: %s", storage.url, LATEST, final, error)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, not only the bytes of its files."""
-    handle = os.open(path, os.O_RDONLY)
+def own_version() -> str:
+    """Return this package's version."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("titan-ckpt")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return version("titan-ckpt")
+    except PackageNotFoundError:  # run from a source tree
         return "unknown"

@@ -1,0 +1,66 @@
+"""`titan-ckpt ls`: the checkpoints of a folder."""
+
+import argparse
+import json
+from typing import Any
+
+from titan_ckpt.catalog import latest_in, pins_in, step_names
+from titan_ckpt.checking import Level, verify
+from titan_ckpt.commands.text import printable, size, table
+from titan_ckpt.errors import CheckpointError
+from titan_ckpt.manifest import read_manifest, step_of
+from titan_ckpt.storage import Storage, open_storage
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("ls", help="list the checkpoints of a folder: steps, sizes, times, validity")
+    parser.add_argument("folder", metavar="FOLDER", help="a folder of checkpoints, as a path or URL")
+    parser.add_argument("--check", action="store_true", help="read every byte to tell which are sound, not sizes alone")
+    parser.add_argument("--json", action="store_true", help="write JSON: a list, oldest step first")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List, oldest step first; damaged ones with what is wrong."""
+    storage = open_storage(arguments.folder)
+    names = step_names(storage)
+    if not names and not storage.names():
+        raise CheckpointError(f"{arguments.folder}: there is no such folder, or it is empty")
+    pins = pins_in(storage)
+    latest = latest_in(storage)
+    level: Level = "checksum" if arguments.check else "size"
+    found = [_described(storage, name, level, latest, pins) for name in names]
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    rows = [["STEP", "CREATED", "SIZE", "STATE", ""]]
+    for entry in found:
+        marks = ["latest"] * entry["latest"] + [f"pinned as {pin}" for pin in entry["pins"]]
+        created, nbytes = entry["created"] or "?", "?" if entry["bytes"] is None else size(entry["bytes"])
+        state = "sound" if not entry["problems"] else "DAMAGED: " + "; ".join(entry["problems"])
+        rows.append([printable(cell) for cell in (str(entry["step"]), created, nbytes, state, ", ".join(marks))])
+    print(table(rows) if found else "no checkpoints")
+    return 0
+
+
+def _described(storage: Storage, name: str, level: Level, latest: str | None, pins: dict[str, str]) -> dict[str, Any]:
+    path = f"{storage.url.rstrip('/')}/{name}"
+    problems = verify(path, level)
+    try:
+        manifest = read_manifest(storage, name)
+        created, nbytes, metrics = manifest.created, manifest.nbytes, manifest.metrics
+    except CheckpointError:
+        created, nbytes, metrics = None, None, {}
+    return {
+        "step": step_of(name),
+        "path": path,
+        "created": created,
+        "bytes": nbytes,
+        "sound": not problems,
+        "checked": level,
+        "problems": problems,
+        "metrics": metrics,
+        "latest": name == latest,
+        "pins": sorted(pin for pin, target in pins.items() if target == name),
+    }

@@ -1,0 +1,58 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_ckpt.boxes import Box, whole
+from titan_ckpt.planning import Part, divide
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])
+
+
+@st.composite
+def held_by_ranks(draw: st.DrawFn) -> list[list[Part]]:
+    """Tensors replicated on some ranks, sharded over some, or owned by one."""
+    world = draw(st.integers(1, 5))
+    held: list[list[Part]] = [[] for _ in range(world)]
+    for number in range(draw(st.integers(0, 8))):
+        rows, dtype = draw(st.integers(0, 9)), draw(DTYPES)
+        shape = (rows, 3)
+        ranks = draw(st.lists(st.integers(0, world - 1), min_size=1, unique=True))
+        sharded = draw(st.booleans()) and rows > 0
+        for place, rank in enumerate(ranks):
+            start, stop = rows * place // len(ranks), rows * (place + 1) // len(ranks)
+            box = Box((start, 0), (stop - start, 3)) if sharded else whole(shape)
+            if not sharded or stop > start:
+                held[rank].append(Part(f"w{number}", dtype, shape, box))
+    return held
+
+
+@given(held_by_ranks(), st.integers(1, 200))
+@settings(deadline=None)
+def test_every_part_is_written_once_by_one_that_has_it(held: list[list[Part]], file_bytes: int) -> None:
+    files = divide(held, file_bytes)
+    written = [part for of_rank in files for file in of_rank for part in file.parts]
+    assert len(written) == len(set(written))
+    assert set(written) == {part for parts in held for part in parts}
+    for rank, of_rank in enumerate(files):
+        for file in of_rank:
+            assert set(file.parts) <= set(held[rank])
+            assert file.parts
+            assert len(file.parts) == 1 or sum(part.nbytes for part in file.parts) <= file_bytes
+            sizes = [part.dtype.itemsize for part in file.parts]
+            assert sizes == sorted(sizes, reverse=True)  # so that each is aligned
+    names = [file.name for of_rank in files for file in of_rank]
+    assert names == [f"tensors-{n:05d}-of-{len(names):05d}.safetensors" for n in range(len(names))]
+
+
+def test_replicas_are_shared_out_evenly() -> None:
+    parts = [Part(f"w{n}", torch.float32, (100 + n,), whole((100 + n,))) for n in range(40)]
+    loads = [sum(part.nbytes for file in files for part in file.parts) for files in divide([parts] * 4, 1 << 30)]
+    assert max(loads) - min(loads) < 500 * 4
+
+
+def test_who_alone_has_much_gets_no_replicas() -> None:
+    own = Part("own", torch.float32, (1000,), whole((1000,)))
+    both = Part("both", torch.float32, (10,), whole((10,)))
+    first, second = divide([[own, both], [both]], 1 << 30)
+    assert [part.name for file in first for part in file.parts] == ["own"]
+    assert [part.name for file in second for part in file.parts] == ["both"]
