@@ -369,7 +369,7 @@ def test_memory_is_bounded_by_one_file(tmp_path: Path) -> None:
     assert 16 << 20 <= grown <= 96 << 20
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_twenty_gigabytes_in_less_memory_than_a_file(tmp_path: Path) -> None:
     disk = os.statvfs(tmp_path)
     if disk.f_bavail * disk.f_frsize < 45 << 30:

@@ -105,7 +105,7 @@ def test_damaged_checkpoints_are_no_fresh_start(tmp_path: Path, capsys: pytest.C
     assert main(flags(tmp_path, checkpoint__interval="5")) == ExitCode.DONE
     folders = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [folder.name for folder in folders] == ["step-00000005", "step-00000010"]
-    victim = max((folders[1] / "tensors").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim = max(folders[1].glob("tensors-*.safetensors"), key=lambda path: path.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)

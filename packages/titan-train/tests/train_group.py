@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 # All processes come from one that has imported torch: six of them then cost one import, not six.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["titan_train.running", "titan_ckpt.tensors"])
+CONTEXT.set_forkserver_preload(["titan_train.running", "titan_ckpt.checkpointer", "torch._dynamo"])
 
 
 class Group:

@@ -10,7 +10,7 @@ import re
 import secrets
 from typing import Any, cast
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from titan_ckpt.storage import SinkFile, SourceFile, Staged
 

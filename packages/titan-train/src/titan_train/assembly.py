@@ -9,7 +9,7 @@ import torch
 
 import titan_data
 import titan_model
-from titan_ckpt import Checkpointer
+from titan_ckpt import Checkpointer, HuggingFaceExport
 from titan_data import DataError
 from titan_model import DecoderConfig
 from titan_parallel import (
@@ -100,6 +100,11 @@ def check(config: Config, world: int) -> None:
     elif (training.global_batch_size // data_world) % _microbatch_size(config, data_world):
         rows = training.global_batch_size // data_world
         wrong.append(f"training.microbatch_size {training.microbatch_size} does not divide the {rows} rows of a rank")
+    if config.checkpoint.huggingface:
+        try:
+            titan_model.config_to_huggingface(model)
+        except ValueError as error:
+            wrong.append(f"checkpoint.huggingface: {error}")
     if model.vocab_size < (needed := titan_data.ByteTokenizer().vocab_size):
         wrong.append(f"model.vocab_size {model.vocab_size} is less than the tokenizer's {needed}")
     if wrong:
@@ -130,6 +135,21 @@ def model_config(config: Config) -> DecoderConfig:
         raise ConfigError(str(error)) from None
 
 
+def _checkpointer(config: Config, shape: DecoderConfig) -> Checkpointer:
+    saving, folder = config.checkpoint, config.run.folder
+    also = []
+    if saving.huggingface:
+        also.append(HuggingFaceExport(f"{folder}/huggingface", titan_model.huggingface_map(shape)))
+    return Checkpointer(
+        f"{folder}/checkpoints",
+        keep_last=saving.keep_last,
+        keep_every=saving.keep_every,
+        asynchronous=saving.asynchronous,
+        on_save_error=saving.on_error,
+        also=also,
+    )
+
+
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
@@ -155,7 +175,6 @@ def assemble(config: Config, process: Process) -> Run:
 
     place = data_axis(mesh)
     tokenizer = titan_data.ByteTokenizer()
-    saving = config.checkpoint
     return Run(
         config=config,
         process=process,
@@ -164,9 +183,7 @@ def assemble(config: Config, process: Process) -> Run:
         optimizer=Optimizer(model.named_parameters(), config.optimizer),
         tokenizer=tokenizer,
         loader=_loader(config, tokenizer, place),
-        checkpointer=Checkpointer(
-            f"{config.run.folder}/checkpoints", keep_last=saving.keep_last, asynchronous=saving.asynchronous
-        ),
+        checkpointer=_checkpointer(config, shape),
         progress=Progress(),
     )
 

@@ -188,8 +188,14 @@ class CheckpointSection(Section):
     """Steps between checkpoints; 0 saves only at the end."""
     keep_last: Count | None = 3
     """Checkpoints to keep; none keeps all."""
+    keep_every: Count | None = None
+    """Keep checkpoints of steps that are multiples of this for good, besides."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
+    on_error: Literal["raise", "warn"] = "raise"
+    """End the run when a checkpoint cannot be written, or warn and go on."""
+    huggingface: bool = False
+    """Also write the weights of each checkpoint, as a folder that transformers reads, to `huggingface` in the run's."""
 
 
 class MetricsSection(Section):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 
 import torch
 
@@ -93,7 +95,14 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
 
 
 def _save(run: Run) -> None:
-    metadata = {"config": run.config.model_dump(), "tokens": run.progress.tokens}
+    config = run.config.model_dump()
+    mesh = run.model.mesh
+    metadata = {
+        "config": config,
+        "tokens_seen": run.progress.tokens,
+        "config_digest": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "layout": {name: mesh[name].size() for name in mesh.mesh_dim_names or ()},
+    }
     run.checkpointer.save(run.progress.step, run.state(), metadata=metadata)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,7 +19,7 @@ from titan_train.settings import Settings, shown
 _SAMPLE_CONTEXT = 128  # tokens: enough to see words in, short enough for a CPU
 
 
-def print_start(console: Console, settings: Settings, run: Run, resumed_from: Path | None) -> None:
+def print_start(console: Console, settings: Settings, run: Run, resumed_from: str | None) -> None:
     """Say what will be trained, where, and from which step."""
     config, shape = run.config, run.model_config
     degrees = ", ".join(f"{name} {run.model.mesh[name].size()}" for name in ("dp_replicate", "dp_shard", "tp"))

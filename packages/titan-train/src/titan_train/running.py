@@ -49,6 +49,7 @@ def _run(settings: Settings, process: Process, stop: StopSignal) -> int:
     parts = assemble(config, process)
     # Closed also when training fails: a save still in flight is a good one, from before.
     with closing(parts.checkpointer):
+        parts.checkpointer.claim()  # another job in this folder is found out now, not at the first save
         found = parts.checkpointer.load(parts.state())
         peak = find_peak(process.device, _dtype(parts))
         if process.is_first:
