@@ -3,13 +3,19 @@
 import json
 import shutil
 import sys
+from itertools import zip_longest
 
 import pytest
 import torch
 
 from titan_data import ByteTokenizer, DataError, Loader, RandomAccessSource, StreamSource, load_huggingface
+from titan_data.fingerprint import list_differences
+from titan_data.huggingface import HuggingFaceStream
+from titan_data.retry import Retry
 
 TEXTS = [f"record {i}: " + "word " * (i % 9) for i in range(60)]
+ONE, TWO = TEXTS[:40], TEXTS[40:]
+IN_TURN = [text for pair in zip(ONE, TWO, strict=False) for text in pair] + ONE[20:]
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def datasets(monkeypatch, tmp_path):
 def jsonl(tmp_path):
     """Two files with 40 and 20 records."""
     paths = []
-    for name, part in (("one.jsonl", TEXTS[:40]), ("two.jsonl", TEXTS[40:])):
+    for name, part in (("one.jsonl", ONE), ("two.jsonl", TWO)):
         path = tmp_path / "corpus" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps({"text": t, "n": 1}) + "\n" for t in part), encoding="utf-8")
@@ -49,7 +55,11 @@ def open_jsonl(jsonl, tmp_path, **changes):
 
 
 def read_all(source):
-    return list(source.iterate(0)) if isinstance(source, StreamSource) else [source[i] for i in range(len(source))]
+    """All texts, those of a stream in the order of a loader: one of each shard in turn."""
+    if isinstance(source, StreamSource):
+        shards = [iter(source.iterate(shard, 0)) for shard in range(source.shards)]
+        return [text for turn in zip_longest(*shards) for text in turn if text is not None]
+    return [source[i] for i in range(len(source))]
 
 
 def check_resume(source):
@@ -71,18 +81,20 @@ def check_resume(source):
         rows = [next(loader) for loader in resumed]
         assert torch.equal(torch.cat([row["tokens"] for row in rows]), expected["tokens"])
         assert torch.equal(torch.cat([row["labels"] for row in rows]), expected["labels"])
-    assert whole.epoch > 0, "the test should cross an epoch"
+    assert whole.accounting()[source.name]["epoch"] > 0, "the test should cross an epoch"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_jsonl(datasets, jsonl, tmp_path, streaming):
     source = open_jsonl(jsonl, tmp_path, streaming=streaming)
     assert isinstance(source, StreamSource if streaming else RandomAccessSource)
-    assert read_all(source) == TEXTS
+    assert read_all(source) == (IN_TURN if streaming else TEXTS)
     assert source.name == "json:one.jsonl"
     if streaming:
-        assert list(source.iterate(38)) == TEXTS[38:]
-        assert list(source.iterate(60)) == []
+        assert source.shards == 2
+        for start in (0, 1, 19, 20, 39, 40, 41):
+            assert list(source.iterate(0, start)) == ONE[start:]
+            assert list(source.iterate(1, start)) == TWO[start:]
     check_resume(source)
 
 
@@ -97,15 +109,17 @@ def test_parquet(datasets, parquet, tmp_path, streaming):
 
 def test_patterns_folders_and_options(datasets, jsonl, tmp_path):
     folder = tmp_path / "corpus"
-    assert read_all(open_jsonl(str(folder / "*.jsonl"), tmp_path, streaming=True)) == TEXTS
-    assert read_all(load_huggingface(str(folder), streaming=True)) == TEXTS
-    assert read_all(load_huggingface(str(folder), data_files="two.jsonl", streaming=True)) == TEXTS[40:]
+    assert read_all(open_jsonl(str(folder / "*.jsonl"), tmp_path, streaming=True)) == IN_TURN
+    assert read_all(load_huggingface(str(folder), streaming=True)) == IN_TURN
+    assert read_all(load_huggingface(str(folder), data_files="two.jsonl", streaming=True)) == TWO
     whole = load_huggingface("text", data_files=jsonl[0], streaming=True, sample_by="document")
     assert len(read_all(whole)) == 1
 
 
 def test_the_order_of_files_is_the_order_given(datasets, jsonl, tmp_path):
-    assert read_all(open_jsonl(jsonl[::-1], tmp_path, streaming=True)) == TEXTS[40:] + TEXTS[:40]
+    source = open_jsonl(jsonl[::-1], tmp_path, streaming=True)
+    assert [list(source.iterate(shard, 0)) for shard in (0, 1)] == [TWO, ONE]
+    assert read_all(open_jsonl(jsonl[::-1], tmp_path, streaming=True, shards=1)) == TWO + ONE
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -114,7 +128,7 @@ def test_fingerprint(datasets, jsonl, tmp_path, streaming):
     moved = shutil.copytree(tmp_path / "corpus", tmp_path / "moved")
     paths = [str(moved / "one.jsonl"), str(moved / "two.jsonl")]
     same = open_jsonl(paths, tmp_path, streaming=streaming, cache_dir=tmp_path / "cache2")
-    assert same.fingerprint == source.fingerprint
+    assert same.fingerprint() == source.fingerprint()
     others = [
         open_jsonl(jsonl, tmp_path, streaming=not streaming),
         open_jsonl(jsonl[::-1], tmp_path, streaming=streaming),
@@ -123,10 +137,11 @@ def test_fingerprint(datasets, jsonl, tmp_path, streaming):
     with open(paths[0], "a", encoding="utf-8") as file:
         file.write('{"text": "more", "n": 1}\n')
     others.append(open_jsonl(paths, tmp_path, streaming=streaming))
-    assert len({source.fingerprint, *(other.fingerprint for other in others)}) == 5
+    assert len({source.fingerprint().digest, *(other.fingerprint().digest for other in others)}) == 5
+    assert list_differences(source.fingerprint(), others[-1].fingerprint())[-1] == "edited: one.jsonl"
     state = Loader(source, ByteTokenizer(), seq_len=8, global_batch_size=1).state_dict()
     loader = Loader(others[-1], ByteTokenizer(), seq_len=8, global_batch_size=1)
-    with pytest.raises(DataError, match="source: saved"):
+    with pytest.raises(DataError, match=r"edited: one\.jsonl"):
         loader.load_state_dict(state)
 
 
@@ -134,7 +149,7 @@ def test_options_are_part_of_the_fingerprint(datasets, jsonl):
     by_line, by_document = (
         load_huggingface("text", data_files=jsonl, streaming=True, sample_by=unit) for unit in ("line", "document")
     )
-    assert by_line.fingerprint != by_document.fingerprint
+    assert by_line.fingerprint() != by_document.fingerprint()
 
 
 def test_hidden_files_in_a_folder_do_not_count(datasets, jsonl, tmp_path):
@@ -142,7 +157,7 @@ def test_hidden_files_in_a_folder_do_not_count(datasets, jsonl, tmp_path):
     hidden = tmp_path / "corpus" / ".cache" / "notes"
     hidden.parent.mkdir()
     hidden.write_text("what a download tool keeps for itself", encoding="utf-8")
-    assert load_huggingface(str(tmp_path / "corpus"), streaming=True).fingerprint == before.fingerprint
+    assert load_huggingface(str(tmp_path / "corpus"), streaming=True).fingerprint() == before.fingerprint()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -183,7 +198,7 @@ def test_missing_files_are_named(datasets, jsonl, tmp_path):
 def test_what_datasets_refuses_becomes_a_data_error(datasets, jsonl, tmp_path):
     with pytest.raises(DataError, match=r"could not load 'json', split 'test': .*test"):
         open_jsonl(jsonl, tmp_path, split="test")
-    with pytest.raises(DataError, match="could not load 'nobody/nothing'"):
+    with pytest.raises(DataError, match="Hub cannot be reached for dataset 'nobody/nothing'"):
         load_huggingface("nobody/nothing", cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match=r"could not load 'json'.*lines_per_page"):
         open_jsonl(jsonl, tmp_path, lines_per_page=3)
@@ -205,3 +220,79 @@ def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch, tmp_pat
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"pip install 'titan-data\[huggingface\]'"):
         load_huggingface("json", data_files=str(tmp_path / "a.jsonl"))
+
+
+def test_shards_are_dealt_whole_files(datasets, tmp_path):
+    paths = []
+    for number in range(5):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{number}.{i}"}) + "\n" for i in range(3)), encoding="utf-8")
+        paths.append(str(path))
+    source = open_jsonl(paths, tmp_path, streaming=True, shards=2)
+    expected = [[f"{n}.{i}" for n in range(shard, 5, 2) for i in range(3)] for shard in (0, 1)]
+    assert [list(source.iterate(shard, 0)) for shard in (0, 1)] == expected
+    for start in range(10):
+        assert list(source.iterate(0, start)) == expected[0][start:]
+    other = open_jsonl(paths, tmp_path, streaming=True, shards=3)
+    assert list_differences(source.fingerprint(), other.fingerprint()) == ["shards: was 2, now 3"]
+    with pytest.raises(DataError, match="at least 1 shard"):
+        open_jsonl(paths, tmp_path, streaming=True, shards=0)
+
+
+def test_c4_without_a_network_is_one_line_at_once(datasets, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **request: asked.append((args, request)))
+    with pytest.raises(DataError, match=r"Hub cannot be reached for dataset 'allenai/c4' \(.*\): connect .* local"):
+        load_huggingface("c4")
+    assert asked == []
+
+
+def test_c4_is_the_english_stream(datasets, jsonl, monkeypatch):
+    asked = []
+    load = datasets.load_dataset
+    stream = load("json", data_files=jsonl, split="train", streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **request: asked.append((args, request)) or stream)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **options: None)
+    source = load_huggingface("c4", split="validation")
+    ((args, request),) = asked
+    assert args == ("allenai/c4",)
+    assert (request["name"], request["streaming"], request["split"]) == ("en", True, "validation")
+    assert request["trust_remote_code"] is False
+    assert isinstance(source, StreamSource)
+    assert source.name == "c4:en"
+
+
+class Flaky:
+    """Stands in for an IterableDataset whose connection breaks."""
+
+    def __init__(self, failures, at=0):
+        self.failures, self.at = failures, at
+
+    def shard(self, num_shards, index, contiguous):
+        return self
+
+    def skip(self, count):
+        return Flaky(self.failures, count)
+
+    def __iter__(self):
+        for number in range(self.at, 6):
+            if number in (2, 4) and self.failures:
+                raise self.failures.pop()
+            yield {"text": str(number)}
+
+
+def test_a_stream_goes_on_after_failures_of_the_network():
+    waits = []
+    retry = Retry(attempts=3, sleep=waits.append)
+
+    def read(failures, start=0):
+        return list(HuggingFaceStream(Flaky(failures), "text", "hub", None, 1, retry).iterate(0, start))
+
+    assert read([ConnectionError(), TimeoutError()], 1) == ["1", "2", "3", "4", "5"]
+    assert len(waits) == 2
+    with pytest.raises(DataError, match=r"source 'hub', shard 0 of 1: record 2 could .* after 3 attempts: .*gone"):
+        read([ConnectionError("gone")] * 3)
+    waits.clear()
+    with pytest.raises(DataError, match="record 2 could not be read: JSONDecodeError"):
+        read([json.JSONDecodeError("broken", "", 0)] * 2)
+    assert waits == []

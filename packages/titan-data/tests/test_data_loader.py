@@ -1,135 +1,99 @@
-"""The promise: global batch n is the same on any number of ranks, however often the run is stopped and resumed."""
+"""Reading ahead, states and their refusal, failures in the middle of a step, and how little a resume reads."""
 
-import hashlib
+import contextlib
+import gc
 import json
-from array import array
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from titan_data import ByteTokenizer, DataError, ListSource, Loader, StdlibSource
+from data_loader_cases import ListStream, ListTokens, digest, encoded, make_source, open_loader
+from titan_data import (
+    ByteTokenizer,
+    ChangedDataError,
+    DataError,
+    Fingerprint,
+    IterableSource,
+    ListSource,
+    Loader,
+    Packing,
+    Permutation,
+    Weighted,
+)
+from titan_data.packing import Place
+from titan_data.reader import Position, Standing
+from titan_data.state import dump_state
 
-WORLDS = (1, 2, 3, 4, 6, 8)
-ROWS = 24  # divides among all of them
-KEYS = ("tokens", "labels", "positions", "document_ids")
+KINDS = ("texts", "tokens", "stream")
+TEXTS = [f"document {i} " * (i % 5 + 1) for i in range(40)]
 
 
-class ListStream:
-    """A list of strings that can only be read in order."""
+class Flaky:
+    """Makes any source's reads fail while `broken`, but for the first `spare` of them, or fail `once`."""
 
-    name = "stream"
+    broken, spare, once = False, 0, False
 
-    def __init__(self, texts):
-        self._texts = texts
-        self.fingerprint = ListSource(texts).fingerprint
+    def __init__(self, source):
+        self._source = source
 
-    def iterate(self, start):
-        yield from self._texts[start:]
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def fail(self):
+        if self.broken:
+            self.spare -= 1
+            if self.spare < 0:
+                self.broken = not self.once
+                raise OSError("the disk is away")
 
 
-class Flaky(ListSource):
-    """A source whose reads fail while `broken` is set: at the second read, or all."""
-
-    broken = False
+class FlakyRows(Flaky):
+    def __len__(self):
+        return len(self._source)
 
     def __getitem__(self, index):
-        if self.broken:
-            self.reads += 1
-            if self.reads > 1:
-                raise OSError("the disk is away")
-        return super().__getitem__(index)
+        self.fail()
+        return self._source[index]
 
 
-class FlakyStream(ListStream):
-    """The same for a stream."""
-
-    broken = False
-
-    def iterate(self, start):
-        for number, text in enumerate(self._texts[start:]):
-            if self.broken and number > 0:
-                raise OSError("the network is away")
+class FlakyStream(Flaky):
+    def iterate(self, shard, start):
+        for text in self._source.iterate(shard, start):
+            self.fail()
             yield text
 
 
-def open_loader(source, **changes):
-    return Loader(source, ByteTokenizer(), **{"seq_len": 16, "global_batch_size": 8, **changes})
+def flaky(kind):
+    source = make_source(kind, TEXTS)
+    return FlakyStream(source) if kind == "stream" else FlakyRows(source)
 
 
-def digest(batches):
-    """SHA-256 of a global batch, given the ranks' rows in order."""
-    sha = hashlib.sha256()
-    for key in KEYS:
-        sha.update(array("q", torch.cat([batch[key] for batch in batches]).flatten().tolist()).tobytes())
-    return sha.hexdigest()
-
-
-def run_in_parts(make_source, parts, settings):
-    """Run `parts` of (world, steps), each resumed from the JSON state of the one before; give each step's digest."""
-    saved, digests = None, []
-    for world, steps in parts:
-        ranks = [Loader(make_source(), ByteTokenizer(), **settings, rank=r, world=world) for r in range(world)]
-        if saved is not None:
-            for loader in ranks:
-                loader.load_state_dict(json.loads(saved))
-        for _ in range(steps):
-            digests.append(digest([next(loader) for loader in ranks]))
-        states = {json.dumps(loader.state_dict()) for loader in ranks}
-        assert len(states) == 1, "ranks disagree about where they are"
-        saved = states.pop()
-    return digests, saved
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    corpus=st.lists(st.text(max_size=60), min_size=1, max_size=40).filter(any),
-    stream=st.booleans(),
-    shuffle=st.booleans(),
-    seed=st.integers(0, 5),
-    seq_len=st.integers(1, 24),
-    parts=st.lists(st.tuples(st.sampled_from(WORLDS), st.integers(0, 4)), min_size=1, max_size=4),
-)
-def test_any_ranks_and_any_stops_give_the_unbroken_run(corpus, stream, shuffle, seed, seq_len, parts):
-    settings = {"seq_len": seq_len, "global_batch_size": ROWS, "seed": seed, "shuffle": shuffle}
-
-    def make_source():
-        return ListStream(corpus) if stream else ListSource(corpus)
-
-    whole, end = run_in_parts(make_source, [(1, sum(steps for _, steps in parts))], settings)
-    in_parts, end_in_parts = run_in_parts(make_source, parts, settings)
-    assert in_parts == whole
-    assert end_in_parts == end
-
-
-@pytest.mark.parametrize("kind", [ListSource, ListStream])
-def test_all_worlds_in_turn_across_epochs(kind):
-    corpus = [f"document {i} " * (i % 7 + 1) for i in range(50)]
-    settings = {"seq_len": 32, "global_batch_size": ROWS, "seed": 3}
-    whole, end = run_in_parts(lambda: kind(corpus), [(1, 24)], settings)
-    in_parts, _ = run_in_parts(lambda: kind(corpus), [(w, 1) for w in (*WORLDS, *reversed(WORLDS))] * 2, settings)
-    assert in_parts == whole
-    assert json.loads(end)["queue"][0] >= 4, "the test should cross epochs"
-    assert len(set(whole)) == len(whole)
-
-
-def test_digest_of_the_data_order_is_fixed_for_all_time():
-    # Saved runs go on in this very order with every later version.
-    corpus = [f"document {i} " * (i % 5 + 1) for i in range(30)]
-    digests, _ = run_in_parts(lambda: ListSource(corpus), [(2, 6)], {"seq_len": 64, "global_batch_size": 4, "seed": 7})
-    assert hashlib.sha256("".join(digests).encode()).hexdigest()[:16] == "b60cc77d97c242e5"
+def test_attributes_and_iteration():
+    loader = open_loader(ListSource(["a" * 100]), seq_len=25, global_batch_size=2)
+    assert (loader.tokens_per_step, loader.step) == (50, 0)
+    for batch in loader:
+        assert batch["tokens"].shape == (2, 25)
+        if loader.step == 3:
+            break
+    # Three steps of 50 tokens are the document of 102 once and 48 tokens of it again.
+    assert loader.accounting() == {
+        "list": {"tokens": 150, "documents": 1, "padding": 0, "cropped": 0, "skipped": 0, "epoch": 1}
+    }
 
 
 def test_seed_and_shuffle_matter():
-    corpus = [f"text number {i}" for i in range(50)]
-    firsts = {digest([next(open_loader(ListSource(corpus), seed=seed))]) for seed in range(4)}
-    firsts.add(digest([next(open_loader(ListSource(corpus), shuffle=False))]))
+    firsts = {digest([next(open_loader(ListSource(TEXTS), seed=seed))]) for seed in range(4)}
+    firsts.add(digest([next(open_loader(ListSource(TEXTS), shuffle=False))]))
     assert len(firsts) == 5
 
 
-def test_a_loader_can_go_back_to_its_own_state():
-    loader = open_loader(StdlibSource(), seq_len=200)
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_a_loader_can_go_back_to_its_own_state(prefetch):
+    loader = open_loader(ListSource(TEXTS), prefetch=prefetch)
     next(loader)
     state = loader.state_dict()
     there = [digest([next(loader)]) for _ in range(5)]
@@ -138,17 +102,194 @@ def test_a_loader_can_go_back_to_its_own_state():
     assert [digest([next(loader)]) for _ in range(5)] == there
 
 
-def test_attributes_and_iteration():
-    loader = open_loader(ListSource(["a" * 100]), seq_len=25, global_batch_size=2)
-    assert (loader.tokens_per_step, loader.step, loader.epoch) == (50, 0, 0)
-    for batch in loader:
-        assert batch["tokens"].shape == (2, 25)
-        if loader.step == 3:
-            break
-    assert loader.epoch == 2  # a document of 102 tokens is one epoch: each of the two lanes holds one
+# ---- reading ahead ----
 
 
-def test_resume_reads_only_what_lanes_hold():
+def test_reading_ahead_is_bounded_and_the_state_is_of_what_was_handed_out():
+    source = ListTokens([[i] * 8 for i in range(1000)])
+    loader = Loader(source, None, seq_len=8, global_batch_size=10, shuffle=False, prefetch=3)
+    first = next(loader)
+    assert first["tokens"][:, 0].tolist() == list(range(10))
+    deadline = time.monotonic() + 20
+    while len(source.read) < 50 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # One handed out, three waiting, one in the making or waiting for room.
+    assert len(source.read) == 50
+    time.sleep(0.05)
+    assert len(source.read) == 50
+    assert loader.step == 1
+    assert loader.state_dict()["sources"]["tokens"]["cursor"] == [0, 10]
+    assert loader.accounting()["tokens"]["tokens"] == 80
+    loader.close()
+    assert next(loader)["tokens"][:, 0].tolist() == list(range(10, 20))
+    loader.close()
+    loader.close()
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("titan-data")]
+
+
+def test_no_thread_outlives_its_loader():
+    before = len(prefetch_threads())
+    loader = open_loader(ListSource(TEXTS), prefetch=2, workers=2)
+    next(loader)
+    assert len(prefetch_threads()) > before
+    loader.close()
+    assert not any(thread.name == "titan-data-prefetch" for thread in prefetch_threads())
+    next(loader)
+    del loader
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while len(prefetch_threads()) > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(prefetch_threads()) == before
+
+
+def test_a_process_ends_though_a_loader_is_reading_ahead():
+    code = (
+        "from titan_data import *\n"
+        "loader = Loader(ListSource(['abc'] * 99), ByteTokenizer(), seq_len=64, global_batch_size=64, workers=2)\n"
+        "next(loader)\n"
+        "print('done')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
+    assert (result.stdout, result.stderr) == ("done\n", "")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failed_read_leaves_the_step_before(kind, prefetch, workers):
+    expected = open_loader(flaky(kind))
+    digests = [digest([next(expected)]) for _ in range(60)]
+    source = flaky(kind)
+    loader = open_loader(source, prefetch=prefetch, workers=workers)
+    got = [digest([next(loader)]) for _ in range(3)]
+    source.broken, source.spare = True, 20
+    with pytest.raises(OSError, match="away"):
+        got.extend(digest([batch]) for batch in loader)
+    state = loader.state_dict()
+    assert state["step"] == len(got) < 60
+    with pytest.raises(OSError, match="away"):
+        next(loader)
+    assert loader.state_dict() == state
+    source.broken = False
+    while len(got) < 60:
+        got.append(digest([next(loader)]))
+    assert got == digests
+    resumed = open_loader(flaky(kind))
+    resumed.load_state_dict(state)
+    assert [digest([next(resumed)]) for _ in range(60 - state["step"])] == digests[state["step"] :]
+
+
+@pytest.mark.parametrize("kind", ["texts", "stream"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_read_that_fails_once_loses_nothing(kind, workers):
+    # A generator that has raised looks like one that has come to its end: the rest of its shard must not be lost.
+    expected = open_loader(flaky(kind))
+    digests = [digest([next(expected)]) for _ in range(12)]
+    for spare in range(20):
+        source = flaky(kind)
+        source.broken, source.spare, source.once = True, spare, True
+        loader = open_loader(source, workers=workers)
+        got = []
+        while len(got) < 12:
+            with contextlib.suppress(OSError):
+                got.append(digest([next(loader)]))
+        assert not source.broken
+        assert got == digests
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tokenizer_that_fails_once_loses_nothing(workers):
+    class Nervous(ByteTokenizer):
+        failed = False
+
+        def encode_batch(self, texts):
+            if not self.failed and "document 00050" in texts:
+                self.failed = True
+                raise MemoryError("too little memory")
+            return super().encode_batch(texts)
+
+    # Each step is what is tokenized at once: so the place of the failure is one where the feed already stands.
+    source = ListSource([f"document {i:05}" for i in range(200)])
+    loader = Loader(source, Nervous(), seq_len=16, global_batch_size=16, shuffle=False, prefetch=0, workers=workers)
+    read = []
+    while len(read) < 12 * 16:
+        with contextlib.suppress(MemoryError):
+            read += [bytes(row[1:-1]).decode() for row in next(loader)["tokens"].tolist()]
+    assert read == [source[i] for i in range(12 * 16)]
+
+
+def test_what_lies_before_a_bad_record_is_handed_out_first():
+    class Bad(ListSource):
+        def __getitem__(self, index):
+            if index == 30:
+                raise DataError("corpus.jsonl, line 31: no JSON")
+            return super().__getitem__(index)
+
+    for workers in (0, 2):
+        loader = open_loader(Bad(["a" * 14] * 40), global_batch_size=5, shuffle=False, prefetch=2, workers=workers)
+        for _ in range(6):
+            next(loader)
+        with pytest.raises(DataError, match="line 31"):
+            next(loader)
+        assert loader.step == 6
+
+
+# ---- how little is read ----
+
+
+def test_a_rank_reads_only_its_own_documents():
+    # Lengths of all, tokens of its own rows: with ready-made tokens nobody reads what another rank trains on.
+    documents = [[i] * 8 for i in range(800)]
+    read = []
+    for rank in range(4):
+        source = ListTokens(documents)
+        loader = Loader(source, None, seq_len=8, global_batch_size=8, rank=rank, world=4, prefetch=0)
+        for _ in range(100):
+            next(loader)
+        read.append(source.read)
+    assert [len(one) for one in read] == [200] * 4
+    assert set.union(*read) == set(range(800))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_resume_reads_no_more_far_into_a_run_than_at_its_beginning(packing):
+    class Endless:
+        """A thousand million documents of 100 tokens that take no room."""
+
+        name, tokenizer_fingerprint, looked_up = "endless", None, 0
+
+        def fingerprint(self):
+            return Fingerprint.of("endless", [])
+
+        def __len__(self):
+            return 10**9
+
+        def lengths(self, indices):
+            Endless.looked_up += len(indices)
+            return torch.full((len(indices),), 100).numpy()
+
+        def __getitem__(self, index):
+            return torch.full((100,), index).numpy()
+
+    def loader():
+        return Loader(Endless(), None, seq_len=1000, global_batch_size=8, packing=Packing(packing, look_ahead=160))
+
+    # A million steps of 80 documents.
+    far = Position(1_000_000, 0, (Standing(Place((0, 80_000_000))),))
+    resumed = loader()
+    resumed.load_state_dict(json.loads(json.dumps(dump_state(far, resumed._settings))))
+    assert int(next(resumed)["tokens"][0, 0]) == Permutation(10**9, "0/endless/0")[80_000_000]
+    resumed.close()
+    assert resumed.step == 1_000_001
+    assert Endless.looked_up <= 4 * 1024
+    assert len(json.dumps(resumed.state_dict())) < 2000
+
+
+def test_resuming_texts_reads_a_few_documents():
     class Counting(ListSource):
         reads = 0
 
@@ -156,34 +297,18 @@ def test_resume_reads_only_what_lanes_hold():
             Counting.reads += 1
             return super().__getitem__(index)
 
-    corpus = ["x" * 10] * 1000
-    loader = open_loader(Counting(corpus), global_batch_size=4, seq_len=100)
+    loader = open_loader(Counting(["x" * 10] * 1000), global_batch_size=4, seq_len=100)
     for _ in range(20):
         next(loader)
-    state = loader.state_dict()
-    assert Counting.reads > 600
+    assert Counting.reads >= 20 * 400 // 12
     Counting.reads = 0
-    open_loader(Counting(corpus), global_batch_size=4, seq_len=100).load_state_dict(state)
-    assert Counting.reads == sum(lane is not None for lane in state["lanes"]) <= 4
+    resumed = open_loader(Counting(["x" * 10] * 1000), global_batch_size=4, seq_len=100)
+    resumed.load_state_dict(loader.state_dict())
+    next(resumed)
+    assert Counting.reads <= 400 // 12 + 32
 
 
-@pytest.mark.parametrize("kind", [Flaky, FlakyStream])
-def test_a_failed_read_leaves_the_step_before(kind):
-    corpus = [f"document {i}" for i in range(40)]
-    expected = open_loader(kind(corpus))
-    digests = [digest([next(expected)]) for _ in range(6)]
-    source = kind(corpus)
-    loader = open_loader(source)
-    got = [digest([next(loader)]) for _ in range(3)]
-    state = loader.state_dict()
-    loader.load_state_dict(state)
-    source.broken, source.reads = True, 0
-    for _ in range(2):
-        with pytest.raises(OSError, match="away"):
-            next(loader)
-        assert loader.state_dict() == state
-    source.broken = False
-    assert got + [digest([next(loader)]) for _ in range(3)] == digests
+# ---- refusals ----
 
 
 def test_changed_settings_are_refused_and_all_of_them_listed():
@@ -192,7 +317,15 @@ def test_changed_settings_are_refused_and_all_of_them_listed():
     class Other(ByteTokenizer):
         fingerprint = "other"
 
-    loader = Loader(ListSource(["abcd"]), Other(), seq_len=17, global_batch_size=4, seed=2, shuffle=False)
+    loader = Loader(
+        ListSource(["abcd"]),
+        Other(),
+        seq_len=17,
+        global_batch_size=4,
+        seed=2,
+        shuffle=False,
+        packing=Packing("one_per_row"),
+    )
     with pytest.raises(DataError) as caught:
         loader.load_state_dict(state)
     message = str(caught.value)
@@ -202,77 +335,210 @@ def test_changed_settings_are_refused_and_all_of_them_listed():
         "seed: saved 1, now 2",
         "shuffle: saved True, now False",
         "tokenizer: saved 'titan-data/bytes/1', now 'other'",
-        f"source: saved '{ListSource(['abc']).fingerprint}', now '{ListSource(['abcd']).fingerprint}'",
-        "Resume with the saved values, or start a new run in a new folder.",
+        "packing.kind: saved 'concat', now 'one_per_row'",
+        "data of source 'list': edited: document 0",
+        "Resume with what was saved, or start a new run in a new folder.",
+        "allow_changes={'data', 'global_batch_size', 'packing', 'seed', 'seq_len', 'shuffle', 'tokenizer'}",
     ):
         assert line in message
-    assert message.count(": saved") == 6
+    assert loader.step == 0
 
 
-@pytest.mark.parametrize("setting", ["seed", "seq_len", "global_batch_size", "shuffle"])
-def test_one_changed_setting_is_named_alone(setting):
-    state = open_loader(ListSource(["abc"])).state_dict()
-    changes = {"seed": 5, "seq_len": 8, "global_batch_size": 16, "shuffle": False}
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 5},
+        {"seq_len": 8},
+        {"global_batch_size": 16},
+        {"shuffle": False},
+        {"packing": Packing(cross_document=True)},
+        {"packing": Packing("best_fit")},
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_changed_setting_is_named_alone_and_can_be_allowed(kind, change):
+    loader = open_loader(make_source(kind, TEXTS))
+    for _ in range(4):
+        next(loader)
+    state = loader.state_dict()
+    changed = open_loader(make_source(kind, TEXTS), **change)
+    if kind == "stream" and change == {"shuffle": False}:
+        change = {}  # a stream is never shuffled: but the setting is the loader's, and it is one for all sources
+    (name,) = change or {"shuffle"}
     with pytest.raises(DataError) as caught:
-        open_loader(ListSource(["abc"]), **{setting: changes[setting]}).load_state_dict(state)
-    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]] == [setting]
+        changed.load_state_dict(state)
+    assert {line.split(":")[0].split(".")[0].strip() for line in str(caught.value).splitlines()[1:-1]} == {name}
+    assert changed.step == 0
+    with pytest.raises(DataError):
+        changed.load_state_dict(state, allow_changes={"data", "mixture"})
+    changed.load_state_dict(state, allow_changes={name})
+    batch = next(changed)
+    assert changed.step == 5
+    assert changed.accounting()["source"]["tokens"] == 4 * 128 + (batch["labels"].numel() - padding(changed))
+    if name in ("seq_len", "global_batch_size"):
+        assert batch["tokens"][0, :8].tolist() == next(loader)["tokens"][0, :8].tolist(), "the place is the same"
+
+
+def padding(loader):
+    return loader.accounting()["source"]["padding"]
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_changed_data_are_refused_with_the_list_and_can_be_allowed(packing):
+    def loader_of(documents):
+        packed = Packing(packing, look_ahead=8)
+        return Loader(ListTokens(documents), None, seq_len=16, global_batch_size=4, packing=packed, prefetch=0)
+
+    documents = encoded(TEXTS)
+    loader = loader_of(documents)
+    for _ in range(7):
+        next(loader)
+    state = loader.state_dict()
+    for changed, line in (
+        ([*documents[:3], [1, 2, 3], *documents[4:]], "edited: document 3"),
+        ([*documents, [1]], "added: document 40"),
+        (documents[:-2], "removed: document 38, document 39"),
+        ([[1]] * 40, "edited: document 0, document 1, document 2"),
+        ([[1]], "removed: document 1, document 2"),
+    ):
+        other = loader_of(changed)
+        with pytest.raises(DataError, match=f"data of source 'tokens': {line}") as caught:
+            other.load_state_dict(state)
+        assert "allow_changes={'data'}" in str(caught.value)
+        assert isinstance(caught.value, ChangedDataError)
+        assert caught.value.changes == ("data",)
+        other.load_state_dict(state, allow_changes=["data"])
+        next(other)
+        assert other.step == 8
+
+
+def test_a_stream_that_is_cut_up_otherwise_is_refused_for_good():
+    loader = open_loader(ListStream([["a"] * 9, ["b"] * 9]))
+    next(loader)
+    other = open_loader(ListStream([["a"] * 9, ["b"] * 9, ["c"]]))
+    with pytest.raises(DataError, match="added: shard 2"):
+        other.load_state_dict(loader.state_dict())
+    with pytest.raises(DataError, match="has 3 shards, but the saved place is one in 2: give the source another name"):
+        other.load_state_dict(loader.state_dict(), allow_changes={"data"})
+    assert other.step == 0
+
+
+def test_data_that_change_behind_their_fingerprint_are_noticed():
+    class Same(ListStream):
+        def fingerprint(self):
+            return Fingerprint.of("same", [])
+
+    for packing in ("concat", "best_fit"):
+        loader = open_loader(Same([["a" * 50] * 20]), packing=Packing(packing))
+        next(loader)
+        changed = open_loader(Same([["a"]]), packing=Packing(packing))
+        changed.load_state_dict(loader.state_dict())
+        with pytest.raises(DataError, match="the data have changed"):
+            next(changed)
 
 
 def test_damaged_states_are_refused_and_leave_the_loader_alone():
     loader = open_loader(ListSource(["abc" * 30, "de" * 20]))
     next(loader)
     good = loader.state_dict()
-    lane = good["lanes"][0]
+    source = good["sources"]["list"]
     for change in (
         {"version": 2},
         {"settings": None},
-        {"step": -1},
-        {"step": True},
-        {"queue": [0]},
-        {"queue": [0, 2]},  # no such document
-        {"lanes": good["lanes"][1:]},
-        {"lanes": [[0, 1], *good["lanes"][1:]]},
-        {"lanes": [[lane[0], lane[1], 10_000], *good["lanes"][1:]]},
-        {"lanes": [[0, 99, 0], *good["lanes"][1:]]},
+        {"step": 7},
+        {"checksum": "0"},
+        {"phases": []},
+        {"sources": {"list": {**source, "offset": source["offset"] + 1}}},
+        {"sources": {}},
     ):
-        with pytest.raises(DataError, match=r"damaged|version|have changed|there is no"):
+        with pytest.raises(DataError, match=r"is damaged|version 2"):
             loader.load_state_dict({**good, **change})
         assert loader.state_dict() == good
     with pytest.raises(DataError, match="version None"):
         loader.load_state_dict({})
+    with pytest.raises(DataError, match=r"allow_changes knows data, mixture, .*, not everything"):
+        loader.load_state_dict(good, allow_changes={"everything"})
 
 
-def test_a_stream_that_has_become_shorter_is_noticed():
-    class Shrinking(ListStream):
-        fingerprint = "always the same"
-
-        def __init__(self, texts):
-            self._texts = texts
-
-    loader = open_loader(Shrinking(["a" * 50] * 20))
+def test_keys_in_another_order_are_no_damage():
+    loader = open_loader(ListSource(TEXTS))
     next(loader)
-    with pytest.raises(DataError, match="its documents have changed"):
-        open_loader(Shrinking(["a" * 50])).load_state_dict(loader.state_dict())
+    loader.load_state_dict(json.loads(json.dumps(loader.state_dict(), sort_keys=True)))
 
 
-@pytest.mark.parametrize("kind", [ListSource, ListStream])
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_corpus_without_tokens_ends_in_an_error(kind):
     with pytest.raises(DataError, match="has no documents"):
-        next(open_loader(kind([])))
-    with pytest.raises(DataError, match="not one token in a whole epoch"):
-        next(open_loader(kind(["", "", ""])))
+        next(open_loader(make_source(kind, [])))
+    with pytest.raises(DataError, match="'source' gives not one token in a whole epoch"):
+        next(open_loader(make_source(kind, ["", "", ""])))
 
 
-@pytest.mark.parametrize("kind", [ListSource, ListStream])
-def test_empty_documents_are_passed_over(kind):
-    sparse = open_loader(kind(["", "a", "", "", "b", ""]), shuffle=False)
-    dense = open_loader(kind(["a", "b"]), shuffle=False)
-    assert [digest([next(sparse)]) for _ in range(3)] == [digest([next(dense)]) for _ in range(3)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_documents_are_passed_over_and_counted(kind):
+    sparse = open_loader(make_source(kind, ["", "", "", "a", "b", "c", "", "", ""]), shuffle=False)
+    dense = open_loader(make_source(kind, ["a", "b", "c"]), shuffle=False)
+    for _ in range(3):
+        assert digest([next(sparse)]) == digest([next(dense)])
+    passed, documents = (sparse.accounting()["source"][key] for key in ("skipped", "documents"))
+    assert passed in range(documents * 2 - 3, documents * 2 + 7)
+    assert dense.accounting()["source"]["skipped"] == 0
+
+
+def test_a_document_of_50_megabytes():
+    text = "0123456789" * 5_000_000
+    loader = open_loader(ListSource(["before", text, "after"]), seq_len=4096, global_batch_size=2, shuffle=False)
+    batch = next(loader)
+    state = loader.state_dict()
+    following = next(loader)
+    assert batch["tokens"][0, 9].item() == ord("0")
+    assert int(batch["positions"].max()) <= 4095
+    resumed = open_loader(ListSource(["before", text, "after"]), seq_len=4096, global_batch_size=2, shuffle=False)
+    resumed.load_state_dict(state)
+    assert digest([next(resumed)]) == digest([following])
 
 
 def test_lone_surrogates_do_not_stop_a_run():
     batch = next(open_loader(ListSource(["a\ud800b"]), seq_len=5, global_batch_size=1))
     assert batch["tokens"].tolist() == [[256, 97, 63, 98, 257]]
+
+
+def test_tokens_of_another_tokenizer_are_refused():
+    made = ListTokens([[1]], "made", tokenizer_fingerprint="other")
+    with pytest.raises(DataError, match="source 'made' was made with tokenizer 'other', but the loader's is 'titan"):
+        open_loader(made)
+    with pytest.raises(DataError, match="source 'made' was made with tokenizer 'other', but that of source 'first'"):
+        Loader(
+            [Weighted(ListTokens([[1]], "first", tokenizer_fingerprint="this")), Weighted(made)],
+            None,
+            seq_len=1,
+            global_batch_size=1,
+        )
+    Loader(
+        ListTokens([[1]], tokenizer_fingerprint=ByteTokenizer.fingerprint),
+        ByteTokenizer(),
+        seq_len=1,
+        global_batch_size=1,
+    )
+
+
+def test_texts_need_a_tokenizer():
+    with pytest.raises(DataError, match="source 'list' gives text, so the loader needs a tokenizer"):
+        Loader(ListSource(["a"]), None, seq_len=1, global_batch_size=1)
+
+
+def test_a_token_source_that_contradicts_itself():
+    class Wrong(ListTokens):
+        def lengths(self, indices):
+            return super().lengths(indices) + self.add
+
+    for add, message in ((1, r"document 0 has shape \(2,\), but its source says 3"), (-3, "not negative")):
+        Wrong.add = add
+        with pytest.raises(DataError, match=message):
+            next(Loader(Wrong([[1, 2]]), None, seq_len=2, global_batch_size=1))
 
 
 def test_sizes_that_do_not_fit_name_numbers_that_do():
@@ -284,11 +550,31 @@ def test_sizes_that_do_not_fit_name_numbers_that_do():
     for name in ("seq_len", "global_batch_size", "world"):
         with pytest.raises(DataError, match=f"{name} must be at least 1, not 0"):
             open_loader(source, **{name: 0})
+    for name in ("prefetch", "workers"):
+        with pytest.raises(DataError, match=f"{name} must be at least 0, not -1"):
+            open_loader(source, **{name: -1})
     for rank in (-1, 2):
         with pytest.raises(DataError, match=rf"rank must be in 0\.\.1 for world = 2, not {rank}"):
             open_loader(source, rank=rank, world=2)
 
 
-def test_a_plain_list_is_no_source():
-    with pytest.raises(DataError, match="use ListSource"):
-        open_loader(["a", "b"])
+def test_plain_lists_and_iterables_are_no_sources():
+    for thing in (["a", "b"], "text", 5, iter(["a"])):
+        with pytest.raises(DataError, match="use ListSource, for any iterable IterableSource"):
+            open_loader(thing)
+    batch = next(open_loader(IterableSource(lambda: (str(i) for i in range(9))), seq_len=6, global_batch_size=1))
+    assert batch["tokens"].tolist() == [[256, 48, 257, 256, 49, 257]]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
+def test_pinned_memory_needs_an_accelerator():
+    with pytest.raises(DataError, match="pin_memory=True needs an accelerator"):
+        open_loader(ListSource(["a"]), pin_memory=True)
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_pinned_memory(prefetch):
+    batch = next(open_loader(ListSource(TEXTS), pin_memory=True, prefetch=prefetch))
+    assert all(value.is_pinned() for value in batch.values() if isinstance(value, torch.Tensor))
+    assert digest([batch]) == digest([next(open_loader(ListSource(TEXTS)))])

@@ -1,22 +1,41 @@
-"""The README's example runs as printed, and importing the package is light."""
+"""The README's examples and commands run as printed, and importing the package is light."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import titan_data
+from titan_data.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_readme_code_runs(capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    assert blocks
+def test_readme_code_runs(capsys, tmp_path, monkeypatch):
+    """In the order of the page, as later blocks use what earlier ones made."""
+    monkeypatch.chdir(tmp_path)
+    found = re.findall(
+        r"^```(python|sh)\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    assert {kind for kind, _ in found} == {"python", "sh"}
     scope = {"__name__": "readme"}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), scope)
-    assert "two ranks go on with the very same tokens" in capsys.readouterr().out
+    for kind, block in found:
+        if kind == "python":
+            exec(compile(block, str(README), "exec"), scope)
+        for line in block.splitlines() if kind == "sh" else []:
+            program, *arguments = shlex.split(line)
+            assert (program, main(arguments)) == ("titan-data", 0)
+    printed = capsys.readouterr().out
+    assert "two ranks go on with the very same tokens" in printed
+    assert "data of source 'notes': edited: document 1\n  data of source 'notes': added: document 2" in printed
+    assert "allow_changes={'data'}" in printed
+    assert "tokens/stdlib: no damage" in printed
+    assert "300 documents" in printed
+    counts = scope["loader"].accounting()
+    tokens = {name: count["tokens"] for name, count in counts.items()}
+    for name, weight in (("code", 0.7), ("web", 0.2), ("books", 0.1)):
+        assert abs(tokens[name] - weight * sum(tokens.values())) < 512, "the shares that the README promises"
 
 
 def test_readme_lists_every_public_name():
@@ -27,7 +46,8 @@ def test_readme_lists_every_public_name():
 def test_import_loads_neither_datasets_nor_siblings():
     code = (
         "import sys, titan_data; "
-        "heavy = {'datasets', 'pyarrow', 'titan_model', 'titan_parallel', 'titan_ckpt', 'titan_train'}; "
+        "heavy = {'datasets', 'pyarrow', 'tokenizers', 'tiktoken', 'sentencepiece', 'huggingface_hub', 'rich', "
+        "'titan_model', 'titan_parallel', 'titan_ckpt', 'titan_train'}; "
         "print(sorted(heavy & sys.modules.keys()))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

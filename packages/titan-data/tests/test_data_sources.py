@@ -1,17 +1,32 @@
-"""ListSource and StdlibSource."""
+"""ListSource, IterableSource and StdlibSource."""
 
 import sysconfig
 
 import pytest
 
-from titan_data import DataError, ListSource, RandomAccessSource, StdlibSource, StreamSource
+from data_loader_cases import ListTokens
+from titan_data import (
+    DataError,
+    IterableSource,
+    ListSource,
+    RandomAccessSource,
+    StdlibSource,
+    StreamSource,
+    TokenSource,
+)
+from titan_data.sources import check_source
 
 
-def test_list_source_is_a_random_access_source():
-    source = ListSource(["a", "", "c"], name="mine")
-    assert isinstance(source, RandomAccessSource)
-    assert not isinstance(source, StreamSource)
-    assert (source.name, len(source), [source[i] for i in range(3)]) == ("mine", 3, ["a", "", "c"])
+def test_each_shape_is_told_from_the_others():
+    list_source, iterable = ListSource(["a", "", "c"], name="mine"), IterableSource(lambda: ["a"])
+    assert (list_source.name, len(list_source), [list_source[i] for i in range(3)]) == ("mine", 3, ["a", "", "c"])
+    tokens = ListTokens([[1]])
+    shapes = (RandomAccessSource, TokenSource, StreamSource)
+    assert [isinstance(list_source, shape) for shape in shapes] == [True, False, False]
+    assert [isinstance(iterable, shape) for shape in shapes] == [False, False, True]
+    assert isinstance(tokens, TokenSource)
+    for source in (list_source, iterable, tokens):
+        check_source(source)
 
 
 def test_list_source_keeps_its_own_copy():
@@ -23,8 +38,15 @@ def test_list_source_keeps_its_own_copy():
 
 def test_list_fingerprint_tells_texts_order_and_borders_apart():
     corpora = (["ab", "c"], ["c", "ab"], ["a", "bc"], ["abc"], ["ab", "c", ""], ["ab", "\ud800"])
-    assert len({ListSource(texts).fingerprint for texts in corpora}) == len(corpora)
-    assert ListSource(["x", "y"]).fingerprint == ListSource(("x", "y"), name="other").fingerprint
+    assert len({ListSource(texts).fingerprint().digest for texts in corpora}) == len(corpora)
+    assert ListSource(["x", "y"]).fingerprint() == ListSource(("x", "y"), name="other").fingerprint()
+
+
+def test_iterable_source_starts_anew_each_time():
+    source = IterableSource(lambda: iter("abcd"), name="letters", version="7")
+    assert [list(source.iterate(0, start)) for start in (0, 2, 4, 9)] == [["a", "b", "c", "d"], ["c", "d"], [], []]
+    assert (source.name, source.shards) == ("letters", 1)
+    assert source.fingerprint() != IterableSource(lambda: iter("abcd"), version="8").fingerprint()
 
 
 def test_stdlib_has_the_library_and_nothing_else():
@@ -39,7 +61,7 @@ def test_stdlib_has_the_library_and_nothing_else():
 
 
 def test_stdlib_is_the_same_every_time():
-    assert StdlibSource().fingerprint == StdlibSource().fingerprint
+    assert StdlibSource().fingerprint() == StdlibSource().fingerprint()
 
 
 @pytest.fixture
@@ -60,9 +82,9 @@ def test_stdlib_files_order_and_bytes(library):
     source = StdlibSource()
     assert source.paths == ["a.py", "b.py", "b/c.py"]
     assert [source[i] for i in range(3)] == ["a", "b = '\ufffd'", "c"]
-    before = source.fingerprint
+    before = source.fingerprint()
     (library / "a.py").write_text("aa", encoding="utf-8")
-    assert StdlibSource().fingerprint != before
+    assert StdlibSource().fingerprint() != before
 
 
 def test_stdlib_without_files_says_what_to_do(library):

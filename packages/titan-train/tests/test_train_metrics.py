@@ -16,9 +16,11 @@ from titan_train.metrics import FileSink, Meter, StepMetrics, TerminalSink, cloc
 from train_cases import TINY
 from train_recorder import Recorder
 
+COUNTS = {"tokens": 32, "documents": 1, "padding": 0, "cropped": 0, "skipped": 0, "epoch": 0}
+
 
 def metrics(step: int, loss: float = 2.5, **more: float) -> StepMetrics:
-    return StepMetrics(step, loss, 1.25, 3e-4, step * 100, 5120.4, 0.456, 0.75, 61.0, more)
+    return StepMetrics(step, loss, 1.25, 3e-4, step * 100, 5120.4, 0.456, 0.75, 61.0, {"stdlib": COUNTS}, more)
 
 
 def test_line_is_plain_text_in_a_file_and_coloured_on_a_terminal() -> None:
@@ -70,9 +72,10 @@ def test_mfu_is_model_flops_over_the_peak_of_all_processes() -> None:
         device=torch.device("cpu"),
     )
     meter.start(0)
-    shown = meter.report(2, [3.0, 2.0], 1.0, 0.1, 2000)
+    shown = meter.report(2, [3.0, 2.0], 1.0, 0.1, 2000, {"web": COUNTS})
     assert recorder.seen == [shown]
     assert (meter.first, meter.recent, shown.loss) == ((1, 3.0), [3.0, 2.0], 2.0)
+    assert shown.sources == {"web": COUNTS}
     assert shown.mfu == pytest.approx(shown.tokens_per_second * 6e6 / 4e9)
     assert shown.seconds_left == pytest.approx(8 * 1000 / shown.tokens_per_second)
 
@@ -104,6 +107,7 @@ def test_a_run_leaves_events_metrics_config_and_a_summary(tmp_path: Path, capsys
     events.Reload()
     recorded = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert set(events.Tags()["scalars"]) == set(scalars(metrics(1)))
+    assert [e.value for e in events.Scalars("data/stdlib/tokens")] == [32 * 8 * step for step in range(1, 11)]
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11))
     assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([m["loss"] for m in recorded])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from titan_data.cli import main as titan_data_main
 from titan_train import settings
 from titan_train.cli import main
 
@@ -19,15 +20,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("datasets")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (text,) = blocks("toml")
-    Path("mine.toml").write_text(text)
+def write_files() -> None:
+    for text in blocks("toml"):
+        Path(text.splitlines()[0].removeprefix("# ")).write_text(text)
     records = [{"text": f"{i} times {i} is {i * i}. " * 5} for i in range(50)]
     Path("corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files()
     assert main(["--config", "mine.toml"]) == 0
     shown = capsys.readouterr().out
     assert "step 20/20" in shown
@@ -37,12 +39,26 @@ def test_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "step 20 of 22" in capsys.readouterr().out
 
 
+def test_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files()
+    (block,) = (block for block in blocks("sh") if "titan-data" in block)
+    for line in block.splitlines():
+        program, *arguments = shlex.split(line)
+        assert {"titan-data": titan_data_main, "titan-train": main}[program](arguments) == 0
+    assert "mine, stdlib; tokenizer tokenizer.model" in capsys.readouterr().out
+    (metrics,) = (json.loads(line) for line in Path("runs/mixed/metrics.jsonl").read_text().splitlines()[-1:])
+    rows = {name: (n["tokens"] + n["padding"]) / 64 for name, n in metrics["sources"].items()}
+    assert rows["mine"] + rows["stdlib"] == 80
+    assert abs(rows["stdlib"] - 10) <= 2
+
+
 def test_commands_have_valid_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.toml").write_text(blocks("toml")[0])
+    write_files()
     lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if "--config" in line]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for words in commands:
         flags = words[words.index("--config") :]
         given = dict(zip(flags[::2], flags[1::2], strict=False))

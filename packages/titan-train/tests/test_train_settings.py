@@ -65,7 +65,7 @@ def test_command_line_over_file_over_default(tmp_path: Path) -> None:
         ("optimizer.lr", "1e-3", 1e-3),
         ("optimizer.lr", "1", 1.0),
         ("data.streaming", "true", True),
-        ("data.name", "2012", "2012"),
+        ("data.subset", "2012", "2012"),
         ("data.files", "a.jsonl", ["a.jsonl"]),
         ("data.files", '["a", "b"]', ["a", "b"]),
         ("parallel.dp_shard", "-1", -1),
@@ -83,6 +83,18 @@ def test_flags_take_the_type_of_their_setting(key: str, text: str, value: object
 def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
     overrides = [("training.max_norm", "none"), ("data.files", '["a b", "c\\"d"]'), ("optimizer.eps", "1e-12")]
     loaded = settings.load("debug", overrides)
+    again = settings.load(write(tmp_path / "config.toml", settings.to_toml(loaded.config, loaded.origins)))
+    assert again.config == loaded.config
+
+
+def test_mixture_reads_back_equal(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "mixed.toml",
+        "[[data.sources]]\nname = 'a \"b'\nfiles = ['x', 'y']\nsource = 'files'\nweight = 0.25\nmax_epochs = 2\n"
+        "[[data.sources]]\nweight = 0.0\n[[data.stages]]\nfrom_step = 5\nweights = {'a \"b' = 1.0, stdlib = 2.5}\n",
+    )
+    loaded = settings.load(file)
+    assert [source.name for source in loaded.config.data.sources] == ['a "b', None]
     again = settings.load(write(tmp_path / "config.toml", settings.to_toml(loaded.config, loaded.origins)))
     assert again.config == loaded.config
 
@@ -108,13 +120,20 @@ def test_config_is_frozen() -> None:
         ([], ["--config is missing", "debug"]),
         (["--config", "debug", "--model.preset", "llama3_8"], ["no model preset", "llama3_8b"]),
         (["--config", "debug", "--model.dim", "100"], ["dim 100 is not a multiple of n_heads 8"]),
-        (["--config", "debug", "--model.vocab_size", "100"], ["vocab_size 100 is less than the tokenizer's 258"]),
+        (
+            ["--config", "debug", "--model.vocab_size", "100"],
+            ["vocab_size 100 is less than the tokenizer's 258", "model.vocab_size = 258"],
+        ),
         (["--config", "debug", "--training.seq_len", "4096"], ["over the model's max_seq_len 1024"]),
         (["--config", "debug", "--training.microbatch_size", "3"], ["3 does not divide the 8 rows"]),
         (["--config", "debug", "--parallel.tp", "2"], ["tp 2 = 2", "number of processes, 1"]),
         (["--config", "debug", "--nproc", "3"], ["cannot be split over 3", "9 could"]),
         (["--config", "debug", "--nproc", "3", "--parallel.tp", "3"], ["tp 3 does not divide", "[1, 2, 4"]),
         (["--config", "debug", "--data.source", "huggingface"], ['source "huggingface" needs a path']),
+        (["--config", "debug", "--data.source", "shards"], ['source "shards" needs a path']),
+        (["--config", "debug", "--data.source", "files"], ['source "files" needs files']),
+        (["--config", "debug", "--data.allow_changes", "date"], ["data.allow_changes", "data, mixture"]),
+        (["--config", "debug", "--data.tokenizer", "gone"], ["data.tokenizer: there is no tokenizer gone"]),
     ],
 )
 def test_mistakes_on_the_command_line(
@@ -135,6 +154,13 @@ def test_mistakes_on_the_command_line(
         ("[optimizer]\nlr = -1.0\n", ["optimizer.lr is -1.0", "expected float", "greater than 0"]),
         ("training = 5\n", ["{file}: training must be a table", "[training]"]),
         ("[training\n", ["{file} is not valid TOML", "line 1"]),
+        ("[[data.sources]]\nweight = 'a'\n", ["{file}: data.sources, table 1: weight is 'a'", "expected float"]),
+        ("[[data.sources]]\nwieght = 1.0\n", ["data.sources, table 1: wieght: unknown", "did you mean weight?"]),
+        ("[[data.sources]]\nsource = 'shards'\n", ["[data.sources]", 'source "shards" needs a path']),
+        ("[data]\nsources = 5\n", ["data.sources is 5", "expected list of tables"]),
+        ("[data]\nsplit = 'test'\n[[data.sources]]\n", ["split: set this in each of [[data.sources]]"]),
+        ("[[data.stages]]\nfrom_step = 5\n", ["data.stages, table 1: weights is missing"]),
+        ("[[data.stages]]\nfrom_step = 5\nweights = {a = 1.0}\n", ["stages switch between sources"]),
         ("[training]\nsteps = 0\nseq_len = 0\n", ["training.steps is 0", "training.seq_len is 0"]),
     ],
 )

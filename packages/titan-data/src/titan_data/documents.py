@@ -1,148 +1,128 @@
-"""The order in which documents are handed out: one endless queue over the epochs of a source."""
+"""From text to a document's ids, and runs of documents with their lengths at hand.
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+A place between two documents of a source is a cursor: a few integers, the first of which is the epoch.
+"""
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from titan_data.errors import DataError
-from titan_data.permutation import Permutation
-from titan_data.sources import RandomAccessSource, Source, StreamSource
+from titan_data.sources import Tokens
+from titan_data.tokenizer import Tokenizer
+
+Cursor = tuple[int, ...]
 
 
-class DocumentNumber(NamedTuple):
-    """A document's place in the queue: `place` counts from 0 within each epoch, in the order of that epoch."""
-
-    epoch: int
-    place: int
-
-
-class DocumentQueue(Protocol):
-    """Hands out the documents of epoch 0, then those of epoch 1, and so on without end."""
-
-    @property
-    def position(self) -> DocumentNumber:
-        """Where the next document is looked for."""
-        ...
-
-    def take(self) -> tuple[DocumentNumber, str]:
-        """Hand out the next document."""
-        ...
-
-    def seek(self, position: DocumentNumber) -> None:
-        """Go to a position that the queue once had."""
-        ...
-
-    def read(self, numbers: Iterable[DocumentNumber]) -> dict[DocumentNumber, str]:
-        """Read documents again that were handed out before, without moving the queue."""
-        ...
-
-
-def open_queue(source: Source, *, seed: int, shuffle: bool) -> DocumentQueue:
-    """Make the queue that suits a source.
+def encode_document(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.int32]:
+    """Turn a document into `[bos] + tokens + [eos]`, bos and eos left out where the tokenizer has none.
 
     Args:
-        source: where the documents come from.
-        seed: together with the epoch, decides the order where documents are shuffled.
-        shuffle: whether to shuffle; of no effect on a stream, which has only its own order.
+        tokenizer: gives the ids.
+        text: the document.
 
     Returns:
-        The queue, at its beginning.
+        int32 `[T]`; no tokens at all for a text without any: bos and eos alone would teach a model to say nothing.
 
     Raises:
-        DataError: the source is of neither shape or has no documents.
+        DataError: the tokenizer gave an id outside of its vocabulary (on a GPU that would be an illegal access).
     """
-    if isinstance(source, RandomAccessSource):
-        return RandomAccessQueue(source, seed=seed, shuffle=shuffle)
-    if isinstance(source, StreamSource):
-        return StreamQueue(source)
-    raise DataError(
-        f"a {type(source).__name__} is no source: it needs name, fingerprint and either __len__ with __getitem__ or "
-        "iterate(start); for a list of strings, use ListSource"
-    )
+    return encode_documents(tokenizer, [text])[0]
 
 
-class RandomAccessQueue:
-    """The queue over documents that can be read in any order: moving and reading cost nothing that grows."""
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+    """Do the same for several documents at once, which some tokenizers do faster.
 
-    def __init__(self, source: RandomAccessSource, *, seed: int, shuffle: bool) -> None:
-        if len(source) == 0:
-            raise DataError(f"source {source.name!r} has no documents")
-        self._source = source
-        self._seed = seed
-        self._shuffle = shuffle
-        self.position = DocumentNumber(0, 0)
-        self._order: tuple[int, Permutation] | None = None  # (epoch, its order): made once per epoch
+    Args:
+        tokenizer: gives the ids.
+        texts: the documents.
 
-    def take(self) -> tuple[DocumentNumber, str]:
-        """Hand out the next document."""
-        number = self.position
-        text = self._text(number)
-        self.position = DocumentNumber(number.epoch, number.place + 1)
-        if self.position.place == len(self._source):
-            self.position = DocumentNumber(number.epoch + 1, 0)
-        return number, text
+    Returns:
+        For each document what `encode_document` returns.
 
-    def seek(self, position: DocumentNumber) -> None:
-        """Go to a position that the queue once had."""
-        self._check(position)
-        self.position = position
-
-    def read(self, numbers: Iterable[DocumentNumber]) -> dict[DocumentNumber, str]:
-        """Read documents again, without moving the queue."""
-        return {number: self._text(number) for number in numbers}
-
-    def _text(self, number: DocumentNumber) -> str:
-        self._check(number)
-        if not self._shuffle:
-            return self._source[number.place]
-        if self._order is None or self._order[0] != number.epoch:
-            self._order = (number.epoch, Permutation(len(self._source), key=f"{self._seed}/{number.epoch}"))
-        return self._source[self._order[1][number.place]]
-
-    def _check(self, number: DocumentNumber) -> None:
-        if number.epoch < 0 or not 0 <= number.place < len(self._source):
-            raise DataError(f"source {self._source.name!r} has {len(self._source)} documents, so there is no {number}")
+    Raises:
+        DataError: the tokenizer gave an id outside of its vocabulary.
+    """
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    documents = []
+    for ids in tokenizer.encode_batch(texts):
+        if len(ids) == 0:
+            documents.append(np.empty(0, dtype=np.int32))
+            continue
+        # By way of an array: a third of the time that numpy takes over a list.
+        try:
+            tokens = np.frombuffer(array("i", [*before, *ids, *after]), dtype=np.int32)
+        except OverflowError:
+            raise DataError(f"the tokenizer gave id {max(ids, key=abs)}, which no vocabulary holds") from None
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= tokenizer.vocab_size:
+            raise DataError(
+                f"the tokenizer gave ids from {low} to {high}, but its vocab_size is {tokenizer.vocab_size}"
+            )
+        documents.append(tokens)
+    return documents
 
 
-class StreamQueue:
-    """The queue over documents that come only in order: going back means reading from the start of the epoch."""
+class Block:
+    """Consecutive documents of one epoch, those without tokens passed over.
 
-    def __init__(self, source: StreamSource) -> None:
-        self._source = source
-        # The end of an epoch shows only when the stream ends, so the place may equal the number of documents.
-        self.position = DocumentNumber(0, 0)
-        self._iterator: Iterator[str] | None = None
+    Args:
+        lengths: int64 `[D]`, tokens of each document; may be zero.
+        cursors: gives the place before document d; for d = D the place right after the last.
+        tokens: gives the ids of document d.
+        describe: says to people which document d is.
+        after: the place where the next block begins: in the next epoch, where this one is over.
 
-    def take(self) -> tuple[DocumentNumber, str]:
-        """Hand out the next document."""
-        while True:
-            if self._iterator is None:
-                self._iterator = iter(self._source.iterate(self.position.place))
-            number = self.position
-            text = next(self._iterator, None)
-            if text is not None:
-                self.position = DocumentNumber(number.epoch, number.place + 1)
-                return number, text
-            if number.place == 0:
-                raise DataError(f"source {self._source.name!r} has no documents")
-            self.seek(DocumentNumber(number.epoch + 1, 0))
+    Attributes:
+        lengths: K of them, of the documents that have tokens.
+        ends: K sums of the lengths, up to and with each. (Lists, as bisecting one is far quicker than an array.)
+        total: tokens of all.
+        passed: K + 1 counts of the documents without tokens that come before each, and in all.
+        after: the place where the next block begins.
+    """
 
-    def seek(self, position: DocumentNumber) -> None:
-        """Go to a position that the queue once had."""
-        self.position = position
-        # Always a fresh iterator: a generator that has raised looks like one that has come to its end.
-        self._iterator = None
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int64],
+        cursors: Callable[[int], Cursor],
+        tokens: Callable[[int], Tokens],
+        describe: Callable[[int], str],
+        after: Cursor,
+    ) -> None:
+        kept = np.flatnonzero(lengths)
+        self._numbers: list[int] = kept.tolist()
+        self._cursors = cursors
+        self._tokens = tokens
+        self._describe = describe
+        self.lengths: list[int] = lengths[kept].tolist()
+        self.ends: list[int] = lengths[kept].cumsum().tolist()
+        self.total = self.ends[-1] if self.ends else 0
+        self.passed: list[int] = [*(kept - np.arange(len(kept))).tolist(), len(lengths) - len(kept)]
+        self.after = after
 
-    def read(self, numbers: Iterable[DocumentNumber]) -> dict[DocumentNumber, str]:
-        """Read documents again in one pass per epoch, without moving the queue."""
-        wanted = set(numbers)
-        texts: dict[DocumentNumber, str] = {}
-        for epoch in {number.epoch for number in wanted}:
-            places = [number.place for number in wanted if number.epoch == epoch]
-            first, last = min(places), max(places)
-            # The range comes first in the zip, so that nothing is read beyond the last document wanted.
-            for place, text in zip(range(first, last + 1), self._source.iterate(first), strict=False):
-                if (number := DocumentNumber(epoch, place)) in wanted:
-                    texts[number] = text
-        if missing := wanted - texts.keys():
-            raise DataError(f"source {self._source.name!r} ends before {min(missing)}: its documents have changed")
-        return texts
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def before(self, k: int) -> Cursor:
+        """Give the place right before document k."""
+        return self._cursors(self._numbers[k])
+
+    def behind(self, k: int) -> Cursor:
+        """Give the place right after document k, before any document without tokens that may follow it."""
+        return self._cursors(self._numbers[k] + 1)
+
+    def tokens(self, k: int) -> Tokens:
+        """Give the ids of document k."""
+        tokens = self._tokens(self._numbers[k])
+        if tokens.shape != (self.lengths[k],):
+            raise DataError(
+                f"{self.describe(k)} has shape {tokens.shape}, but its source says {self.lengths[k]} tokens"
+            )
+        return tokens
+
+    def describe(self, k: int) -> str:
+        """Say to people which document k is."""
+        return self._describe(self._numbers[k])

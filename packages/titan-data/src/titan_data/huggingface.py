@@ -4,17 +4,22 @@ Needs the extra `titan-data[huggingface]`. Code that comes with a dataset is nev
 """
 
 import glob
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from titan_data.errors import DataError
-from titan_data.sources import Source
+from titan_data.find import find_files
+from titan_data.fingerprint import Fingerprint
+from titan_data.retry import Retry, describe_error, may_pass
+from titan_data.sources import RandomAccessSource, StreamSource
+from titan_data.storage import digest_sample
 
 # What `datasets` reads from files of one's own. Any other `path` is a local folder or the name of a Hub dataset.
 _FILE_FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
+
+# Short names for Hub datasets: (name, configuration). They are too large to be prepared on disk, so they stream.
+_KNOWN = {"c4": ("allenai/c4", "en")}
 
 
 def load_huggingface(
@@ -24,38 +29,57 @@ def load_huggingface(
     split: str = "train",
     data_files: str | Sequence[str] | None = None,
     text_key: str = "text",
-    streaming: bool = False,
+    streaming: bool | None = None,
+    shards: int = 32,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    source_name: str | None = None,
+    retry: Retry | None = None,
     **options: Any,
-) -> Source:
+) -> RandomAccessSource | StreamSource:
     """Open a dataset as a source.
 
-    The fingerprint is made of what is asked for, of the names and sizes of local files (not their folder: they may
-    be moved) and, unless streaming, of the number of rows. A Hub dataset may change under its name: give its
-    `revision` where that matters.
+    The fingerprint is made of what is asked for, of the names, sizes and samples of local files (not their folder:
+    they may be moved) and, unless streaming, of the number of rows. A Hub dataset may change under its name: give
+    its `revision` where that matters.
+
+    A stream is resumed by reading each shard again up to its place. Where that takes too long, read the dataset's
+    files themselves with `load_files("hf://datasets/…", streaming=True, index_folder=…)`, or prepare token shards.
 
     Args:
         path: name of a Hub dataset, a local folder, or the format ("json", "parquet", "text", "csv", "arrow") of
-            `data_files`.
+            `data_files`. "c4" is allenai/c4, configuration en, as a stream (unless there is a folder of that name).
         name: which configuration of the dataset.
         split: which split; local files without splits are all "train".
         data_files: paths or glob patterns of files; the documents come in their order.
         text_key: the column with the text. A record whose text is None is an empty document.
-        streaming: read while training, instead of preparing a copy on disk first. Streams are not shuffled.
+        streaming: read while training, instead of preparing a copy on disk first. Streams are not shuffled. By
+            default only "c4" is a stream.
+        shards: with streaming, the dataset's files are dealt to so many logical shards, or to one each where there
+            are fewer files. A stream's order depends on it.
         revision: commit or tag of a Hub dataset.
         cache_dir: where `datasets` keeps what it prepares; its own default if None.
+        source_name: what to call the source; by default made of `path`, `name` and the first file.
+        retry: with streaming, how often to try again where the network fails (`datasets` itself tries, too).
         options: further options of the format, such as `sample_by="document"` for "text".
 
     Returns:
-        A `RandomAccessSource`, or a `StreamSource` if streaming.
+        A random-access source, or a stream if streaming.
 
     Raises:
-        DataError: `datasets` is not installed, a file is missing, there is no column `text_key`, or `datasets` cannot
-            load what is asked for.
+        DataError: `datasets` is not installed, a file is missing, the Hub cannot be reached, there is no column
+            `text_key`, or `datasets` cannot load what is asked for.
     """
+    label = path
+    if path in _KNOWN and not _is_folder(path):
+        path, known_name = _KNOWN[path]
+        name = name or known_name
+        streaming = True if streaming is None else streaming
+    streaming = bool(streaming)
     patterns = [data_files] if isinstance(data_files, str) else data_files
     files = _local_files(path, patterns)
+    if path not in _FILE_FORMATS and not _is_folder(path):
+        _check_hub(path, streaming, cache_dir)
     request = dict(options, name=name, split=split, streaming=streaming, revision=revision)
     dataset = _load(
         str(Path(path).expanduser()) if _is_folder(path) else path,
@@ -65,28 +89,35 @@ def load_huggingface(
         **request,
     )
     _check_column(dataset, text_key, path)
-    fingerprint = _fingerprint(
-        path="a folder" if _is_folder(path) else path,
-        request={key: repr(value) for key, value in request.items()},
-        text_key=text_key,
-        files=patterns if files is None else [[file.name, file.stat().st_size] for file in files],
-        rows=None if streaming else len(dataset),
-    )
-    label = ":".join(part for part in (path, name, files[0].name if path in _FILE_FORMATS and files else None) if part)
+    if source_name is None:
+        label = Path(path).expanduser().absolute().name if _is_folder(path) else label
+        source_name = ":".join(part for part in (label, name, _first_file(path, files)) if part)
     dataset = dataset.select_columns([text_key])  # the others need not be decoded
+    settings = {key: repr(value) for key, value in request.items() if value is not None}
+    settings |= {"path": "a folder" if _is_folder(path) else path, "text_key": text_key}
     if streaming:
-        return HuggingFaceStream(dataset, text_key, label, fingerprint)
-    return HuggingFaceRows(dataset, text_key, label, fingerprint)
+        if shards < 1:
+            raise DataError(f"a stream needs at least 1 shard, not {shards}")
+        shards = min(shards, dataset.num_shards)
+        fingerprint = _fingerprint(files, patterns, {**settings, "shards": shards})
+        return HuggingFaceStream(dataset, text_key, source_name, fingerprint, shards, retry or Retry())
+    return HuggingFaceRows(
+        dataset, text_key, source_name, _fingerprint(files, patterns, {**settings, "rows": len(dataset)})
+    )
 
 
 class HuggingFaceRows:
     """The rows of a `datasets.Dataset` as a random-access source; made by `load_huggingface`."""
 
-    def __init__(self, dataset: Any, text_key: str, name: str, fingerprint: str) -> None:
+    def __init__(self, dataset: Any, text_key: str, name: str, fingerprint: Fingerprint) -> None:
         self._dataset = dataset
         self._text_key = text_key
+        self._fingerprint = fingerprint
         self.name = name
-        self.fingerprint = fingerprint
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the files' names and digests and what was asked for."""
+        return self._fingerprint
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -98,24 +129,78 @@ class HuggingFaceRows:
 class HuggingFaceStream:
     """The records of a `datasets.IterableDataset` as a stream source; made by `load_huggingface`."""
 
-    def __init__(self, dataset: Any, text_key: str, name: str, fingerprint: str) -> None:
+    def __init__(
+        self, dataset: Any, text_key: str, name: str, fingerprint: Fingerprint, shards: int, retry: Retry
+    ) -> None:
         self._dataset = dataset
         self._text_key = text_key
+        self._fingerprint = fingerprint
+        self._retry = retry
         self.name = name
-        self.fingerprint = fingerprint
+        self.shards = shards
 
-    def iterate(self, start: int) -> Iterator[str]:
-        """Read the texts from number `start` to the end of the epoch."""
-        for record in self._dataset.skip(start):
-            yield _text(record, self._text_key)
+    def fingerprint(self) -> Fingerprint:
+        """Return the files' names and digests and what was asked for."""
+        return self._fingerprint
+
+    def iterate(self, shard: int, start: int, /) -> Iterator[str]:
+        """Read a shard's texts from number `start` to the end; go on where reading failed for a moment."""
+        # Not contiguous: the order of the files stays as it is when others are added behind.
+        dataset = self._dataset.shard(num_shards=self.shards, index=shard, contiguous=False)
+        failures, number = 0, start
+        while True:
+            try:
+                for record in dataset.skip(number):
+                    text = _text(record, self._text_key)
+                    failures = 0
+                    number += 1
+                    yield text
+                return
+            except DataError:
+                raise
+            except Exception as error:
+                failures += 1
+                if not _is_of_network(error) or failures >= self._retry.attempts:
+                    times = f" after {failures} attempts" if failures > 1 else ""
+                    raise DataError(
+                        f"source {self.name!r}, shard {shard} of {self.shards}: record {number} could not be read"
+                        f"{times}: {describe_error(error)}"
+                    ) from error
+            self._retry.wait(failures)
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Whether trying again may help; damaged data stay damaged."""
+    # Errors of parsing are ValueErrors, or have one as their cause; an end too early is an EOFError.
+    chain = (error, error.__cause__)
+    return may_pass(error) and not any(isinstance(e, ValueError | TypeError | KeyError | EOFError) for e in chain)
+
+
+def _check_hub(path: str, streaming: bool, cache_dir: str | Path | None) -> None:
+    """Ask the Hub for the dataset, once: `datasets` would take half a minute to say that there is no network.
+
+    Raises:
+        DataError: no answer, and what is asked for is not in the cache either.
+    """
+    datasets = _import_datasets()
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=10)
+    except (huggingface_hub.errors.HfHubHTTPError, ValueError):
+        return  # it answered, or the name is wrong: `datasets` says it better
+    except Exception as error:
+        cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
+        if streaming or not cache.is_dir():
+            raise DataError(
+                f"the Hugging Face Hub cannot be reached for dataset {path!r} ({describe_error(error)}): connect to "
+                "the network, or read local files instead, such as those of a download of the dataset"
+            ) from error
 
 
 def _load(path: str, **request: Any) -> Any:
     """Call `datasets.load_dataset`; what it raises becomes a DataError."""
-    try:
-        import datasets  # late: an optional extra, and slow to import
-    except ImportError:
-        raise DataError("Hugging Face datasets need an extra: pip install 'titan-data[huggingface]'") from None
+    datasets = _import_datasets()
     try:
         # trust_remote_code is said aloud, as `datasets` 3 would otherwise ask for leave on the terminal.
         return datasets.load_dataset(path, trust_remote_code=False, **request)
@@ -123,8 +208,27 @@ def _load(path: str, **request: Any) -> Any:
         raise DataError(f"datasets could not load {path!r}, split {request['split']!r}: {error}") from error
 
 
-def _fingerprint(**identity: Any) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def _import_datasets() -> Any:
+    try:
+        import datasets  # late: an optional extra, and slow to import
+    except ImportError:
+        raise DataError("Hugging Face datasets need an extra: pip install 'titan-data[huggingface]'") from None
+    return datasets
+
+
+def _fingerprint(
+    files: Sequence[Path] | None, patterns: Sequence[str] | None, settings: Mapping[str, str | int]
+) -> Fingerprint:
+    if files is None:
+        items = [(pattern, "") for pattern in patterns or ()]
+    else:
+        found = find_files([*files]) if files else []
+        items = [(file.name, digest_sample(file, Retry())) for file in found]
+    return Fingerprint.of("huggingface", items, settings)
+
+
+def _first_file(path: str, files: Sequence[Path] | None) -> str | None:
+    return files[0].name if path in _FILE_FORMATS and files else None
 
 
 def _is_folder(path: str) -> bool:

@@ -1,176 +1,270 @@
-"""The loader: global batch n is a function of (source, tokenizer, sizes, seed, n), and of nothing else.
+"""The loader: global batch n is a function of (sources, tokenizer, settings, seed, n), and of nothing else."""
 
-The global batch has G rows. Row j of every global batch is lane j's next S tokens. A lane holds one document at a
-time; when it has run out, it takes the next of one queue that all lanes share, and lanes are served in the order
-j = 0 .. G-1. Every rank walks all the lanes, so that where things stand is the same everywhere without a word
-between ranks, and builds tensors only for its own rows. So the number of ranks decides who sees a row, never what
-is in it.
-"""
-
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
-from titan_data.documents import DocumentNumber, open_queue
+import torch
+from torch import Tensor
+
+from titan_data.batch import Batch
+from titan_data.best_fit import BestFit
 from titan_data.errors import DataError
-from titan_data.packing import Batch, Document, Lane, document_tokens, fill_row, pack_rows
-from titan_data.sources import RandomAccessSource, Source
-from titan_data.state import STATE_VERSION, LoaderState, check_state
+from titan_data.feeds import Feed, open_feed
+from titan_data.mixing import Stage, Weighted, plan_phases
+from titan_data.packing import Concat, OnePerRow, Packer, Packing
+from titan_data.prefetch import Prefetcher
+from titan_data.reader import Position, Reader
+from titan_data.sources import Source, TokenSource
+from titan_data.state import Settings, dump_state, read_state
 from titan_data.tokenizer import Tokenizer
+
+_CLOSE_SECONDS = 5.0  # a read that hangs (a network, say) is not waited for longer when the process ends
 
 
 class Loader:
-    """An endless iterator over this rank's rows of global batch 0, 1, 2, …, resumable on any number of ranks.
+    """An iterator over this rank's rows of global batch 0, 1, 2, …, resumable on any number of ranks.
 
-    Each document is used once per epoch, and the next epoch follows without a gap. Documents without tokens are
-    passed over.
+    A source's documents, in an order of their own for each epoch, are one long sequence; rows are cut from it as
+    `packing` says. Each row of a global batch comes from one source, and sources keep their places independently. Each
+    document is used once per epoch, and the next epoch follows without end, unless `max_epochs` ends it.
 
     Args:
-        source: where documents come from.
-        tokenizer: turns them into ids.
+        sources: where documents come from: one source, or several with their weights, in any order.
+        tokenizer: turns texts into ids. With sources of tokens it only checks (fingerprint, vocabulary), and may be
+            None.
         seq_len: S, tokens per row.
         global_batch_size: G, rows per step over all ranks; a multiple of `world`.
         seed: decides the order of the documents where they are shuffled.
         shuffle: visit the documents of each epoch in an order of its own. A stream keeps its own order.
+        packing: how documents become rows; `Packing()`, which is "concat", if None.
+        stages: switches of weights or S at given steps, in their order.
         rank: which share of the rows is this process's: rows `rank * G / world` up to `(rank + 1) * G / world`.
         world: number of ranks among which the rows are divided (of the data axis: ranks that work together on the
-            same rows, as in tensor parallelism, count once).
-
-    Attributes:
-        step: number of global batches handed out so far.
-        tokens_per_step: G * S.
+            same rows, as in tensor parallelism, count once and all give the same `rank`).
+        prefetch: batches read ahead by a thread; 0 to read each when it is asked for.
+        workers: threads that tokenize texts ahead; 0 to tokenize where the batch is made. Most tokenizers let other
+            threads run meanwhile. Changes nothing in the batches.
+        pin_memory: put the tensors into page-locked memory, from where a GPU copies them in the background.
 
     Raises:
-        DataError: sizes that do not fit, or a source that cannot be used.
+        DataError: sizes, sources or stages that do not fit together, or a source that cannot be used.
     """
 
     def __init__(
         self,
-        source: Source,
-        tokenizer: Tokenizer,
+        sources: Source | Sequence[Weighted],
+        tokenizer: Tokenizer | None,
         *,
         seq_len: int,
         global_batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
+        packing: Packing | None = None,
+        stages: Sequence[Stage] = (),
         rank: int = 0,
         world: int = 1,
+        prefetch: int = 2,
+        workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
-        _check_sizes(seq_len, global_batch_size, rank, world)
-        self._source = source
-        self._tokenizer = tokenizer
-        self._seq_len = seq_len
+        _check_sizes(global_batch_size, rank, world, prefetch, workers)
+        if pin_memory and not torch.accelerator.is_available():
+            raise DataError("pin_memory=True needs an accelerator such as a CUDA GPU, and torch sees none")
+        parts = _parts(sources)
+        packing = packing or Packing()
+        phases = plan_phases(parts, seq_len, stages)
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="titan-data-tokenize") if workers > 0 else None
+        if pool is not None:
+            weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
+        _check_tokenizers([part.source for part in parts], tokenizer)
+        self._feeds = [
+            open_feed(part.source, tokenizer, seed=seed, shuffle=shuffle, pool=pool, workers=workers) for part in parts
+        ]
         rows = global_batch_size // world
-        self._own = range(rank * rows, (rank + 1) * rows)
-        self._queue = open_queue(source, seed=seed, shuffle=shuffle)
-        self._lanes = [Lane()] * global_batch_size
-        self._settings: dict[str, int | bool | str] = {
-            "source": source.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-            "seq_len": seq_len,
-            "global_batch_size": global_batch_size,
-            "seed": seed,
-            "shuffle": shuffle and isinstance(source, RandomAccessSource),
-        }
-        self.step = 0
-        self.tokens_per_step = global_batch_size * seq_len
+        self._reader = Reader(
+            parts,
+            [_open_packer(feed, part.max_epochs, packing) for feed, part in zip(self._feeds, parts, strict=True)],
+            phases,
+            rows=global_batch_size,
+            own=range(rank * rows, (rank + 1) * rows),
+            cross_document=packing.cross_document,
+            pad_id=_pad_id(tokenizer),
+            vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+        )
+        self._settings = Settings(
+            seed=seed,
+            shuffle=shuffle,
+            tokenizer=None if tokenizer is None else tokenizer.fingerprint,
+            global_batch_size=global_batch_size,
+            packing=packing,
+            phases=phases,
+            fingerprints={part.source.name: part.source.fingerprint() for part in parts},
+            max_epochs={part.source.name: part.max_epochs for part in parts},
+        )
+        self._position = self._reader.position  # of what was handed out; the reader may be ahead
+        self._depth = prefetch
+        self._pin_memory = pin_memory
+        self._prefetcher: Prefetcher[tuple[Batch, Position]] | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the document that is fetched next; lanes may still hold documents of the one before."""
-        return self._queue.position.epoch
+    def step(self) -> int:
+        """Number of global batches handed out so far."""
+        return self._position.step
+
+    @property
+    def tokens_per_step(self) -> int:
+        """G * S of the next global batch, padding included."""
+        return self._settings.global_batch_size * self._reader.phase(self.step).seq_len
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        lanes = []
-        own_rows = []
-        before = self._queue.position
+        if self._depth == 0:
+            batch, self._position = _produce(self._reader, self._pin_memory)()
+            return batch
+        if self._prefetcher is None or self._prefetcher.ended:
+            self._prefetcher = Prefetcher(_produce(self._reader, self._pin_memory), self._depth)
+            # When the loader is freed or Python goes down: the thread must be gone before numpy and torch are.
+            self._finalizer = weakref.finalize(self, self._prefetcher.close, _CLOSE_SECONDS)
         try:
-            for number, lane in enumerate(self._lanes):
-                pieces, lane_after = fill_row(lane, self._seq_len, self._next_document)
-                lanes.append(lane_after)
-                if number in self._own:
-                    own_rows.append(pieces)
-            batch = pack_rows(own_rows, self._seq_len, self._source.name)
-        except BaseException:
-            # A step happens as a whole or not at all: after a failed read the state is that of the step before, so
-            # it can be saved, and the same step can be tried again.
-            self._queue.seek(before)
-            raise
-        self._lanes = lanes
-        self.step += 1
+            batch, self._position = self._prefetcher.get()
+        finally:
+            if self._prefetcher.ended:
+                self.close()
         return batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """Say where the loader stands.
+    def close(self) -> None:
+        """Stop reading ahead. Asking for another batch starts it again; nothing is skipped."""
+        if self._prefetcher is None:
+            return
+        self._prefetcher.close()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._prefetcher = self._finalizer = None
+        self._reader.seek(self._position)
+
+    def accounting(self) -> dict[str, dict[str, int]]:
+        """Count what has been handed out so far, over all ranks.
 
         Returns:
-            Plain JSON, equal on all ranks (one copy of it is enough), of some 20 bytes per row of the global batch.
-            Its form is `titan_data.state.LoaderState`.
+            For each source by name: "tokens" (without padding), "documents" (completed), "epoch" (of the next
+            document), "padding" (tokens), "cropped" (tokens) and "skipped" (documents without tokens).
         """
-        state = LoaderState(
-            version=STATE_VERSION,
-            step=self.step,
-            queue=list(self._queue.position),
-            lanes=[None if document is None else [*document.number, offset] for document, offset in self._lanes],
-            settings=dict(self._settings),
-        )
-        return dict(state)
+        return {
+            name: {**standing.tally._asdict(), "epoch": standing.place.cursor[0]}
+            for name, standing in zip(self._settings.fingerprints, self._position.sources, strict=True)
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader stood, whatever its number of ranks was.
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the loader stands, after the batch that was handed out last.
 
-        Reads again the documents that lanes are in the middle of: for a random-access source these and no others,
-        for a stream one pass from the earliest of them.
+        Returns:
+            Plain JSON, equal on all ranks (one copy of it is enough): a few numbers per source, and what the sources
+            are made of, so that a resume can say what has changed.
+        """
+        return dump_state(self._position, self._settings)
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: Collection[str] = ()) -> None:
+        """Go on where another loader stood, whatever its number of ranks or workers was.
+
+        Stages that had not begun, and sources that no stage so far gave a weight, may differ freely: they change none
+        of the batches handed out. All else has to be allowed.
 
         Args:
             state: what `state_dict` gave, also after a way through JSON.
+            allow_changes: what may differ from the saved run: "data" (a source's documents), "mixture" (sources,
+                weights, max_epochs), "tokenizer", "seed", "shuffle", "seq_len", "global_batch_size", "packing". Each
+                source goes on at its saved place; sources without one begin. Where documents have changed or stand in
+                another order, some may be used twice and others not in the epoch under way.
 
         Raises:
-            DataError: another source, tokenizer, seed or size (all differences are listed), or a damaged state. The
-                loader is then as it was.
+            ChangedDataError: a difference that is not allowed (all are listed).
+            DataError: a damaged state. The loader is in both cases as it was.
         """
-        checked = check_state(state, self._settings)
-        numbers = {DocumentNumber(lane[0], lane[1]) for lane in checked["lanes"] if lane is not None}
-        texts = self._queue.read(numbers)
-        documents = {number: Document(number, document_tokens(self._tokenizer, text)) for number, text in texts.items()}
-        lanes = []
-        for lane in checked["lanes"]:
-            if lane is None:
-                lanes.append(Lane())
-                continue
-            epoch, place, offset = lane
-            document = documents[DocumentNumber(epoch, place)]
-            if offset >= document.tokens.numel():
-                raise DataError(
-                    f"the saved state is {offset} tokens into document {place} of epoch {epoch}, which has only "
-                    f"{document.tokens.numel()}: the data of source {self._source.name!r} have changed"
+        starts = {feed.name: feed.start for feed in self._feeds}
+        resume = read_state(state, self._settings, starts, allow_changes)
+        standings = tuple(
+            standing._replace(
+                place=standing.place._replace(
+                    cursor=feed.check(standing.place.cursor, lenient=number in resume.lenient)
                 )
-            lanes.append(Lane(document, offset))
-        self._queue.seek(DocumentNumber(*checked["queue"]))
-        self._lanes = lanes
-        self.step = checked["step"]
-
-    def _next_document(self) -> Document:
-        """Fetch the next document that has tokens."""
-        first_epoch = self.epoch
-        while True:
-            number, text = self._queue.take()
-            tokens = document_tokens(self._tokenizer, text)
-            if tokens.numel() > 0:
-                return Document(number, tokens)
-            # Two epochs on, the one in between was seen from its first document to its last.
-            if self.epoch >= first_epoch + 2:
-                raise DataError(
-                    f"source {self._source.name!r} gives not one token in a whole epoch: all texts are empty"
-                )
+            )
+            for number, (feed, standing) in enumerate(zip(self._feeds, resume.position.sources, strict=True))
+        )
+        self.close()
+        self._position = resume.position._replace(sources=standings)
+        self._reader.resume(self._position, resume.lenient)
 
 
-def _check_sizes(seq_len: int, global_batch_size: int, rank: int, world: int) -> None:
-    for name, value in (("seq_len", seq_len), ("global_batch_size", global_batch_size), ("world", world)):
-        if value < 1:
-            raise DataError(f"{name} must be at least 1, not {value}")
+def _produce(reader: Reader, pin_memory: bool) -> Callable[[], tuple[Batch, Position]]:
+    """Make the function that reads the next batch. It knows nothing of the loader, which can so be freed."""
+
+    def produce() -> tuple[Batch, Position]:
+        batch = reader.read()
+        if batch is None:
+            raise StopIteration
+        if pin_memory:
+            for key, value in batch.items():
+                if isinstance(value, Tensor):
+                    batch[key] = value.pin_memory()  # type: ignore[literal-required]
+        return batch, reader.position
+
+    return produce
+
+
+def _parts(sources: Source | Sequence[Weighted]) -> list[Weighted]:
+    """List the sources by name: in which order they were given makes no difference to the rows."""
+    if isinstance(sources, Sequence) and all(isinstance(part, Weighted) for part in sources):
+        parts = [part for part in sources if isinstance(part, Weighted)]
+        return sorted(parts, key=lambda part: part.source.name)
+    return [Weighted(sources)]  # type: ignore[arg-type]  # whatever else it may be, Weighted tells
+
+
+def _open_packer(feed: Feed, max_epochs: int | None, packing: Packing) -> Packer:
+    crop = packing.long_documents == "crop"
+    if packing.kind == "concat":
+        return Concat(feed, max_epochs)
+    if packing.kind == "one_per_row":
+        return OnePerRow(feed, max_epochs, crop=crop)
+    return BestFit(feed, max_epochs, look_ahead=packing.look_ahead, crop=crop)
+
+
+def _check_tokenizers(sources: Sequence[Source], tokenizer: Tokenizer | None) -> None:
+    """Refuse tokens that another tokenizer made, or several of them."""
+    wanted, whose = (None, "") if tokenizer is None else (tokenizer.fingerprint, "the loader's")
+    for source in sources:
+        made_with = source.tokenizer_fingerprint if isinstance(source, TokenSource) else None
+        if made_with is None:
+            continue
+        if wanted is None:
+            wanted, whose = made_with, f"that of source {source.name!r}"
+        if made_with != wanted:
+            raise DataError(
+                f"source {source.name!r} was made with tokenizer {made_with!r}, but {whose} is {wanted!r}: prepare the "
+                "data again so that there is one tokenizer, or give the loader the one that made them"
+            )
+
+
+def _pad_id(tokenizer: Tokenizer | None) -> int:
+    """Choose the token of padding; which one does not matter, as nothing scores it or attends to it."""
+    if tokenizer is None:
+        return 0
+    return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+
+
+def _check_sizes(global_batch_size: int, rank: int, world: int, prefetch: int, workers: int) -> None:
+    for name, value, least in (
+        ("global_batch_size", global_batch_size, 1),
+        ("world", world, 1),
+        ("prefetch", prefetch, 0),
+        ("workers", workers, 0),
+    ):
+        if value < least:
+            raise DataError(f"{name} must be at least {least}, not {value}")
     if not 0 <= rank < world:
         raise DataError(f"rank must be in 0..{world - 1} for world = {world}, not {rank}")
     if global_batch_size % world != 0:

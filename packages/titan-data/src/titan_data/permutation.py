@@ -4,40 +4,48 @@ import hashlib
 from collections.abc import Iterator
 from math import isqrt
 
+import numpy as np
+import numpy.typing as npt
+
 from titan_data.errors import DataError
 
-# Four rounds make a Feistel network look random to any observer; two more cost 2 µs and leave a margin where the
+# Four rounds make a Feistel network look random to any observer; two more cost little and leave a margin where the
 # halves have few values.
 _ROUNDS = 6
+_MAX = 1 << 62  # so that each half stays below 2^32, and its product with 32 random bits below 2^64
 
 
 class Permutation:
     """A pseudo-random bijection of `range(n)`: each entry is computed when asked for, and nothing is stored.
 
-    The entries depend on (n, key) alone: on no random generator of Python or torch, hence on no version of them.
+    The entries depend on (n, key) alone: on no random generator of Python, numpy or torch, hence on no version of
+    them.
 
     How: write an index as a pair (left, right) with left < a, right < b and a * b just above n; then in turn add to
     each half a keyed hash of the other half (a Feistel network with modular addition). Each round can be undone, so
     the whole maps the a * b pairs one to one. Where the result is n or more, apply it again until it is below
     ("cycle walking"), which keeps it one to one on `range(n)`. As a * b exceeds n by less than its square root, that
-    is rare.
+    is rare. The hash is the finalizer of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
+    Generators", 2014) over the half plus a key of the round: integer arithmetic that numpy does for many indices at
+    once.
 
     Args:
-        n: how many indices there are.
+        n: how many indices there are, at most 2^62.
         key: which permutation; another key gives an unrelated one.
 
     Raises:
-        DataError: n is negative.
+        DataError: n is negative or too large.
     """
 
     def __init__(self, n: int, key: str | bytes) -> None:
-        if n < 0:
-            raise DataError(f"a permutation needs n >= 0, not {n}")
+        if not 0 <= n <= _MAX:
+            raise DataError(f"a permutation needs n from 0 to 2^62, not {n}")
         self._n = n
         self._left_size = isqrt(max(n - 1, 0)) + 1  # the square root of n, rounded up
         self._right_size = -(-n // self._left_size)
         raw = key.encode("utf-8") if isinstance(key, str) else key
-        self._key = hashlib.blake2b(raw, digest_size=32).digest()  # a hash takes keys of 64 bytes at most
+        digest = hashlib.blake2b(raw, digest_size=8 * _ROUNDS).digest()
+        self._round_keys = [np.uint64(value) for value in np.frombuffer(digest, dtype="<u8")]
 
     def __len__(self) -> int:
         return self._n
@@ -45,25 +53,44 @@ class Permutation:
     def __getitem__(self, index: int) -> int:
         if not 0 <= index < self._n:
             raise IndexError(f"index {index} is outside of range({self._n})")
-        index = self._once(index)
-        while index >= self._n:
-            index = self._once(index)
-        return index
+        return int(self.entries(index, index + 1)[0])
 
     def __iter__(self) -> Iterator[int]:
-        return (self[index] for index in range(self._n))
+        return (int(entry) for begin in range(0, self._n, 1024) for entry in self.entries(begin, begin + 1024))
 
-    def _once(self, index: int) -> int:
+    def entries(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Compute many entries at once, which costs some 0.1 µs for each.
+
+        Args:
+            start: the first index.
+            stop: the index after the last; `len(self)` where it is larger than that.
+
+        Returns:
+            int64 `[stop - start]`.
+        """
+        entries = self._once(np.arange(start, min(stop, self._n), dtype=np.uint64))
+        while (outside := entries >= self._n).any():
+            entries[outside] = self._once(entries[outside])
+        return entries.astype(np.int64)
+
+    def _once(self, indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """Map range(a * b) to itself, one to one."""
-        left, right = divmod(index, self._right_size)
-        for number in range(_ROUNDS):
+        left, right = np.divmod(indices, np.uint64(max(self._right_size, 1)))
+        for number, key in enumerate(self._round_keys):
             if number % 2 == 0:
-                left = (left + self._hash(number, right)) % self._left_size
+                left = _add_hash(left, right + key, np.uint64(self._left_size))
             else:
-                right = (right + self._hash(number, left)) % self._right_size
-        return left * self._right_size + right
+                right = _add_hash(right, left + key, np.uint64(self._right_size))
+        return left * np.uint64(self._right_size) + right
 
-    def _hash(self, number: int, half: int) -> int:
-        """Return 64 keyed bits of (round number, half)."""
-        message = (half << 8 | number).to_bytes(16, "little")
-        return int.from_bytes(hashlib.blake2b(message, key=self._key, digest_size=8).digest(), "little")
+
+def _add_hash(half: npt.NDArray[np.uint64], keyed: npt.NDArray[np.uint64], size: np.uint64) -> npt.NDArray[np.uint64]:
+    """Return `half` plus a hash of `keyed`, modulo `size`."""
+    mixed = keyed ^ (keyed >> np.uint64(30))
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    # The upper 32 bits as a fraction of `size`: a modulo without a division.
+    total = half + ((mixed >> np.uint64(32)) * size >> np.uint64(32))
+    return np.where(total >= size, total - size, total)

@@ -1,11 +1,11 @@
 """A corpus that is on every machine: the source files of Python's standard library."""
 
-import hashlib
 import os
 import sysconfig
 from pathlib import Path
 
 from titan_data.errors import DataError
+from titan_data.fingerprint import Fingerprint
 
 # Installed packages are not the library. The others are the parts that many distributions split off or leave out (so
 # the corpus would differ from machine to machine for no good reason), and the tests are data and edge cases more
@@ -29,30 +29,38 @@ class StdlibSource:
     """The `.py` files of the running Python's standard library, one document per file, in the order of their paths.
 
     Some 10 MB of text with no download: for first runs, benchmarks and tests. Another Python version has other
-    files; the fingerprint tells them apart. Empty files are no documents.
+    files; the fingerprint tells them apart. Empty files are no documents; bytes that are not UTF-8 show as U+FFFD.
+
+    Args:
+        name: what to call the source.
 
     Raises:
         DataError: this Python has no source files on disk.
     """
 
-    name = "stdlib"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str = "stdlib") -> None:
+        self.name = name
         self._root = Path(sysconfig.get_path("stdlib"))
         self._files = _list_files(self._root)
         if not self._files:
             raise DataError(
                 f"the standard library of this Python has no .py files in {self._root} (it may be zipped or compiled): "
-                "use another data source, such as ListSource or load_huggingface with files of your own"
+                "use another data source, such as ListSource or load_files with files of your own"
             )
-        lines = "".join(f"{path}\0{size}\n" for path, size in self._files)
-        self.fingerprint = hashlib.sha256(lines.encode("utf-8", errors="surrogateescape")).hexdigest()
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the paths and sizes of the files."""
+        return Fingerprint.of("stdlib", ((path, str(size)) for path, size in self._files))
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int, /) -> str:
-        return (self._root / self._files[index][0]).read_text(encoding="utf-8", errors="replace")
+        path = self._root / self._files[index][0]
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
     @property
     def paths(self) -> list[str]:

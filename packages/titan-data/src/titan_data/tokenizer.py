@@ -1,11 +1,15 @@
-"""What the loader asks of a tokenizer, and the one that needs no vocabulary file: bytes."""
+"""What titan-data asks of a tokenizer, and the one that needs no vocabulary file: bytes."""
 
 from collections.abc import Sequence
 from typing import Final, Protocol
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Any object of this shape will do; nothing has to be inherited."""
+    """Text to token ids and back. Any object of this shape will do; nothing has to be inherited.
+
+    One that is to be used by several processes (`prepare`, or a loader with workers) must be picklable; those of
+    this package are.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -23,18 +27,36 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def pad_id(self) -> int | None:
+        """The id that fills rows up, or None where the vocabulary has none for it. Its labels are never scored."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers exactly if they give equal ids for every text."""
+        """Equal for two tokenizers exactly if they give equal ids for every text, bos, eos and pad included."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into ids, without bos and eos (the loader adds them).
+        """Turn text into ids, without bos and eos.
+
+        Text that looks like a special token ("<s>") is text like any other: it never becomes the special id.
 
         Args:
             text: one whole document.
 
         Returns:
             The ids; `[]` for the empty text.
+        """
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Turn several texts into ids, in parallel threads where the library can.
+
+        Args:
+            texts: whole documents.
+
+        Returns:
+            What `encode` gives for each of them, in their order.
         """
         ...
 
@@ -59,6 +81,7 @@ class ByteTokenizer:
     vocab_size: Final[int] = 258
     bos_id: Final[int] = 256
     eos_id: Final[int] = 257
+    pad_id: Final[None] = None
     fingerprint: Final[str] = "titan-data/bytes/1"
 
     def encode(self, text: str) -> list[int]:
@@ -73,6 +96,10 @@ class ByteTokenizer:
         """
         return list(text.encode("utf-8", errors="replace"))
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Turn several texts into their UTF-8 bytes."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Turn bytes back into text.
 
@@ -83,3 +110,19 @@ class ByteTokenizer:
             The text; bytes that are not valid UTF-8 show as U+FFFD.
         """
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+def replace_surrogates(text: str) -> str:
+    """Make text that UTF-8 can express, as the libraries behind tokenizers want it.
+
+    Args:
+        text: any string.
+
+    Returns:
+        The text; in place of each lone surrogate (half of a character) U+FFFD.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

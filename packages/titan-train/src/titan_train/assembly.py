@@ -10,10 +10,8 @@ import torch
 import titan_data
 import titan_model
 from titan_ckpt import Checkpointer, HuggingFaceExport
-from titan_data import DataError
 from titan_model import DecoderConfig
 from titan_parallel import (
-    DataAxis,
     Degrees,
     LayoutError,
     ParallelModel,
@@ -23,7 +21,8 @@ from titan_parallel import (
     data_axis,
     parallelize,
 )
-from titan_train.config import Config, DataSection
+from titan_train.config import Config
+from titan_train.data import DataState, load_tokenizer, open_loader
 from titan_train.errors import ConfigError
 from titan_train.optimizer import Optimizer
 from titan_train.process import Process
@@ -65,7 +64,7 @@ class Run:
         return {
             "model": self.model,
             "optimizer": self.optimizer,
-            "data": self.loader,
+            "data": DataState(self.loader, self.config.data.allow_changes),
             "progress": self.progress,
         }
 
@@ -105,8 +104,11 @@ def check(config: Config, world: int) -> None:
             titan_model.config_to_huggingface(model)
         except ValueError as error:
             wrong.append(f"checkpoint.huggingface: {error}")
-    if model.vocab_size < (needed := titan_data.ByteTokenizer().vocab_size):
-        wrong.append(f"model.vocab_size {model.vocab_size} is less than the tokenizer's {needed}")
+    if model.vocab_size < (needed := load_tokenizer(config.data).vocab_size):
+        wrong.append(
+            f"model.vocab_size {model.vocab_size} is less than the tokenizer's {needed}: "
+            f"set model.vocab_size = {needed} (or more), or another data.tokenizer than {config.data.tokenizer!r}"
+        )
     if wrong:
         raise ConfigError("\n".join(wrong))
 
@@ -174,7 +176,7 @@ def assemble(config: Config, process: Process) -> Run:
     titan_model.init_parameters(model.named_parameters(), shape, config.run.seed)
 
     place = data_axis(mesh)
-    tokenizer = titan_data.ByteTokenizer()
+    tokenizer = load_tokenizer(config.data)
     return Run(
         config=config,
         process=process,
@@ -182,7 +184,7 @@ def assemble(config: Config, process: Process) -> Run:
         model=model,
         optimizer=Optimizer(model.named_parameters(), config.optimizer),
         tokenizer=tokenizer,
-        loader=_loader(config, tokenizer, place),
+        loader=open_loader(config, tokenizer, place, pin_memory=process.device.type == "cuda"),
         checkpointer=_checkpointer(config, shape),
         progress=Progress(),
     )
@@ -211,34 +213,4 @@ def _options(config: Config) -> ParallelOptions:
         activation_checkpointing=layout.activation_checkpointing,
         compile_blocks=layout.compile,
         compile_backend=layout.compile_backend,
-    )
-
-
-def _loader(config: Config, tokenizer: titan_data.Tokenizer, place: DataAxis) -> BatchLoader:
-    try:
-        return titan_data.Loader(
-            _source(config.data),
-            tokenizer,
-            seq_len=config.training.seq_len,
-            global_batch_size=config.training.global_batch_size,
-            seed=config.run.seed,
-            shuffle=config.data.shuffle,
-            rank=place.rank,
-            world=place.world,
-        )
-    except DataError as error:
-        raise ConfigError(f"[data] {error}") from None
-
-
-def _source(data: DataSection) -> titan_data.Source:
-    if data.source == "stdlib":
-        return titan_data.StdlibSource()
-    assert data.path is not None
-    return titan_data.load_huggingface(
-        data.path,
-        name=data.name,
-        split=data.split,
-        data_files=data.files or None,
-        text_key=data.text_key,
-        streaming=data.streaming,
     )

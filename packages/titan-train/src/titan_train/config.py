@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -82,34 +82,93 @@ class MoESection(Section):
     """How far each expert's selection bias moves against its load per step; 0 for no such bias."""
 
 
-class DataSection(Section):
-    """Which text, and how it becomes tokens."""
+class SourceSection(Section):
+    """Where text comes from."""
 
-    source: Literal["stdlib", "huggingface"] = "stdlib"
-    """`stdlib` is the source code of Python's standard library; `huggingface` anything that `datasets` loads."""
+    source: Literal["stdlib", "files", "shards", "huggingface"] = "stdlib"
+    """Python's own source code; JSON lines, Parquet or text; what `titan-data prepare` wrote; what `datasets` loads."""
     path: str | None = None
-    """For huggingface: a hub name, or json, parquet or text with `files`."""
-    name: str | None = None
+    """For shards: their folder. For huggingface: a hub name, or json, parquet or text with `files`."""
+    files: list[str] = []
+    """For files and huggingface: paths, globs or URLs."""
+    subset: str | None = None
     """For huggingface: configuration of the dataset."""
     split: str = "train"
     """For huggingface: which split."""
-    files: list[str] = []
-    """For huggingface: local files."""
     text_key: str = "text"
-    """For huggingface: column that holds the text."""
+    """For files and huggingface: key or column that holds the text."""
+    text_unit: Literal["file", "line", "paragraph"] = "file"
+    """For text files: what one document is."""
     streaming: bool = False
-    """For huggingface: read documents as they come, without downloading all first (and without shuffling)."""
-    shuffle: bool = True
-    """Visit the documents of each epoch in an order drawn from the seed, where the source allows it."""
-    tokenizer: Literal["bytes"] = "bytes"
-    """`bytes`: UTF-8 bytes and two specials."""
-    mask_documents: bool = False
-    """Let tokens attend only within their own document."""
+    """For files and huggingface: read documents as they come (and without shuffling)."""
+    on_malformed: Literal["skip", "raise"] = "skip"
+    """For files: count malformed records and pass over them, or stop."""
+    max_epochs: Count | None = None
+    """How often the documents are used at most; none uses them as often as it takes."""
 
     @model_validator(mode="after")
-    def _path_where_needed(self) -> DataSection:
+    def _where_it_lies(self) -> Self:
         if self.source == "huggingface" and self.path is None:
             raise ValueError('source "huggingface" needs a path (a hub name, or json, parquet or text with files)')
+        if self.source == "shards" and self.path is None:
+            raise ValueError('source "shards" needs a path (the folder that `titan-data prepare` wrote)')
+        if self.source == "files" and not self.files:
+            raise ValueError('source "files" needs files (paths, globs or URLs)')
+        return self
+
+
+class MixedSection(SourceSection):
+    """One source of a mixture."""
+
+    name: str | None = None
+    """What to call it; by default what it is called anyway."""
+    weight: NotNegative = 1.0
+    """Its share of the tokens, against the sum of all weights."""
+    at_end: Literal["drop", "error"] = "drop"
+    """After max_epochs: leave the mixture, or stop the run."""
+
+
+class StageSection(Section):
+    """New weights from a step on."""
+
+    from_step: Count
+    """Steps that are done before."""
+    weights: dict[str, NotNegative]
+    """Weights by the sources' names; 0 for those not named."""
+
+
+class DataSection(SourceSection):
+    """Which text, and how it becomes tokens."""
+
+    sources: list[MixedSection] = []
+    """Several sources instead of one, as [[data.sources]] tables: the settings above, with name, weight, at_end."""
+    stages: list[StageSection] = []
+    """Switches of the weights, as [[data.stages]] tables with from_step and weights."""
+    shuffle: bool = True
+    """Visit the documents of each epoch in an order drawn from the seed, where the source allows it."""
+    tokenizer: str = "bytes"
+    """A file or folder of tiktoken ranks, a SentencePiece model or a tokenizer.json; `bytes`: UTF-8 bytes."""
+    packing: Literal["concat", "best_fit", "one_per_row"] = "concat"
+    """How documents become sequences: end to end, whole ones where they fit best, or each by itself."""
+    mask_documents: bool = False
+    """Let tokens attend only within their own document."""
+    prefetch: Whole = 2
+    """Batches read ahead by a thread."""
+    workers: Whole = 0
+    """Threads that tokenize ahead."""
+    allow_changes: list[
+        Literal["data", "mixture", "tokenizer", "seed", "shuffle", "seq_len", "global_batch_size", "packing"]
+    ] = []
+    """What may differ from the run that is resumed, where that is otherwise refused."""
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if self.sources:
+            own = [name for name, field in SourceSection.model_fields.items() if getattr(self, name) != field.default]
+            if own:
+                raise ValueError(f"{', '.join(own)}: set this in each of [[data.sources]], or leave these out")
+        elif self.stages:
+            raise ValueError("stages switch between sources: give these as [[data.sources]]")
         return self
 
 

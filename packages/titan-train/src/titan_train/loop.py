@@ -49,7 +49,7 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
         How it ended. The state as of the end has been saved.
 
     Raises:
-        TrainingError: If loss or gradients stop being finite; nothing is saved then.
+        TrainingError: If loss or gradients stop being finite; nothing is saved then. If the data end too early.
     """
     config, progress = run.config, run.progress
     total = config.training.steps
@@ -66,7 +66,8 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
         if stopped:
             break
         step = progress.step + 1
-        batch = next(run.loader)
+        if (batch := next(run.loader, None)) is None:
+            break  # every source is at the end of its epochs
         scored = _scored_tokens(run, batch)
         set_loss_normaliser(run.model.module, scored)
         loss = run.model.forward_backward(_microbatches(run, batch), _total, scored)
@@ -82,7 +83,15 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
             _refuse_unhealthy(run, healthy)
             curve = torch.stack(losses)
             _sum_over_data(run, curve)
-            meter.report(step, curve.tolist(), float(norm), lr, progress.tokens, _numbers(experts))
+            meter.report(
+                step,
+                curve.tolist(),
+                float(norm),
+                lr,
+                progress.tokens,
+                run.loader.accounting(),
+                _numbers(experts),
+            )
             losses.clear()
         if save:
             _save(run)
@@ -91,6 +100,11 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
         _refuse_unhealthy(run, healthy)
         _save(run)
     run.checkpointer.wait()
+    if progress.step < total and not stopped:
+        raise TrainingError(
+            f"the data came to its end after step {progress.step} of {total}, which is saved: raise max_epochs of "
+            f"the data, or be content with --training.steps {progress.step}"
+        )
     return Outcome(stopped, time.perf_counter() - started, (progress.step - first_step) * tokens_per_step)
 
 

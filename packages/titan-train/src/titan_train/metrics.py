@@ -29,6 +29,7 @@ class StepMetrics:
         mfu: Share of the peak that the model's own FLOPs make up.
         memory_gib: Peak memory of the reporting process.
         seconds_left: Expected time to the last step.
+        sources: Counts by source since the run began: tokens, documents, epoch and what the loader counts besides.
         more: What the model says of the step besides, by tag (`experts/max_load`).
     """
 
@@ -41,6 +42,7 @@ class StepMetrics:
     mfu: float
     memory_gib: float
     seconds_left: float
+    sources: Mapping[str, Mapping[str, int]]
     more: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -106,6 +108,7 @@ class Meter:
         grad_norm: float,
         lr: float,
         tokens: int,
+        sources: Mapping[str, Mapping[str, int]],
         more: Mapping[str, float] | None = None,
     ) -> StepMetrics:
         """Compute and write the figures of `step`.
@@ -116,6 +119,7 @@ class Meter:
             grad_norm: Of this step.
             lr: Of this step.
             tokens: Trained since the run began.
+            sources: Counts by source since then.
             more: What else is known of this step, by tag.
         """
         now = time.perf_counter()
@@ -133,6 +137,7 @@ class Meter:
             mfu=self.mfu(speed),
             memory_gib=memory_in_use(self._device) / 2**30,
             seconds_left=(self._total_steps - step) * per_step,
+            sources=sources,
             more=more or {},
         )
         for sink in self._sinks:
@@ -233,6 +238,7 @@ def scalars(metrics: StepMetrics) -> Mapping[str, float]:
         "speed/mfu": metrics.mfu,
         "speed/memory_gib": metrics.memory_gib,
         **metrics.more,
+        **{f"data/{name}/{what}": n for name, counts in metrics.sources.items() for what, n in counts.items()},
     }
 
 

@@ -24,10 +24,11 @@ def print_start(console: Console, settings: Settings, run: Run, resumed_from: st
     config, shape = run.config, run.model_config
     degrees = ", ".join(f"{name} {run.model.mesh[name].size()}" for name in ("dp_replicate", "dp_shard", "tp"))
     rows, length = config.training.global_batch_size, config.training.seq_len
+    sources = ", ".join(run.loader.accounting())
     lines = {
         "config": settings.name,
         "model": f"{config.model.preset}, {titan_model.count_parameters(shape):,} parameters, {config.training.dtype}",
-        "data": f"{config.data.source}, {config.data.tokenizer}; {rows} x {length} tokens per step",
+        "data": f"{sources}; tokenizer {config.data.tokenizer}; {rows} x {length} tokens per step",
         "layout": f"{run.process.world} process(es) on {run.process.device.type}: {degrees}",
         "folder": config.run.folder,
     }

@@ -48,7 +48,7 @@ def _run(settings: Settings, process: Process, stop: StopSignal) -> int:
     console = Console(quiet=not process.is_first)
     parts = assemble(config, process)
     # Closed also when training fails: a save still in flight is a good one, from before.
-    with closing(parts.checkpointer):
+    with closing(parts.loader), closing(parts.checkpointer):
         parts.checkpointer.claim()  # another job in this folder is found out now, not at the first save
         found = parts.checkpointer.load(parts.state())
         peak = find_peak(process.device, _dtype(parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol, TypedDict
 
 from torch import Tensor
@@ -27,7 +27,7 @@ class Batch(TypedDict):
 
 
 class BatchLoader(Protocol):
-    """Endless global batches, this rank's rows of each, resumable by a small state that is equal on all ranks."""
+    """Global batches, this rank's rows of each, resumable by a small state that is equal on all ranks."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Return itself."""
@@ -41,6 +41,14 @@ class BatchLoader(Protocol):
         """Return the position as JSON values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position."""
+    def load_state_dict(self, state: dict[str, Any], *, allow_changes: Collection[str] = ()) -> None:
+        """Go on from a position, with data or settings that differ in what is allowed."""
+        ...
+
+    def accounting(self) -> dict[str, dict[str, int]]:
+        """Return counts by source: tokens, documents, epoch and others, over all ranks."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
         ...

@@ -164,13 +164,20 @@ def _explain(item: Mapping[str, Any], origins: Mapping[str, str], where: str) ->
     key = ".".join(loc[:2])
     origin = origins.get(key, where)
     at = origin if origin == f"--{key}" else f"{origin}: {key}"
+    valid = fields()
+    if len(loc) > 3:  # in a table of a list of tables
+        table = get_args(valid[key].annotation)[0]
+        valid, key = table.model_fields, loc[3]
+        at = f"{at}, table {int(loc[2]) + 1}: {key}"
     if item["type"] == "extra_forbidden":
         if len(loc) == 1:
             return f"{where}: unknown section [{loc[0]}]{_nearest(loc[0], [*sections()], '')}"
-        return f"{at}: unknown setting{_nearest(key, [*fields()], '')}"
+        return f"{at}: unknown setting{_nearest(key, [*valid], '')}"
+    if item["type"] == "missing":
+        return f"{at} is missing"
     if item["type"] == "value_error":
         return f"{where}: [{key}] {item['ctx']['error']}"
-    field = fields().get(key)
+    field = valid.get(key)
     if field is None:
         return f"{where}: {key} must be a table of settings ([{key}]), not {item['input']!r}"
     return f"{at} is {item['input']!r}: expected {_type_name(field.annotation)}, {_requirement(item['msg'])}"
@@ -192,6 +199,8 @@ def _nearest(key: str, valid: Sequence[str], prefix: str) -> str:
 def _type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "none"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "tables"
     if isinstance(annotation, type) and not get_args(annotation):
         return {"str": "text", "bool": "true or false"}.get(annotation.__name__, annotation.__name__)
     options = get_args(annotation)
@@ -210,5 +219,8 @@ def shown(value: object) -> str:
         return '"none"'
     if isinstance(value, list):
         return "[" + ", ".join(shown(item) for item in value) + "]"
+    if isinstance(value, Mapping):  # what is none is left out: TOML has no word for it
+        inside = ", ".join(f"{json.dumps(key)} = {shown(item)}" for key, item in value.items() if item is not None)
+        return "{" + inside + "}"
     # JSON's numbers, booleans and strings are TOML's too, but for 1e-05 (fine) and infinity (never valid here).
     return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,79 @@
+"""Reading ahead in a thread of its own, so that the next batch lies ready when it is asked for."""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.5  # how often a thread that waits for room looks whether it is to stop
+
+
+class Prefetcher(Generic[T]):
+    """Calls a function over and over in a thread, at most `depth` results ahead.
+
+    An exception of the function comes out of `get` in its turn, after the results before it.
+
+    Args:
+        produce: makes the next result. Must not hold the object that owns the prefetcher, lest that be never freed.
+        depth: how many results may wait.
+
+    Attributes:
+        ended: whether an exception of the function has come out; there will be no more results.
+    """
+
+    def __init__(self, produce: Callable[[], T], depth: int) -> None:
+        self._results: queue.Queue[tuple[T, None] | tuple[None, BaseException]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self.ended = False
+        # A daemon, as a read that hangs must not keep the process alive; the owner closes it before Python goes down.
+        self._thread = threading.Thread(
+            target=_run, args=(produce, self._results, self._stop), name="titan-data-prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def get(self) -> T:
+        """Wait for the next result, or raise what the function raised in its place."""
+        result, error = self._results.get()
+        if error is not None:
+            self.ended = True
+            raise error
+        return result  # type: ignore[return-value]  # there is a result where there is no error
+
+    def close(self, timeout: float | None = None) -> None:
+        """Stop the thread; results that wait are lost. Safe to call more than once.
+
+        Args:
+            timeout: seconds to wait for the call under way; None: as long as it takes.
+        """
+        self._stop.set()
+        if threading.current_thread() is self._thread:
+            return  # the garbage collector may free the owner from any thread, even from in the middle of a put
+        while True:
+            try:
+                self._results.get_nowait()  # so that a thread that waits for room sees the stop at once
+            except queue.Empty:
+                break
+        self._thread.join(timeout)
+
+
+def _run(
+    produce: Callable[[], T],
+    results: "queue.Queue[tuple[T, None] | tuple[None, BaseException]]",
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        item: tuple[T, None] | tuple[None, BaseException]
+        try:
+            item = (produce(), None)
+        except BaseException as error:
+            item = (None, error)
+        while not stop.is_set():
+            try:
+                results.put(item, timeout=_POLL_SECONDS)
+                break
+            except queue.Full:
+                continue
+        if item[1] is not None:
+            return

@@ -1,0 +1,107 @@
+"""Megatron-LM's indexed datasets: a pair of files, `.bin` with the ids and `.idx` with where documents begin."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from titan_data.errors import DataError
+from titan_data.fingerprint import Fingerprint
+from titan_data.shards.mapping import map_array
+from titan_data.shards.sampling import sample_digest
+from titan_data.sources import Tokens
+
+# Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py: magic, version, code of the type, number of
+# sequences, number of borders of documents (one more than documents); then lengths (int32), byte offsets (int64) of
+# sequences, and borders (int64): the sequence that each document begins with.
+_HEAD = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+class MegatronTokens:
+    """A Megatron-LM indexed dataset as a `TokenSource`; a document is all of its sequences, one after the other.
+
+    Args:
+        path: of either file, or what their names have in common.
+        name: what to call the source; the files' name if None.
+
+    Raises:
+        DataError: a file is missing, cut off, of another version, or not of integers.
+    """
+
+    tokenizer_fingerprint: None = None
+
+    def __init__(self, path: str | Path, *, name: str | None = None) -> None:
+        prefix = Path(path).expanduser()
+        if prefix.suffix in (".bin", ".idx"):
+            prefix = prefix.with_suffix("")
+        self._bin, self._idx = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx"))
+        self.name = name if name is not None else prefix.name
+        self._dtype, sequences, borders = _read_head(self._idx)
+        self._lengths = map_array(self._idx, "<i4", sequences, _HEAD.size)
+        self._starts = map_array(self._idx, "<i8", sequences, _HEAD.size + 4 * sequences)
+        self._borders = map_array(self._idx, "<i8", borders, _HEAD.size + 12 * sequences)
+        if (
+            borders == 0
+            or self._borders[0] != 0
+            or self._borders[-1] != sequences
+            or (np.diff(self._borders) < 0).any()
+        ):
+            raise DataError(f"{self._idx} is damaged: its documents do not cover its {sequences} sequences")
+        count = int((self._starts // self._dtype.itemsize + self._lengths).max(initial=0))
+        self._tokens = map_array(self._bin, self._dtype, count)
+        # Tokens before each sequence, to know documents' lengths by; most datasets have one sequence per document.
+        one_each = borders == sequences + 1 and bool((np.diff(self._borders) == 1).all())
+        self._totals = None if one_each else np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self._bin, self.name)
+
+    def fingerprint(self) -> Fingerprint:
+        """Name both files with their sizes and samples of their contents."""
+        return Fingerprint.of("megatron tokens", ((path.name, sample_digest(path)) for path in (self._bin, self._idx)))
+
+    def __len__(self) -> int:
+        return len(self._borders) - 1
+
+    def lengths(self, indices: npt.NDArray[np.int64], /) -> npt.NDArray[np.int64]:
+        """Numbers of tokens of some documents: int64 `[D]` for int64 `[D]`."""
+        if self._totals is None:
+            return self._lengths[indices].astype(np.int64)
+        lengths: npt.NDArray[np.int64] = self._totals[self._borders[indices + 1]] - self._totals[self._borders[indices]]
+        return lengths
+
+    def __getitem__(self, index: int, /) -> Tokens:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        sequences = slice(int(self._borders[index]), int(self._borders[index + 1]))
+        starts = self._starts[sequences] // self._dtype.itemsize
+        ends = starts + self._lengths[sequences]
+        if len(starts) == 0:
+            return np.empty(0, dtype=self._dtype)
+        if np.array_equal(starts[1:], ends[:-1]):  # as Megatron's own tools write them
+            return self._tokens[starts[0] : ends[-1]]
+        return np.concatenate([self._tokens[start:end] for start, end in zip(starts, ends, strict=True)])
+
+
+def _read_head(path: Path) -> tuple[np.dtype[Any], int, int]:
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD.size)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        raise DataError(f"{path} is no index of a Megatron-LM dataset, or is cut off")
+    _, version, code, sequences, borders = _HEAD.unpack(head)
+    if version != 1:
+        raise DataError(f"{path} is of version {version}; version 1 is what can be read here")
+    if code not in _TYPES:
+        raise DataError(f"{path} is of type {code}, which is not one of integers")
+    return np.dtype(_TYPES[code]), sequences, borders
+
+
+def _reopen(path: Path, name: str) -> MegatronTokens:
+    return MegatronTokens(path, name=name)

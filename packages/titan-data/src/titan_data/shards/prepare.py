@@ -1,0 +1,289 @@
+"""From any source of text to a folder of token shards: in parallel, and to be gone on with after any interruption."""
+
+import contextlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from titan_data.errors import DataError
+from titan_data.fingerprint import list_differences
+from titan_data.shards.format import (
+    HEADER_SIZE,
+    MANIFEST,
+    UNFINISHED,
+    Header,
+    Job,
+    Manifest,
+    read_manifest,
+    shard_name,
+    shard_size,
+    token_dtype,
+)
+from titan_data.shards.workers import Encoded, Encoders
+from titan_data.shards.writer import STAGING, ShardWriter, explain_full_disk, write_manifest, write_whole
+from titan_data.sources import RandomAccessSource, Source, StreamSource
+from titan_data.tokenizer import Tokenizer
+
+SHARD_TOKENS = 1 << 28  # half a GiB of 16-bit ids, one GiB of 32-bit ones
+_BATCH_CHARACTERS = 1 << 18
+_BATCH_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far `prepare` has come.
+
+    Attributes:
+        done: documents of a random-access source, or shards of a stream, that are through.
+        total: how many of these there are.
+        documents: that are tokenized, those of earlier runs included.
+        tokens: in these documents.
+        new_tokens: those of this run.
+        shards: that are finished.
+    """
+
+    done: int
+    total: int
+    documents: int
+    tokens: int
+    new_tokens: int
+    shards: int
+
+
+class _Batch(NamedTuple):
+    texts: list[str]
+    source_shard: int
+    source_start: int  # number of its first document in that shard of the source
+
+
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    workers: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Manifest:
+    """Tokenize a source into a folder of token shards.
+
+    The documents keep their order and numbers (a document without text is one without tokens); a stream's shards
+    follow one another. What is written depends on source, tokenizer and `shard_tokens` alone. A call that was
+    interrupted in any way is gone on with by the same call: finished shards are kept.
+
+    With workers, a script must call this under `if __name__ == "__main__":`, as with any Python multiprocessing.
+
+    Args:
+        source: of text.
+        tokenizer: gives the ids.
+        folder: where the shards go; made if it is not there.
+        workers: processes that tokenize; as many as there are cores if None, none but this one if 0.
+        shard_tokens: the most tokens of a shard, unless one document has more.
+        report: called after each batch.
+
+    Returns:
+        What the folder now holds; it may have been finished before.
+
+    Raises:
+        DataError: the source cannot be read, has no documents or is tokens already; the folder holds something else;
+            the disk is full.
+    """
+    if not isinstance(source, RandomAccessSource | StreamSource) or hasattr(source, "lengths"):
+        raise DataError(f"source {source.name!r} holds no text: there is nothing to prepare")
+    if shard_tokens < 1:
+        raise DataError(f"shard_tokens must be at least 1, not {shard_tokens}")
+    folder = Path(folder).expanduser()
+    job = Job(
+        source=source.fingerprint(),
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        shard_tokens=shard_tokens,
+    )
+    with explain_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if (folder / MANIFEST).exists():
+            manifest = read_manifest(folder)
+            _check_same_job(manifest.job, job, folder)
+            return manifest
+        headers = _begin(folder, job)
+        with Encoders(tokenizer, token_dtype(job.vocab_size), _cores() if workers is None else workers) as encoders:
+            _write_shards(source, encoders, folder, job, headers, report)
+        if not headers:
+            (folder / UNFINISHED).unlink()
+            raise DataError(f"source {source.name!r} has no documents")
+        manifest = write_manifest(folder, job, headers)
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        return manifest
+
+
+def _begin(folder: Path, job: Job) -> list[Header]:
+    """Make sure that the folder is this job's, and list the headers of its finished shards."""
+    record = folder / UNFINISHED
+    if not record.exists():
+        if strangers := sorted(entry.name for entry in folder.iterdir() if entry.name != record.name + STAGING):
+            raise DataError(f"{folder} is not empty (it holds {strangers[0]}): give another folder, or empty it")
+        write_whole(record, (json.dumps(job.to_json(), indent=1) + "\n").encode())
+        return []
+    try:
+        saved = Job.from_json(json.loads(record.read_bytes()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{record} is damaged ({error!r}): empty the folder and start again") from None
+    _check_same_job(saved, job, folder)
+    headers: list[Header] = []
+    while (path := folder / shard_name(len(headers))).exists():
+        with path.open("rb") as file:
+            header = Header.unpack(file.read(HEADER_SIZE), str(path))
+        if path.stat().st_size != shard_size(header.documents, header.tokens, token_dtype(job.vocab_size)):
+            raise DataError(f"{path} is damaged: remove it and all later shards, and run the same command again")
+        headers.append(header)
+    return headers
+
+
+def _write_shards(
+    source: RandomAccessSource | StreamSource,
+    encoders: Encoders,
+    folder: Path,
+    job: Job,
+    headers: list[Header],
+    report: Callable[[Progress], None],
+) -> None:
+    """Tokenize what is left of the source; `headers` grows with the shards."""
+    shards = _Shards(folder, job, headers)
+    kept_tokens = shards.tokens
+
+    def progress() -> Progress:
+        if isinstance(source, RandomAccessSource):
+            done, total = shards.documents, len(source)
+        else:
+            done, total = shards.source_end[0], source.shards
+        return Progress(done, total, shards.documents, shards.tokens, shards.tokens - kept_tokens, len(headers))
+
+    report(progress())
+    in_work: deque[_Batch] = deque()
+    next_document = shards.documents
+    try:
+        for batch in _batches(source, shards.source_end):
+            while encoders.full:
+                shards.write(in_work.popleft(), encoders.take())
+                report(progress())
+            encoders.put(batch.texts, next_document)
+            in_work.append(batch._replace(texts=[]))
+            next_document += len(batch.texts)
+        while in_work:
+            shards.write(in_work.popleft(), encoders.take())
+            report(progress())
+        shards.close()
+        report(progress())
+    except BaseException:
+        shards.discard()
+        raise
+
+
+class _Shards:
+    """The shards of a folder as one file to write to."""
+
+    def __init__(self, folder: Path, job: Job, headers: list[Header]) -> None:
+        self._folder, self._job, self._headers = folder, job, headers
+        self.documents = sum(header.documents for header in headers)
+        self.tokens = sum(header.tokens for header in headers)
+        self._writer: ShardWriter | None = None
+        self.source_end = headers[-1].source_end if headers else (0, 0)
+
+    def write(self, batch: _Batch, encoded: Encoded) -> None:
+        """Append a batch, and publish the shards that it fills."""
+        tokens, lengths, start = encoded.tokens, encoded.lengths, batch.source_start
+        while len(lengths):
+            if self._writer is None:
+                self._writer = ShardWriter(self._folder, len(self._headers), self.documents, self._job)
+            count = self._writer.room_for(lengths)
+            size = int(lengths[:count].sum())
+            if count:
+                self._writer.append(tokens[:size], lengths[:count])
+                self.documents += count
+                self.tokens += size
+                start += count
+                self.source_end = (batch.source_shard, start)
+                tokens, lengths = tokens[size:], lengths[count:]
+            else:
+                self.close()
+
+    def close(self) -> None:
+        """Publish the shard under way, if there is one."""
+        if self._writer is not None:
+            self._headers.append(self._writer.publish(self.source_end))
+            self._writer = None
+
+    def discard(self) -> None:
+        """Throw away the shard under way."""
+        if self._writer is not None:
+            self._writer.discard()
+
+
+def _batches(source: RandomAccessSource | StreamSource, start: tuple[int, int]) -> Iterator[_Batch]:
+    """Read the source from a place on; a batch holds documents of one shard of a stream."""
+    shard, document = start
+    if isinstance(source, RandomAccessSource):
+        yield from _cut((source[i] for i in range(document, len(source))), shard, document)
+        return
+    while shard < source.shards:
+        yield from _cut(source.iterate(shard, document), shard, document)
+        shard, document = shard + 1, 0
+
+
+def _cut(texts: Iterator[str], shard: int, start: int) -> Iterator[_Batch]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield _Batch(batch, shard, start)
+            start += len(batch)
+            batch, characters = [], 0
+    if batch:
+        yield _Batch(batch, shard, start)
+
+
+def _check_same_job(saved: Job, job: Job, folder: Path) -> None:
+    differences = [f"source: {line}" for line in list_differences(saved.source, job.source)]
+    was, now = vars(saved), vars(job)
+    differences += [
+        f"{key}: was {was[key]!r}, now {now[key]!r}" for key in was if key != "source" and was[key] != now[key]
+    ]
+    if differences:
+        raise DataError(
+            f"{folder} was prepared from something else:\n  " + "\n  ".join(differences) + "\nGive another folder."
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second call away from the folder; the system lets go of the lock when this process ends in any way."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another titan-data prepare is at work in {folder}: wait for its end") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

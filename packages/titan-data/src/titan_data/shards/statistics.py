@@ -1,0 +1,48 @@
+"""How long the documents of a source of tokens are."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan_data.sources import TokenSource
+
+_CHUNK = 1 << 20  # documents looked at at a time
+
+
+@dataclass(frozen=True)
+class LengthStatistics:
+    """Lengths of all documents.
+
+    Attributes:
+        documents: number of them.
+        tokens: in all of them.
+        empty: documents without tokens.
+        shortest: tokens of the shortest that has any; 0 if none has.
+        longest: tokens of the longest.
+        counts: entry k is the number of documents of `2**k` to `2**(k + 1) - 1` tokens; none after the longest.
+    """
+
+    documents: int
+    tokens: int
+    empty: int
+    shortest: int
+    longest: int
+    counts: tuple[int, ...]
+
+
+def count_lengths(source: TokenSource) -> LengthStatistics:
+    """Look at the lengths of all documents, without reading their tokens."""
+    counts = np.zeros(64, dtype=np.int64)
+    tokens = empty = longest = 0
+    shortest: int | None = None
+    for start in range(0, len(source), _CHUNK):
+        lengths = source.lengths(np.arange(start, min(start + _CHUNK, len(source))))
+        tokens += int(lengths.sum())
+        lengths = lengths[lengths > 0]
+        empty += min(_CHUNK, len(source) - start) - len(lengths)
+        if len(lengths):
+            shortest = min(int(lengths.min()), shortest or int(lengths.min()))
+            longest = max(int(lengths.max()), longest)
+            counts += np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1, minlength=64)
+    bins = counts[: longest.bit_length()]
+    return LengthStatistics(len(source), tokens, empty, shortest or 0, longest, tuple(int(count) for count in bins))

@@ -1,0 +1,139 @@
+"""Checking token shards byte by byte."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from titan_data.errors import DataError
+from titan_data.shards.format import (
+    HEADER_SIZE,
+    MANIFEST,
+    OFFSETS,
+    Manifest,
+    ShardEntry,
+    offsets_start,
+    read_manifest,
+    shard_size,
+    token_dtype,
+)
+from titan_data.shards.mapping import map_array
+from titan_data.shards.reader import check_header
+
+_CHUNK = 1 << 24  # bytes
+
+
+class Damage(NamedTuple):
+    """A file that is not as it was written, and what is wrong with it."""
+
+    file: str
+    what: str
+
+
+def verify(
+    folder: str | Path, *, workers: int | None = None, report: Callable[[int, int], None] = lambda done, total: None
+) -> list[Damage]:
+    """Read a folder of token shards in full and check all that can be checked.
+
+    Of every file: that it is there, whole, and has the checksum that was taken when it was written. Of every shard:
+    that its documents cover its tokens and every id is in the vocabulary.
+
+    Args:
+        folder: with token shards.
+        workers: threads; as many as there are cores if None.
+        report: called with the bytes checked so far and those that there are.
+
+    Returns:
+        The damaged files in the order of the manifest; none if all is well.
+
+    Raises:
+        DataError: the folder holds no finished token shards.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        manifest = read_manifest(folder)
+    except DataError as error:
+        if not (folder / MANIFEST).exists():
+            raise
+        return [Damage(MANIFEST, str(error))]
+    dtype = token_dtype(manifest.job.vocab_size)
+    sizes = [shard_size(shard.documents, shard.tokens, dtype) for shard in manifest.shards]
+    sizes.append(8 * (manifest.documents + 1))
+    found: dict[int, Damage] = {}
+    done = 0
+    with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
+        checks: dict[Future[Damage | None], int] = {}
+        first_document = 0
+        for number, shard in enumerate(manifest.shards):
+            check = partial(_check_shard, folder, manifest, shard, first_document)
+            checks[threads.submit(_find_damage, shard.name, check)] = number
+            first_document += shard.documents
+        checks[threads.submit(_find_damage, OFFSETS, partial(_check_offsets, folder, manifest))] = len(sizes) - 1
+        try:
+            for finished in as_completed(checks):
+                number = checks[finished]
+                if (damage := finished.result()) is not None:
+                    found[number] = damage
+                done += sizes[number]
+                report(done, sum(sizes))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+    return [found[number] for number in sorted(found)]
+
+
+def _find_damage(name: str, check: Callable[[], None]) -> Damage | None:
+    try:
+        check()
+    except DataError as error:
+        return Damage(name, str(error))
+    return None
+
+
+def _check_shard(folder: Path, manifest: Manifest, shard: ShardEntry, first_document: int) -> None:
+    path, dtype = folder / shard.name, token_dtype(manifest.job.vocab_size)
+    _check_size(path, shard_size(shard.documents, shard.tokens, dtype))
+    check_header(path, shard, first_document)
+    if _digest(path, HEADER_SIZE) != shard.sha256:
+        raise DataError("its contents are not what was written: the checksum is wrong")
+    # What follows can only fail if what was written was wrong.
+    offsets = map_array(path, "<i8", shard.documents + 1, offsets_start(shard.tokens, dtype))
+    if offsets[0] != 0 or offsets[-1] != shard.tokens or (np.diff(offsets) < 0).any():
+        raise DataError("its documents do not cover its tokens")
+    tokens = map_array(path, dtype, shard.tokens, HEADER_SIZE)
+    for start in range(0, shard.tokens, _CHUNK):
+        if (largest := int(tokens[start : start + _CHUNK].max())) >= manifest.job.vocab_size:
+            raise DataError(f"it holds id {largest}, but the vocabulary has {manifest.job.vocab_size} ids")
+
+
+def _check_offsets(folder: Path, manifest: Manifest) -> None:
+    path = folder / OFFSETS
+    _check_size(path, 8 * (manifest.documents + 1))
+    if _digest(path, 0) != manifest.offsets_sha256:
+        raise DataError("its contents are not what was written: the checksum is wrong")
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    if found != size:
+        raise DataError(f"it has {found} bytes, but should have {size}")
+
+
+def _digest(path: Path, start: int) -> str:
+    sha = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while data := file.read(_CHUNK):
+                sha.update(data)  # without the GIL
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    return sha.hexdigest()

@@ -1,0 +1,170 @@
+"""Processes that tokenize: batches of texts go out, their ids come back in the same order."""
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from titan_data.documents import encode_document
+from titan_data.errors import DataError
+from titan_data.tokenizer import Tokenizer
+
+_AHEAD = 4  # batches that each worker may have: enough that none waits while the others differ in size
+_CHARACTERS_AHEAD = 1 << 26  # in all of them together: huge documents do not pile up in memory
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of documents as ids.
+
+    Attributes:
+        tokens: `[T]`, of all documents, one after the other.
+        lengths: int64 `[D]`, tokens of each.
+    """
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], first: int, dtype: np.dtype[Any]) -> Encoded:
+    """Turn documents into ids, bos and eos included.
+
+    Args:
+        tokenizer: gives the ids.
+        texts: the documents.
+        first: number of the first one, for messages.
+        dtype: of the tokens.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        DataError: the tokenizer failed on a document; its number is named.
+    """
+    documents = []
+    for number, text in enumerate(texts, start=first):
+        try:
+            # One by one, so that this process keeps to one core.
+            documents.append(encode_document(tokenizer, text))
+        except Exception as error:
+            raise DataError(f"document {number} cannot be tokenized: {error!r}") from error
+    lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+    return Encoded(np.concatenate(documents).astype(dtype), lengths)
+
+
+class Encoders:
+    """Worker processes, used in turn; with 0 of them, all is done in this process.
+
+    Args:
+        tokenizer: gives the ids; must be picklable if there are workers.
+        dtype: of the tokens.
+        workers: number of processes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any], workers: int) -> None:
+        self._tokenizer, self._dtype = tokenizer, dtype
+        self._here: deque[Encoded] = deque()
+        self._sent = self._received = 0
+        self._sizes: deque[int] = deque()  # characters of the batches that are not taken yet
+        self._workers = _start_workers(tokenizer, dtype, workers) if workers else []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process, connection in self._workers:
+            connection.close()  # at its end a worker ends itself
+            process.join()
+
+    @property
+    def full(self) -> bool:
+        """Whether results have to be taken before more texts are given."""
+        return len(self._sizes) >= max(1, _AHEAD * len(self._workers)) or sum(self._sizes) >= _CHARACTERS_AHEAD
+
+    def put(self, texts: Sequence[str], first: int) -> None:
+        """Give a batch of texts; `first` is the number of its first document."""
+        if self._workers:
+            process, connection = self._workers[self._sent % len(self._workers)]
+            try:
+                connection.send((texts, first))
+            except OSError:
+                raise _died(process.exitcode) from None
+        else:
+            self._here.append(encode_texts(self._tokenizer, texts, first, self._dtype))
+        self._sent += 1
+        self._sizes.append(sum(map(len, texts)))
+
+    def take(self) -> Encoded:
+        """Take the result of the batch that was given first among those not taken yet; wait for it."""
+        if self._workers:
+            process, connection = self._workers[self._received % len(self._workers)]
+            try:
+                result = connection.recv()
+            except (EOFError, OSError):
+                process.join(timeout=10)
+                raise _died(process.exitcode) from None
+            if isinstance(result, str):
+                raise DataError(result)
+        else:
+            result = self._here.popleft()
+        self._received += 1
+        self._sizes.popleft()
+        assert isinstance(result, Encoded)
+        return result
+
+
+def _start_workers(tokenizer: Tokenizer, dtype: np.dtype[Any], count: int) -> list[tuple[Any, Connection]]:
+    # Not "fork": this process may have threads that hold locks. A fork server imports what is needed once for all.
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload([__name__])
+    workers = []
+    for _ in range(count):
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, tokenizer, dtype), daemon=True)
+        process.start()
+        there.close()
+        workers.append((process, here))
+    return workers
+
+
+def _work(connection: Connection, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
+    """Serve as a worker until the other end of the connection is closed, be it by the death of its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one sees to an end
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    batches: queue.Queue[tuple[Sequence[str], int]] = queue.Queue()
+
+    def receive() -> None:
+        # In a thread: a worker that only sent, and a sender that only sent, would wait for each other for ever.
+        try:
+            while True:
+                batches.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+    threading.Thread(target=receive, daemon=True).start()
+    while True:
+        texts, first = batches.get()
+        try:
+            connection.send(encode_texts(tokenizer, texts, first, dtype))
+        except DataError as error:
+            connection.send(str(error))
+        except OSError:
+            os._exit(0)
+
+
+def _died(exit_code: int | None) -> DataError:
+    return DataError(
+        f"a worker process has died (exit code {exit_code}), often for lack of memory: "
+        "run the same command again, perhaps with fewer workers"
+    )

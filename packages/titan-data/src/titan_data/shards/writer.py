@@ -1,0 +1,209 @@
+"""Writing token shards: each file under a staging name, published whole or not at all."""
+
+import contextlib
+import errno
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from titan_data.errors import DataError
+from titan_data.shards.format import (
+    HEADER_SIZE,
+    MANIFEST,
+    OFFSETS,
+    Header,
+    Job,
+    Manifest,
+    ShardEntry,
+    offsets_start,
+    shard_name,
+    token_dtype,
+)
+from titan_data.shards.mapping import map_array
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STAGING = ".part"  # ends the names of files that are not published yet
+
+
+class ShardWriter:
+    """One shard on its way to the disk.
+
+    Args:
+        folder: where it goes.
+        number: which shard it is.
+        first_document: number of its first document, among all of the folder.
+        job: what it is made of.
+    """
+
+    def __init__(self, folder: Path, number: int, first_document: int, job: Job) -> None:
+        self._path = folder / shard_name(number)
+        self._job = job
+        self._first_document = first_document
+        self._dtype = token_dtype(job.vocab_size)
+        self._offsets = array("q", [0])
+        self._sha = hashlib.sha256()
+        with explain_full_disk(folder):
+            self._file = _staging(self._path).open("wb")
+            self._file.write(bytes(HEADER_SIZE))  # its place; the header is written last
+
+    @property
+    def documents(self) -> int:
+        """Number of documents so far."""
+        return len(self._offsets) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens so far."""
+        return self._offsets[-1]
+
+    def room_for(self, lengths: npt.NDArray[np.int64]) -> int:
+        """Say how many of the next documents belong in this shard: those that fit, or one that is larger than a shard.
+
+        Args:
+            lengths: int64 `[D]`, tokens of the next documents.
+
+        Returns:
+            Their number. It depends on the documents alone, not on how many of them are asked about at once.
+        """
+        fitting = int(np.searchsorted(self.tokens + np.cumsum(lengths), self._job.shard_tokens, side="right"))
+        return fitting if self.tokens > 0 else max(fitting, 1)
+
+    def append(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
+        """Write documents.
+
+        Args:
+            tokens: `[T]` of all of them, of the shard's type.
+            lengths: int64 `[D]`, tokens of each.
+        """
+        assert tokens.dtype == self._dtype
+        assert len(tokens) == int(lengths.sum())
+        self._offsets.frombytes((self.tokens + np.cumsum(lengths, dtype=np.int64)).tobytes())
+        self._write(np.ascontiguousarray(tokens).view(np.uint8).data)
+
+    def publish(self, source_end: tuple[int, int]) -> Header:
+        """Give the shard its header and its name.
+
+        Args:
+            source_end: where in the text source the next shard begins.
+
+        Returns:
+            The header.
+        """
+        written = HEADER_SIZE + self.tokens * self._dtype.itemsize
+        self._write(bytes(offsets_start(self.tokens, self._dtype) - written))
+        self._write(np.frombuffer(self._offsets, np.int64).astype("<i8").tobytes())
+        header = Header(
+            vocab_size=self._job.vocab_size,
+            tokenizer=self._job.tokenizer,
+            first_document=self._first_document,
+            documents=self.documents,
+            tokens=self.tokens,
+            source_end=source_end,
+            sha256=self._sha.hexdigest(),
+        )
+        with explain_full_disk(self._path.parent):
+            self._file.seek(0)
+            self._file.write(header.pack())
+            _publish(self._file, self._path)
+        return header
+
+    def discard(self) -> None:
+        """Throw away what has been written, and give its room on the disk back."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        _staging(self._path).unlink(missing_ok=True)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        with explain_full_disk(self._path.parent):
+            self._file.write(data)
+        self._sha.update(data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file, whole or not at all."""
+    with _whole(path) as file:
+        file.write(data)
+
+
+def write_manifest(folder: Path, job: Job, headers: Sequence[Header]) -> Manifest:
+    """Finish a folder: write the offsets of all documents, then the manifest.
+
+    Args:
+        folder: with the shards.
+        job: what they were made of.
+        headers: theirs, in order.
+
+    Returns:
+        The manifest.
+    """
+    sha = hashlib.sha256()
+    with _whole(folder / OFFSETS) as file:
+        for part in _all_offsets(folder, headers):
+            file.write(part)
+            sha.update(part)
+    entries = (
+        ShardEntry(shard_name(number), header.documents, header.tokens, header.sha256)
+        for number, header in enumerate(headers)
+    )
+    manifest = Manifest(job, tuple(entries), sha.hexdigest())
+    write_whole(folder / MANIFEST, manifest.pack())
+    return manifest
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn what the system says when nothing more can be written into what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise DataError(
+                f"no space left for {folder} ({error.strerror}): make room and run the same command again; "
+                "finished shards are kept"
+            ) from None
+        raise DataError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _all_offsets(folder: Path, headers: Sequence[Header]) -> Iterator[bytes]:
+    base = 0
+    yield np.zeros(1, dtype="<i8").tobytes()
+    for number, header in enumerate(headers):
+        start = offsets_start(header.tokens, token_dtype(header.vocab_size))
+        offsets = map_array(folder / shard_name(number), "<i8", header.documents + 1, start)
+        yield (base + offsets[1:]).astype("<i8").tobytes()
+        base += header.tokens
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(path.name + STAGING)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to be written, whole or not at all."""
+    with explain_full_disk(path.parent):
+        try:
+            with _staging(path).open("wb") as file:
+                yield file
+                _publish(file, path)
+        except BaseException:
+            _staging(path).unlink(missing_ok=True)
+            raise
+
+
+def _publish(file: BinaryIO, path: Path) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(_staging(path), path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, outlives a power cut
+    finally:
+        os.close(folder)

@@ -1,0 +1,103 @@
+"""A small HTTP server that behaves like the Hugging Face Hub, with its refusals and cut connections."""
+
+import contextlib
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """What the server has and does.
+
+    Attributes:
+        files: (repository, path) to contents.
+        gated: repositories for accounts with access only.
+        tokens: accounts' tokens and whether they have access to what is gated.
+        cut_after: bytes after which the connection of each of the next `cuts` downloads is cut.
+        requests: (method, path, Range header) of each request.
+    """
+
+    def __init__(self):
+        self.files, self.gated, self.tokens = {}, set(), {}
+        self.cut_after, self.cuts = None, 0
+        self.requests = []
+        self.address = ""
+
+
+@contextlib.contextmanager
+def serve():
+    """Run a server; gives the `Hub` that steers it."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments):
+            pass
+
+        def do_HEAD(self):
+            self.answer(body=False)
+
+        def do_GET(self):
+            self.answer(body=True)
+
+        def answer(self, body):
+            hub.requests.append((self.command, self.path, self.headers.get("Range")))
+            if "/resolve/" not in self.path:
+                return self.refuse(404, None, "Not found")
+            owner, name, _, revision, *path = self.path.split("?")[0].strip("/").split("/")
+            repository, path = f"{owner}/{name}", "/".join(path)
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            if token and token not in hub.tokens:
+                return self.refuse(401, None, "Invalid credentials in Authorization header")
+            if repository not in {known for known, _ in hub.files}:
+                return self.refuse(401 if not token else 404, "RepoNotFound", "Repository not found")
+            if repository in hub.gated and not hub.tokens.get(token):
+                return self.refuse(403 if token else 401, "GatedRepo", "Access to model is restricted")
+            if revision not in ("main", COMMIT):
+                return self.refuse(404, "RevisionNotFound", "Invalid rev id")
+            if (repository, path) not in hub.files:
+                return self.refuse(404, "EntryNotFound", "Entry not found")
+            return self.send_file(hub.files[repository, path], body)
+
+        def refuse(self, status, code, message):
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", message)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def send_file(self, data, body):
+            start = 0
+            if (wanted := self.headers.get("Range")) and not wanted.startswith("bytes=0-0"):
+                start = int(wanted.removeprefix("bytes=").split("-")[0])
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            else:
+                self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            if not body:
+                return
+            if hub.cuts > 0 and start + hub.cut_after < len(data):
+                hub.cuts -= 1
+                self.wfile.write(data[start : start + hub.cut_after])
+                self.wfile.flush()
+                self.close_connection = True
+                self.connection.shutdown(2)
+                return
+            self.wfile.write(data[start:])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()

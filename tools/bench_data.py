@@ -1,0 +1,320 @@
+"""Speeds of titan-data, side by side with what else does the same, as a Markdown table.
+
+    python tools/bench_data.py                      # some minutes, some 2 GB of disk
+    python tools/bench_data.py --small --rounds 1   # does it run at all?
+
+Every figure is the median of alternating rounds, and every ratio is the median of the rounds' own ratios, so that a
+busy moment of the machine hits both sides of it. What is not installed is left out.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from titan_data import Fingerprint, Loader, Packing, RandomAccessSource, StdlibSource, Tokenizer
+from titan_data.files import load_files
+from titan_data.load_tokenizer import load_tokenizer
+from titan_data.packing import Place
+from titan_data.shards.format import (
+    MANIFEST,
+    OFFSETS,
+    Header,
+    Job,
+    Manifest,
+    ShardEntry,
+    shard_name,
+    shard_size,
+    token_dtype,
+)
+from titan_data.shards.prepare import prepare as prepare_shards
+from titan_data.shards.reader import TokenShards
+from titan_data.shards.writer import ShardWriter, write_manifest
+from titan_data.state import dump_state
+from titan_data.train_tokenizer import train_tokenizer
+
+VOCAB = 32_000
+ROWS = 16
+MEAN_DOCUMENT = 500
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work each measurement is.
+
+    Attributes:
+        tokens: in the shards that are read.
+        batch_tokens: read from them in one round.
+        text_bytes: of real text.
+        sparse_tokens: in the index that takes no room; 2 bytes each.
+        rounds: how often everything is measured.
+    """
+
+    tokens: int
+    batch_tokens: int
+    text_bytes: int
+    sparse_tokens: int
+    rounds: int
+
+
+Row = tuple[str, str, str]  # what, figure, ratio or target
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="sizes that only show that it runs")
+    parser.add_argument("--folder", type=Path, help="where to put the data; a temporary folder if not given")
+    options = parser.parse_args()
+    sizes = (
+        Sizes(2_000_000, 1_000_000, 1_000_000, 10**9, options.rounds)
+        if options.small
+        else Sizes(400_000_000, 100_000_000, 100_000_000, 500_000_000_000, options.rounds)
+    )
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {sizes.rounds} rounds\n")
+    print("| what | median | against |\n|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        for measure in (measure_reading, measure_seeking, measure_prepare, measure_tokenizing):
+            for row in measure(folder, sizes):
+                print(f"| {' | '.join(row)} |", flush=True)
+
+
+def measure_reading(folder: Path, sizes: Sizes) -> Iterator[Row]:
+    """Packed batches out of token shards, in one process and without reading ahead."""
+    source = TokenShards(write_random_shards(folder / "random", sizes.tokens))
+    sides = {
+        f"packed batches, {kind}, S = {seq_len}": _reading(source, Packing(kind), seq_len, sizes.batch_tokens)
+        for kind in ("concat", "best_fit")
+        for seq_len in (2048, 8192)
+    }
+    rates = alternate(sides, sizes.rounds)
+    for name, values in rates.items():
+        yield name, f"{statistics.median(values) / 1e6:.1f} M tokens/s", "goal: 20 M"
+
+
+def measure_seeking(folder: Path, sizes: Sizes) -> Iterator[Row]:
+    """The first batch of a huge folder, and the first one after a resume far into it."""
+    path = write_sparse_shards(folder / "sparse", sizes.sparse_tokens)
+    step = 1_000_000 if sizes.sparse_tokens > 10**11 else 1000
+
+    def open_loader() -> Loader:
+        return Loader(TokenShards(path), None, seq_len=4096, global_batch_size=64)
+
+    loader = open_loader()
+    next(loader)
+    far = far_into(loader, step, len(TokenShards(path)))
+    loader.close()
+
+    def first() -> float:
+        begin = time.perf_counter()
+        next(open_loader())
+        return time.perf_counter() - begin
+
+    def resume() -> float:
+        begin = time.perf_counter()
+        resumed = open_loader()
+        resumed.load_state_dict(far)
+        next(resumed)
+        assert resumed.step == step + 1
+        return time.perf_counter() - begin
+
+    size = f"{2 * sizes.sparse_tokens / 1e12:.3g} TB of tokens"
+    times = alternate({"first": first, "resume": resume}, sizes.rounds)
+    yield f"opening {size}, to the first batch", f"{statistics.median(times['first']):.3f} s", "goal: 1 s"
+    yield f"resuming it at step {step:,}, to the batch", f"{statistics.median(times['resume']):.3f} s", "goal: 1 s"
+
+
+def measure_prepare(folder: Path, sizes: Sizes) -> Iterator[Row]:
+    """`prepare` against the same tokenizer that does nothing else, on each core."""
+    file, tokenizer = write_text(folder, sizes.text_bytes), small_tokenizer(folder)
+    source = load_files(file)
+    assert isinstance(source, RandomAccessSource)
+    texts = [source[i] for i in range(len(source))]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sample = texts[: max(1, len(texts) // cores)]
+    sample_bytes = sum(len(text.encode()) for text in sample)
+    total_bytes = sum(len(text.encode()) for text in texts)
+
+    def bare() -> float:
+        begin = time.perf_counter()
+        for text in sample:
+            tokenizer.encode(text)
+        return sample_bytes / (time.perf_counter() - begin)
+
+    rounds = iter(range(1000))
+
+    def whole() -> float:
+        begin = time.perf_counter()
+        prepare_shards(source, tokenizer, folder / f"prepared-{next(rounds)}")
+        return total_bytes / (time.perf_counter() - begin)
+
+    rates = alternate({"bare": bare, "prepare": whole}, sizes.rounds)
+    ratio = median_ratio(rates["prepare"], [rate * cores for rate in rates["bare"]])
+    yield "the bare tokenizer, one core", f"{statistics.median(rates['bare']) / 1e6:.2f} MB/s", ""
+    yield (
+        f"`prepare`, {cores} cores, {total_bytes / 1e6:.0f} MB",
+        f"{statistics.median(rates['prepare']) / 1e6:.2f} MB/s",
+        f"{ratio:.2f} of tokenizer times cores (goal: 0.90)",
+    )
+
+
+def measure_tokenizing(folder: Path, sizes: Sizes) -> Iterator[Row]:
+    """Batches out of JSON lines, tokenized on the way, against other loaders on the same file and tokenizer."""
+    file, tokenizer = write_text(folder, sizes.text_bytes), small_tokenizer(folder)
+    steps = max(2, sizes.text_bytes // 4 // (ROWS * 2048) // 4)  # a quarter of the file, at some 4 bytes per token
+
+    def titan(workers: int) -> Callable[[], float]:
+        def batches() -> Iterator[Any]:
+            return Loader(load_files(file), tokenizer, seq_len=2048, global_batch_size=ROWS, workers=workers)
+
+        return lambda: rate_of(batches(), steps)
+
+    sides: dict[str, Callable[[], float]] = {"titan-data": titan(0), "titan-data, 2 workers": titan(2)}
+    if find_spec("datasets"):
+        sides["datasets streaming + torch DataLoader"] = lambda: rate_of(
+            iter(torch.utils.data.DataLoader(_Packed(file, tokenizer), batch_size=ROWS)), steps
+        )
+        if find_spec("torchdata"):
+            stateful = import_module("torchdata.stateful_dataloader").StatefulDataLoader
+            sides["datasets streaming + StatefulDataLoader"] = lambda: rate_of(
+                iter(stateful(_Packed(file, tokenizer), batch_size=ROWS)), steps
+            )
+    rates = alternate(sides, sizes.rounds)
+    for name, values in rates.items():
+        ratio = median_ratio(values, rates["titan-data"])
+        yield f"JSON lines to batches: {name}", f"{statistics.median(values) / 1e6:.3f} M tokens/s", f"{ratio:.2f}"
+
+
+class _Packed(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    """What people write by hand around `datasets`: tokenize, lay end to end, cut; no document ids, no exact resume."""
+
+    def __init__(self, file: Path, tokenizer: Tokenizer) -> None:
+        self._file = file
+        self._tokenizer = tokenizer
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        import datasets  # late: slow to import
+
+        held: list[int] = []
+        for record in datasets.load_dataset("json", data_files=str(self._file), split="train", streaming=True):
+            held += [*self._tokenizer.encode(record["text"]), self._tokenizer.eos_id or 0]
+            while len(held) > 2048:
+                row = torch.tensor(held[:2049])
+                del held[:2048]
+                yield {"tokens": row[:-1], "labels": row[1:]}
+
+
+def _reading(source: TokenShards, packing: Packing, seq_len: int, tokens: int) -> Callable[[], float]:
+    loader = Loader(source, None, seq_len=seq_len, global_batch_size=ROWS, packing=packing, prefetch=0)
+    return lambda: rate_of(loader, max(1, tokens // (ROWS * seq_len)))
+
+
+def rate_of(batches: Iterator[Any], steps: int) -> float:
+    """Take one batch to warm up, then some more: tokens per second."""
+    next(batches)
+    begin = time.perf_counter()
+    tokens = sum(batch["tokens"].numel() for batch in islice(batches, steps))
+    return float(tokens / (time.perf_counter() - begin))
+
+
+def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure every side once in each round; the first round is not counted if there are others."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + (rounds > 1)):
+        for name, measure in sides.items():
+            found[name].append(measure())
+    return {name: values[-rounds:] for name, values in found.items()}
+
+
+def median_ratio(values: list[float], others: list[float]) -> float:
+    """Give the median of the rounds' own ratios."""
+    return statistics.median(value / other for value, other in zip(values, others, strict=True))
+
+
+def far_into(loader: Loader, step: int, documents: int) -> dict[str, Any]:
+    """Make the state after many steps from the one after the first: how far it is, is all that changes."""
+    position = loader._position  # nobody but this benchmark has a reason to make a position up
+    (standing,) = position.sources
+    epoch, place = divmod(standing.place.cursor[1] * step, documents)
+    far = standing._replace(place=Place((epoch, place)))
+    return dump_state(position._replace(step=step, sources=(far,)), loader._settings)
+
+
+def write_random_shards(folder: Path, tokens: int) -> Path:
+    """Write random ids in documents of geometrically distributed lengths, as `prepare` would."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    job = _job()
+    headers, first = [], 0
+    for number in range(4):
+        writer = ShardWriter(folder, number, first, job)
+        lengths = generator.geometric(1 / MEAN_DOCUMENT, tokens // 4 // MEAN_DOCUMENT).astype(np.int64)
+        writer.append(generator.integers(0, VOCAB, int(lengths.sum()), dtype=np.uint16), lengths)
+        headers.append(writer.publish((0, first + len(lengths))))
+        first += len(lengths)
+    write_manifest(folder, job, headers)
+    return folder
+
+
+def write_sparse_shards(folder: Path, tokens: int) -> Path:
+    """Write the headers and the index of huge shards whose tokens are holes in the files."""
+    folder.mkdir()
+    job, length, per_shard = _job(), 50_000, 250_000_000
+    entries, documents = [], per_shard // length
+    for number in range(tokens // per_shard):
+        header = Header(VOCAB, job.tokenizer, number * documents, documents, per_shard, (0, 0), "0" * 64)
+        with (folder / shard_name(number)).open("wb") as file:
+            file.write(header.pack())
+            file.truncate(shard_size(documents, per_shard, token_dtype(VOCAB)))
+        entries.append(ShardEntry(shard_name(number), documents, per_shard, header.sha256))
+    (np.arange(documents * len(entries) + 1, dtype="<i8") * length).tofile(folder / OFFSETS)
+    (folder / MANIFEST).write_bytes(Manifest(job, tuple(entries), "").pack())
+    return folder
+
+
+def _job() -> Job:
+    return Job(Fingerprint.of("benchmark", []), "benchmark", VOCAB, None, None, None, 1 << 28)
+
+
+def write_text(folder: Path, size: int) -> Path:
+    """Write Python's standard library as JSON lines, as often as it takes."""
+    file = folder / "text.jsonl"
+    if file.exists():
+        return file
+    library = StdlibSource()
+    written = 0
+    with file.open("w", encoding="utf-8") as out:
+        while written < size:
+            for i in range(len(library)):
+                written += out.write(json.dumps({"text": library[i]}) + "\n")
+                if written >= size:
+                    break
+    return file
+
+
+def small_tokenizer(folder: Path) -> Tokenizer:
+    """Train a byte-pair tokenizer on part of the same text."""
+    file = folder / "tokenizer.model"
+    if not file.exists():
+        library = StdlibSource()
+        texts = [library[i] for i in range(0, len(library), 4)]
+        file.write_bytes(train_tokenizer(texts, kind="bpe", vocab_size=8192))
+    return load_tokenizer(file)
+
+
+if __name__ == "__main__":
+    main()
