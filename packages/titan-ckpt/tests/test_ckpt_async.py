@@ -191,6 +191,7 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert [info.step for info in list_checkpoints(str(tmp_path))] == [2, 4]
 
 
+@pytest.mark.slow
 def test_the_writing_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     pipe, theirs = CONTEXT.Pipe()
     owner = CONTEXT.Process(target=_own_a_writer, args=(tmp_path, theirs))

@@ -357,7 +357,11 @@ def export_under_a_limit(tmp_path: Path, tensors: int, tensor_bytes: int, file_b
     write_titan(source, tmp_path / "ckpt", 1, prefix="model/", file_bytes=file_bytes)
     arguments = [tmp_path / "ckpt/step-00000001", tmp_path / "out", tensors, file_bytes]
     done = subprocess.run(
-        [sys.executable, "-c", EXPORT_UNDER_A_LIMIT, *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", EXPORT_UNDER_A_LIMIT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
     )
     assert done.returncode == 0, done.stderr
     assert len(HuggingFaceFolder(tmp_path / "out").tensors) == 4 * tensors

@@ -134,6 +134,7 @@ def test_a_signal_saves_and_the_run_goes_on(number: signal.Signals, unbroken: Pa
     assert curve(tmp_path) == curve(unbroken)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_on_a_signal_to_the_launcher(tmp_path: Path) -> None:
     process = start([*flags(tmp_path, training__steps="4000"), "--nproc", "2"])
     wait_for_step(tmp_path, 3, process)
