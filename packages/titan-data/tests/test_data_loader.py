@@ -282,7 +282,10 @@ def test_a_resume_reads_no_more_far_into_a_run_than_at_its_beginning(packing):
     far = Position(1_000_000, 0, (Standing(Place((0, 80_000_000))),))
     resumed = loader()
     resumed.load_state_dict(json.loads(json.dumps(dump_state(far, resumed._settings))))
-    assert int(next(resumed)["tokens"][0, 0]) == Permutation(10**9, "0/endless/0")[80_000_000]
+    # A window's rows come in an order of their own; the first row is one of the 160 documents' there.
+    ahead = 160 if packing == "best_fit" else 1
+    expected = Permutation(10**9, "0/endless/0").entries(80_000_000, 80_000_000 + ahead)
+    assert int(next(resumed)["tokens"][0, 0]) in expected
     resumed.close()
     assert resumed.step == 1_000_001
     assert Endless.looked_up <= 4 * 1024

@@ -9,6 +9,7 @@ from titan_data.documents import Block
 from titan_data.errors import DataError
 from titan_data.feeds import Feed
 from titan_data.packing import Piece, Place, Row, Walk
+from titan_data.permutation import Permutation
 
 # Documents looked at together are read (and, if they are text, kept) at once: so many tokens are enough.
 _MAX_TOKENS = 1 << 24
@@ -26,9 +27,9 @@ class _Part(NamedTuple):
 class BestFit:
     """Packs `look_ahead` documents at a time (a window) into as few rows as best-fit-decreasing finds.
 
-    A window ends with its epoch at the latest, so that each epoch's tokens are used before the next one's. Rows come in
-    the order of their first documents. Where a row stands is told by the window's beginning and a count of rows:
-    the window is packed again on resume.
+    A window ends with its epoch at the latest, so that each epoch's tokens are used before the next one's. Its rows
+    come in an order of their own, so that a long document's rows are spread over many batches instead of filling a few.
+    Where a row stands is told by the window's beginning and a count of rows: the window is packed again on resume.
 
     Args:
         feed: where the documents come from.
@@ -113,7 +114,8 @@ class BestFit:
             else:
                 cut += [_Part(number, at, min(at + seq_len, stop), 0) for at in range(start, stop, seq_len)]
         rows = best_fit([part.stop - part.start for part in cut], seq_len)
-        self._rows = deque([cut[i] for i in row] for row in rows)
+        order = Permutation(len(rows), key=f"{self._feed.name}/{list(self._begin.cursor)}/{seq_len}") if rows else ()
+        self._rows = deque([cut[i] for i in rows[at]] for at in order)
         self._used.append((seq_len, 0))
 
     def _hand_out(self, parts: list[_Part], row: Row, wanted: bool) -> None:

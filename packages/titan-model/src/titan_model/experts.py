@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_model.fused import autocast_dtype
+
 
 class Experts(nn.Module):
     """SwiGLU feed-forwards side by side, each for the rows that are its own.
@@ -50,11 +52,8 @@ class Experts(nn.Module):
 
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply the rows of `x` `[N, I]` up to each of `ends` `[E]` by that expert's `weight` `[E, O, I]`."""
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        # Grouped products are not on autocast's list.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    dtype = autocast_dtype(x)  # grouped products are not on autocast's list
+    return F.grouped_mm(x.to(dtype), weight.to(dtype).transpose(1, 2), offs=ends)
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 Left to autograd, each of these is a string of operations that keep their intermediate results until the backward pass.
 Where nothing compiles them into one kernel, memory traffic then costs more than arithmetic. Written out, they keep
-nothing that the model does not hold anyway, and take a third of the passes over memory.
+nothing that the model does not hold anyway, and take fewer passes over memory. Compiled code
+takes the plain formulas: its compiler does the same by itself, and torch 2.11's gets such gradients wrong.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return `silu(gate) * up` (Shazeer 2020, arXiv:2002.05202) of two tensors of one shape."""
+    if torch.compiler.is_compiling():
+        return F.silu(gate) * up
     out: Tensor = _SwiGLU.apply(gate, up)
     return out
 
@@ -32,6 +34,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         `[..., D]` in the dtype of `x`; under autocast in its dtype, as matrix products read it next.
     """
+    if torch.compiler.is_compiling():
+        wide = x.float()
+        return (wide * _inverse_rms(wide, eps) * weight).to(autocast_dtype(x))
     out: Tensor = _RMSNorm.apply(x, weight, eps, autocast_dtype(x))
     return out
 
@@ -46,6 +51,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     Returns:
         `[B, S, H, Dh]` in the dtype of `x`.
     """
+    if torch.compiler.is_compiling():
+        return _turn(x, *rope, 1)
     out: Tensor = _Rotate.apply(x, *rope)
     return out
 
@@ -54,33 +61,31 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         wide = x.float()
-        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        inverse = _inverse_rms(wide, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(dtype)
+        return (wide * inverse * weight).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
         grad, normed = grad.float(), x.float() * inverse
         product = grad * normed
         weight_grad = product.flatten(0, -2).sum(0)
         # With n the normed x: dx = inverse * (g w - n * mean(g w n)).
-        mean = product.mul_(weight).mean(-1, keepdim=True)
-        x_grad = torch.addcmul(grad * weight, normed, mean, value=-1).mul_(inverse)
+        mean = (product * weight).mean(-1, keepdim=True)
+        x_grad = torch.addcmul(grad * weight, normed, mean, value=-1) * inverse
         return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None, None
 
 
@@ -91,25 +96,25 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, sin, -1), None, None
 
 
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    out = wide * torch.cat((cos, cos), dim=-1)
-    left, right = out.chunk(2, dim=-1)
-    left.addcmul_(second, sin, value=-direction)
-    right.addcmul_(first, sin, value=direction)
-    return out.to(x.dtype)
+    first, second = x.float().chunk(2, dim=-1)
+    left = torch.addcmul(first * cos, second, sin, value=-direction)
+    right = torch.addcmul(second * cos, first, sin, value=direction)
+    return torch.cat((left, right), dim=-1).to(x.dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which matrix products read `x`: that of autocast where it is on, else its own."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast, and raises
         return torch.get_autocast_dtype(device)
     return x.dtype

@@ -150,6 +150,8 @@ class DataSection(SourceSection):
     """A file or folder of tiktoken ranks, a SentencePiece model or a tokenizer.json; `bytes`: UTF-8 bytes."""
     packing: Literal["concat", "best_fit", "one_per_row"] = "concat"
     """How documents become sequences: end to end, whole ones where they fit best, or each by itself."""
+    look_ahead: Count = 1024
+    """Documents that best_fit packs together, and over whose rows it spreads them."""
     mask_documents: bool = False
     """Let tokens attend only within their own document."""
     prefetch: Whole = 2

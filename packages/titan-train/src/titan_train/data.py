@@ -74,7 +74,7 @@ def open_loader(
             global_batch_size=config.training.global_batch_size,
             seed=config.run.seed,
             shuffle=data.shuffle,
-            packing=Packing(data.packing),
+            packing=Packing(data.packing, look_ahead=data.look_ahead),
             stages=[Stage(stage.from_step, stage.weights) for stage in data.stages],
             rank=place.rank,
             world=place.world,
