@@ -1,7 +1,9 @@
 """A process group on gloo for tests: spawned ranks that run one function and report back, or are killed in time."""
 
+import importlib
 import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,13 +24,13 @@ def run_ranks(world: int, function: Callable[..., Any], *args: object) -> list[A
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         ranks = [
-            context.Process(target=_rank, args=(rank, world, store, results, function, args), daemon=True)
+            context.Process(target=_rank, args=(rank, world, store, results, *_named(function), args), daemon=True)
             for rank in range(world)
         ]
         for process in ranks:
             process.start()
         try:
-            answers = dict(_receive(results) for _ in ranks)
+            answers = dict(_receive(results, ranks) for _ in ranks)
         finally:
             for process in ranks:
                 process.kill()
@@ -36,28 +38,35 @@ def run_ranks(world: int, function: Callable[..., Any], *args: object) -> list[A
     return [answers[rank] for rank in range(world)]
 
 
-def _receive(results: Any) -> tuple[int, Any]:
-    try:
-        rank, answer, error = results.get(timeout=SECONDS)
-    except queue.Empty:
-        raise TimeoutError(f"a rank was silent for {SECONDS} s") from None
-    assert error is None, f"rank {rank}:\n{error}"
-    return rank, answer
+def _named(function: Callable[..., Any]) -> tuple[str, str]:
+    # pytest names a test's module by its path from the root; a new process finds it by its file's name.
+    return function.__module__.rpartition(".")[2], function.__qualname__
 
 
-def _rank(
-    rank: int, world: int, store: str, results: Any, function: Callable[..., Any], args: tuple[object, ...]
-) -> None:
+def _receive(results: Any, ranks: list[Any]) -> tuple[int, Any]:
+    deadline = time.monotonic() + SECONDS
+    while True:
+        died = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+        try:
+            rank, answer, error = results.get(timeout=1)
+        except queue.Empty:
+            assert not died, f"rank {died[0]} died with exit code {ranks[died[0]].exitcode} (its words are on stderr)"
+            assert time.monotonic() < deadline, f"a rank was silent for {SECONDS} s"
+            continue
+        assert error is None, f"rank {rank}:\n{error}"
+        return rank, answer
+
+
+def _rank(rank: int, world: int, store: str, results: Any, module: str, name: str, args: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
         )
+        function = getattr(importlib.import_module(module), name)
         # Plain lists: a tensor sent through a queue lives only as long as its sender.
         results.put((rank, function(*args), None))
-        results.close()
-        results.join_thread()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
-        results.close()
-        results.join_thread()
+    results.close()
+    results.join_thread()

@@ -36,7 +36,9 @@ def mixtures(draw: st.DrawFn) -> MoE:
 
 
 def assert_like_the_loop(module: MoE, x: Tensor) -> None:
-    torch.testing.assert_close(module(x), token_by_token(module, x), rtol=1e-5, atol=1e-5)
+    wanted = token_by_token(module, x)
+    # Sums of terms far larger than themselves: what they may differ by goes with the largest.
+    torch.testing.assert_close(module(x), wanted, rtol=1e-5, atol=1e-5 * max(1.0, float(wanted.detach().abs().max())))
     expected = gradients(lambda x: token_by_token(module, x), module, x)
     for name, gradient in gradients(module, module, x).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")  # noqa: B023

@@ -52,7 +52,7 @@ def test_same_as_by_hand(one: Group, tmp_path: Path) -> None:
     file = tmp_path / "short.jsonl"  # several documents in each row, so that their boundaries matter
     texts = [f"{i} and {i + 1} make {2 * i + 1}." for i in range(300)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data = {"data__source": "huggingface", "data__path": "json", "data__files": str(file)}
+    data = {"data__source": "huggingface", "data__path": "json", "data__files": str(file), "data__packing": "concat"}
     curves = []
     for masked, z_loss in ((False, "0.0"), (True, "0.0"), (False, "0.01")):
         folder = str(tmp_path / f"{masked}-{z_loss}")

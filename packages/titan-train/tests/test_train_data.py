@@ -79,7 +79,7 @@ def test_mixture_keeps_its_weights_and_stages(corpus: Path, tmp_path: Path, caps
     )
     assert train(tmp_path / "run", {}, str(config)) == ExitCode.DONE
     shown = " ".join(capsys.readouterr().out.split())  # long paths wrap
-    assert "squares, cubes; tokenizer" in shown
+    assert "cubes, squares; tokenizer" in shown
     tokens = {m["step"]: {name: n["tokens"] for name, n in m["sources"].items()} for m in reports(tmp_path / "run")}
     assert tokens[6] == {"squares": 6 * 6 * 32, "cubes": 6 * 2 * 32}
     assert tokens[10] == {"squares": 6 * 6 * 32, "cubes": (6 * 2 + 4 * 8) * 32}
@@ -106,7 +106,7 @@ def test_changed_data_are_refused_until_allowed(
 def test_several_changes_make_one_flag(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = of_files(corpus / "squares.jsonl")
     assert train(tmp_path, text) == ExitCode.DONE
-    others = {"training.steps": "11", "run.seed": "5", "data.packing": "best_fit", "data.allow_changes": "seed"}
+    others = {"training.steps": "11", "run.seed": "5", "data.packing": "concat", "data.allow_changes": "seed"}
     assert train(tmp_path, {**text, **others}) == ExitCode.FAILED
     assert '--data.allow_changes \'["packing", "seed"]\'' in capsys.readouterr().err
     assert train(tmp_path, {**text, **others, "data.allow_changes": '["packing", "seed"]'}) == ExitCode.DONE
