@@ -156,15 +156,8 @@ def train(
         norms.append(float(model.clip_grad_norm(MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(sum_over_data(model, part)))
+        losses.append(float(model.sum_parts(part)))
     return {"losses": losses, "norms": norms, "weights": whole(model)}
-
-
-def sum_over_data(model: ParallelModel, part: Tensor) -> Tensor:
-    part = part.clone()
-    for dim in ("dp_replicate", "dp_shard"):
-        torch.distributed.all_reduce(part, group=model.mesh[dim].get_group())
-    return part
 
 
 def whole(model: ParallelModel) -> dict[str, Tensor]:
@@ -184,7 +177,7 @@ def fill_from_meta(rank: int, world: int, degrees: Degrees, tied: bool) -> tuple
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter.fill_(i)
-        model.module.scale.fill_(1)
+        model.parts[0].scale.fill_(1)
     digest = hashlib.sha256()
     for name, value in whole(model).items():
         digest.update(f"{name} {value.tolist()}".encode())
@@ -192,7 +185,7 @@ def fill_from_meta(rank: int, world: int, degrees: Degrees, tied: bool) -> tuple
         [name for name, _ in model.named_parameters()],
         list(model.state_dict()),
         digest.hexdigest(),
-        model.module.table.weight is model.module.vocab_out.weight,
+        model.parts[0].table.weight is model.parts[0].vocab_out.weight,
     )
 
 
@@ -201,8 +194,8 @@ def evaluate_and_predict(rank: int, world: int, degrees: Degrees) -> tuple[float
     tokens, labels = batch(0)
     place = data_axis(model.mesh)
     mine = Microbatch((tokens.chunk(place.world)[place.rank],), labels.chunk(place.world)[place.rank])
-    total = float(sum_over_data(model, model.evaluate([mine], summed_loss)))
-    return total, model.predict(tokens), model.module.training
+    total = float(model.sum_parts(model.evaluate([mine], summed_loss)))
+    return total, model.predict(tokens), model.parts[0].training
 
 
 def state_round_trip(rank: int, world: int, degrees: Degrees) -> bool:

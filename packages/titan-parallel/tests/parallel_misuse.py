@@ -65,14 +65,14 @@ def look_between(rank: int, world: int, degrees: Degrees, look: str) -> dict[str
 def modes_after_an_error(rank: int, world: int) -> tuple[bool, list[str]]:
     """Let the loss of an evaluation raise; return whether it did, and which modules are then in evaluation mode."""
     model = _model(Degrees())
-    model.module.stack[1].eval()  # frozen by its owner
+    model.parts[0].stack[1].eval()  # frozen by its owner
     tokens, labels = batch(0)
 
     def broken(output: Tensor, target: Tensor) -> Tensor:
         raise RuntimeError("no loss today")
 
     message = _message(lambda: model.evaluate([Microbatch((tokens,), labels)], broken))
-    owned = [name for name, module in model.module.named_modules() if name.count(".") < 2 and not module.training]
+    owned = [name for name, module in model.parts[0].named_modules() if name.count(".") < 2 and not module.training]
     return message == "RuntimeError: no loss today", owned
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel_cases import sum_over_data, whole
+from parallel_cases import whole
 from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, build_mesh, data_axis, parallelize
 
 FEATURES, DIM, HEADS, SEQ, ROWS, STEPS = 6, 32, 4, 8, 8, 4
@@ -119,6 +119,6 @@ def train(rank: int, world: int, degrees: Degrees, options: ParallelOptions) -> 
         part = model.forward_backward([Microbatch((x,), wanted, {"time": time})], squared_error, ROWS * SEQ)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(sum_over_data(model, part)))
+        losses.append(float(model.sum_parts(part)))
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     return {"losses": losses, "weights": whole(model), "frozen": frozen}

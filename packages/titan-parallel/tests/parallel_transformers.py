@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel_cases import sum_over_data, whole
+from parallel_cases import whole
 from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, build_mesh, data_axis, parallelize
 
 VOCAB, ROWS, SEQ, STEPS = 64, 4, 16, 5
@@ -105,5 +105,5 @@ def train(
         part = model.forward_backward([Microbatch((tokens,), labels)], summed_loss, ROWS * SEQ)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(sum_over_data(model, part)))
+        losses.append(float(model.sum_parts(part)))
     return losses, whole(model), model.predict(batch(0)[0]).logits

@@ -68,7 +68,7 @@ def test_refusals_of_tied_weights(two: Group, shared: bool, changed: dict, says:
 
 def test_unknown_entries_of_the_plan() -> None:
     with pytest.raises(LayoutError, match=r"unknown entries of the plan \['block'\]; there are \['blocks', "):
-        check_plan({"block": ["stack.*"]}, tp=1)  # type: ignore[typeddict-unknown-key]
+        check_plan({"block": ["stack.*"]}, Degrees())  # type: ignore[typeddict-unknown-key]
 
 
 def test_wrong_calls(two: Group) -> None:

@@ -62,8 +62,8 @@ def test_model_to_parallel(name: str, eight_ranks: None) -> None:
     tp = 1 if config.moe else 4
     if config.moe:  # what tensor parallelism does not split yet is refused, and not laid out wrong
         with pytest.raises(titan_parallel.LayoutError, match=r"names experts \(layers\.\*\.ffn\.experts\)"):
-            titan_parallel.check_plan(plan, tp=4, sequence_length=128)
-    titan_parallel.check_plan(plan, tp=tp, sequence_length=128)
+            titan_parallel.check_plan(plan, titan_parallel.Degrees(tp=4), sequence_length=128)
+    titan_parallel.check_plan(plan, titan_parallel.Degrees(tp=tp), sequence_length=128)
     names = [name for name, _ in titan_model.build(config).named_parameters()]
 
     mesh = titan_parallel.build_mesh(titan_parallel.Degrees(tp=tp), "cpu")
@@ -87,9 +87,9 @@ def test_selective_checkpointing_knows_what_the_model_runs(one_rank: None) -> No
         options = titan_parallel.ParallelOptions(activation_checkpointing=mode)
         plan = titan_model.parallel_plan(config)
         model = titan_parallel.parallelize(titan_model.build(config, "cpu"), mesh, plan, options)
-        titan_model.set_loss_normaliser(model.module, 1)
+        titan_model.set_loss_normaliser(model.parts[0], 1)
         with Counting() as counting:
-            model.module(tokens, document_ids=documents, labels=tokens).total.backward()
+            model.parts[0](tokens, document_ids=documents, labels=tokens).total.backward()
         counts[mode] = [counting.counts[name] for name in ("titan_model::document_attention", "aten::_grouped_mm")]
     assert counts["none"] == counts["selective"] == [1, 9]  # three products forward, twice as many backward
     assert counts["full"] == [2, 12]

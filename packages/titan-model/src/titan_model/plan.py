@@ -15,18 +15,26 @@ class DecoderPlan(TypedDict):
         before: What runs before the first block.
         after: What runs after the last block.
         tensor: Tensor-parallel style of modules.
-        experts: What holds the experts of each mixture.
         tied: Pairs of parameter names (alias, owner) that are one weight.
         divisible: Sizes that a tensor-parallel degree has to divide, each under a name for messages.
+        attention: What computes attention, given queries, keys, values and a mask with `document_ids`.
+        sequence: Arguments of the decoder that hold the sequence, and in which dim they do.
+        positions: The one of these that numbers the positions.
+        heads: Query heads and key/value heads.
+        experts: What holds the experts of each mixture.
     """
 
     blocks: list[str]
     before: list[str]
     after: list[str]
     tensor: dict[str, str]
-    experts: list[str]
     tied: list[tuple[str, str]]
     divisible: dict[str, int]
+    attention: list[str]
+    sequence: dict[str, int]
+    positions: str
+    heads: tuple[int, int]
+    experts: list[str]
 
 
 def parallel_plan(config: DecoderConfig) -> DecoderPlan:
@@ -51,9 +59,13 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
         "before": ["embed"],
         "after": ["norm", "head"],
         "tensor": tensor | {"norm": "sequence", "head": "logits"},
-        "experts": ["layers.*.ffn.experts"] if True in kinds else [],
         "tied": [("head.weight", "embed.weight")] if config.tied_embeddings else [],
         "divisible": divisible,
+        "attention": ["layers.*.attn.core"],
+        "sequence": {"tokens": 1, "positions": 1, "document_ids": 1, "labels": 1},
+        "positions": "positions",
+        "heads": (config.n_heads, config.n_kv_heads),
+        "experts": ["layers.*.ffn.experts"] if True in kinds else [],
     }
 
 

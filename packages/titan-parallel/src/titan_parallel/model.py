@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_parallel.clipping import clip_grad_norm
+from titan_parallel.mesh import MESH_DIMS
 from titan_parallel.plan import clean_name
 from titan_parallel.sharding import reshard, set_last_microbatch
 from titan_parallel.tensor_parallel import settle_gradients, to_full, whole
@@ -40,22 +41,23 @@ class ParallelModel:
     """A parallelized model. Made by `parallelize`.
 
     Attributes:
-        module: The model as it now runs on this rank.
+        parts: What of the model is on this rank: all of it in one part or, under pipeline parallelism, its stages.
         mesh: The mesh it is laid out on.
     """
 
     def __init__(
-        self, module: nn.Module, mesh: DeviceMesh, tied: Sequence[tuple[str, str]], sharded_logits: bool
+        self, parts: Sequence[nn.Module], mesh: DeviceMesh, tied: Sequence[tuple[str, str]], sharded_logits: bool
     ) -> None:
-        self.module = module
+        self.parts = tuple(parts)
         self.mesh = mesh
         self._tied = tied
         self._sharded_logits = sharded_logits
 
     def materialize(self, device: torch.device | str) -> None:
         """Allocate the parameters and buffers of a model built on meta, uninitialised, on `device`."""
-        self.module.to_empty(device=torch.device(device))
-        tie_weights(self.module, self._tied)  # `to_empty` makes two tensors of a tied one
+        for part in self.parts:
+            part.to_empty(device=torch.device(device))
+            tie_weights(part, self._tied)  # `to_empty` makes two tensors of a tied one
 
     def forward_backward(
         self, microbatches: Sequence[Microbatch], loss_function: LossFunction, normaliser: float
@@ -71,7 +73,7 @@ class ParallelModel:
                 of the global batch.
 
         Returns:
-            This rank's part of the loss, detached: the parts of all ranks of the data axis add up to the loss.
+            This rank's part of the loss, detached; `sum_parts` adds up those of all ranks.
 
         Raises:
             ValueError: If there is no microbatch.
@@ -79,7 +81,7 @@ class ParallelModel:
         _check_any(microbatches)
         parts = []
         for i, microbatch in enumerate(microbatches):
-            set_last_microbatch(self.module, i == len(microbatches) - 1)
+            set_last_microbatch(self.parts[0], i == len(microbatches) - 1)
             with self._loss_context():
                 loss = self._loss(microbatch, loss_function) / normaliser
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -104,7 +106,19 @@ class ParallelModel:
         All ranks call it together; those that share a place on the data axis with equal arguments.
         """
         with self._evaluating():
-            return whole(self.module(*args, **kwargs))
+            return whole(self.parts[0](*args, **kwargs))
+
+    def sum_parts(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks that hold parts of it: all but those that `tp` made equal.
+
+        Args:
+            values: Of equal shape on all ranks, such as what `forward_backward` returns.
+        """
+        total = values.detach().clone()
+        for name in MESH_DIMS:
+            if name != "tp" and self.mesh[name].size() > 1:
+                torch.distributed.all_reduce(total, group=self.mesh[name].get_group())
+        return total
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Clip the gradients by their global norm and return it; see `titan_parallel.clip_grad_norm`."""
@@ -113,18 +127,19 @@ class ParallelModel:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the plain model, parameter); a tied weight comes once, under its owner's name."""
         owners = dict(self._tied)
-        for name, parameter in self.module.named_parameters():
-            plain = clean_name(name)
-            yield owners.get(plain, plain), parameter
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                plain = clean_name(name)
+                yield owners.get(plain, plain), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield every parameter once."""
-        return self.module.parameters()
+        return (parameter for part in self.parts for parameter in part.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """Return parameters and persistent buffers by their names in the plain model; a tied weight comes once."""
         aliases = {alias for alias, _ in self._tied}
-        state = {clean_name(name): value for name, value in self.module.state_dict().items()}
+        state = {clean_name(name): value for part in self.parts for name, value in part.state_dict().items()}
         return {name: value for name, value in state.items() if name not in aliases}
 
     @torch.no_grad()
@@ -148,19 +163,22 @@ class ParallelModel:
                 value.copy_(state[name])
 
     def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
-        output = self.module(*microbatch.args, **microbatch.kwargs)
+        output = self.parts[0](*microbatch.args, **microbatch.kwargs)
         return loss_function(output if self._sharded_logits else whole(output), microbatch.target)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.module.modules()]  # a part may be frozen in another mode
-        self.module.eval()
+        # Some modules may be frozen in another mode than the rest.
+        modes = [(module, module.training) for part in self.parts for module in part.modules()]
+        for part in self.parts:
+            part.eval()
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            reshard(self.module)
+            for part in self.parts:
+                reshard(part)
 
     def _loss_context(self) -> AbstractContextManager[None]:
         return loss_parallel() if self._sharded_logits else nullcontext()

@@ -6,9 +6,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan_parallel.activation import checkpoint_block
+from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
 from titan_parallel.options import ParallelOptions
-from titan_parallel.plan import ParallelPlan, check_plan, match_names
+from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names
 from titan_parallel.sharding import apply_fsdp
 from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
 from titan_parallel.tying import check_tied, tie_weights
@@ -33,33 +34,32 @@ def parallelize(
         LayoutError: If the plan does not fit the model or the layout.
     """
     options = options or ParallelOptions()
-    tp = mesh["tp"].size()
     tied = list(plan.get("tied", ()))
-    check_plan(plan, tp=tp)
-    roles = {"before": plan.get("before", ()), "blocks": plan.get("blocks", ()), "after": plan.get("after", ())}
-    found = match_names(model, [pattern for patterns in roles.values() for pattern in patterns])
-    names = {role: [name for pattern in patterns for name in found[pattern]] for role, patterns in roles.items()}
-    outer = [*names["before"], *names["after"]]
-    match_names(model, plan.get("experts", ()))
-    check_tied(model, tied, {name: name for name in names["blocks"]} | dict.fromkeys(outer, "outer"))
+    check_plan(plan, degrees_of(mesh))
+    roles = find_roles(model, plan)
+    match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
+    outer = [*roles.before, *roles.after]
+    check_tied(model, tied, {name: name for name in roles.blocks} | dict.fromkeys(outer, "outer"))
 
-    if tp > 1:
+    _lay_out(model, mesh, plan, roles, options)
+    sharded_logits = mesh["tp"].size() > 1 and "logits" in plan.get("tensor", {}).values()
+    return ParallelModel([model], mesh, tied, sharded_logits)
+
+
+def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Roles, options: ParallelOptions) -> None:
+    """Transform a model, or a stage of one, in place; the order is the only one that works."""
+    tied = list(plan.get("tied", ()))
+    if mesh["tp"].size() > 1:
         apply_tensor_parallel(model, mesh["tp"], plan.get("tensor", {}), sequence_parallel=options.sequence_parallel)
         tie_weights(model, tied)
         check_covered(model)
 
-    for name in names["blocks"]:
+    for name in roles.blocks:
         block = checkpoint_block(model.get_submodule(name), options.activation_checkpointing)
         model.set_submodule(name, block)
-    before, blocks, after = ([model.get_submodule(name) for name in names[role]] for role in roles)
-
     if options.compile_blocks:
-        for block in blocks:
-            block.compile(backend=options.compile_backend, fullgraph=True)
+        for name in roles.blocks:
+            model.get_submodule(name).compile(backend=options.compile_backend, fullgraph=True)
 
-    data_ranks = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
-    if data_ranks > 1 or options.param_dtype is not None:
-        apply_fsdp(model, mesh, before=before, blocks=blocks, after=after, tied=bool(tied), options=options)
-
-    sharded_logits = tp > 1 and "logits" in plan.get("tensor", {}).values()
-    return ParallelModel(model, mesh, tied, sharded_logits)
+    if mesh.size() > mesh["tp"].size() * mesh["pp"].size() or options.param_dtype is not None:
+        apply_fsdp(model, mesh, roles=roles, tied=bool(tied), options=options)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
 from torch import nn
 from typing_extensions import ReadOnly
 
 from titan_parallel.errors import LayoutError
+from titan_parallel.mesh import Degrees
 
 TensorStyle = Literal["vocab", "sequence", "gather", "colwise", "rowwise", "logits", "local", "replicate"]
 
@@ -39,9 +41,20 @@ class ParallelPlan(TypedDict, total=False):
             parameters on every rank, as a norm over single heads; it must treat each entry of dim 0 alike;
             `replicate` a module, or a single parameter by its name, that every rank holds and computes in whole.
         tied: Pairs of parameter names (alias, owner) that are one weight.
-        experts: Modules that hold the experts of a mixture. Data parallelism shards them as all else; tensor
-            parallelism refuses them.
         divisible: Sizes that the tensor-parallel degree has to divide, each under a name for the message.
+        attention: Modules that compute attention from whole sequences and nothing else; context parallelism puts
+            another in their place. They are called as `core(q, k, v, mask)` with q `[B, H, S, Dh]`, k and v
+            `[B, Hkv, S, Dh]` and return `[B, H, S, Dh]`; `mask` is None (causal) or has `document_ids`, integers
+            `[B, S]` or None: then queries see the keys of their own run of equal ids only, up to themselves.
+        sequence: Inputs of the model that hold the sequence, by the names of its forward's parameters, and the dim in
+            which they do; `target` stands for the microbatch's target. Context parallelism gives each rank its part
+            of them.
+        positions: The one of these inputs that numbers the positions, integers `[B, S]`. Where a caller leaves it out,
+            context parallelism fills it in, counting from 0.
+        heads: Numbers of query heads and of key/value heads.
+        experts: Modules that hold the experts of a mixture, each weight with one expert for each entry of dim 0. They
+            are called as `experts(x, counts)`, x `[N, D]` with the rows of expert 0 first, then those of expert 1,
+            and so on, counts integers `[E]`, the rows of each; they return `[N, D]`.
     """
 
     blocks: ReadOnly[Sequence[str]]
@@ -49,8 +62,21 @@ class ParallelPlan(TypedDict, total=False):
     after: ReadOnly[Sequence[str]]
     tensor: ReadOnly[Mapping[str, str]]
     tied: ReadOnly[Sequence[tuple[str, str]]]
-    experts: ReadOnly[Sequence[str]]
     divisible: ReadOnly[Mapping[str, int]]
+    attention: ReadOnly[Sequence[str]]
+    sequence: ReadOnly[Mapping[str, int]]
+    positions: ReadOnly[str]
+    heads: ReadOnly[tuple[int, int]]
+    experts: ReadOnly[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Names of the modules of one model in each of the three roles that order it, in the model's order."""
+
+    before: list[str]
+    blocks: list[str]
+    after: list[str]
 
 
 def clean_name(name: str) -> str:
@@ -80,12 +106,27 @@ def match_names(model: nn.Module, patterns: Iterable[str], *, parameters: bool =
     return found
 
 
-def check_plan(plan: ParallelPlan, *, tp: int, sequence_length: int | None = None) -> None:
+def find_roles(model: nn.Module, plan: ParallelPlan) -> Roles:
+    """Return which modules of `model` run before the blocks, are blocks, and run after them.
+
+    Raises:
+        LayoutError: If a name of the plan matches nothing.
+    """
+    patterns = {
+        "before": plan.get("before", ()),
+        "blocks": plan.get("blocks", ()),
+        "after": plan.get("after", ()),
+    }
+    found = match_names(model, [pattern for some in patterns.values() for pattern in some])
+    return Roles(**{role: [name for pattern in some for name in found[pattern]] for role, some in patterns.items()})
+
+
+def check_plan(plan: ParallelPlan, degrees: Degrees, *, sequence_length: int | None = None) -> None:
     """Check that a model can be split as asked, without touching it.
 
     Args:
         plan: The model's plan.
-        tp: Tensor-parallel degree.
+        degrees: The layout.
         sequence_length: Tokens per sequence when activations are to be split over the sequence, else None.
 
     Raises:
@@ -97,6 +138,7 @@ def check_plan(plan: ParallelPlan, *, tp: int, sequence_length: int | None = Non
     styles = set(plan.get("tensor", {}).values()) - set(get_args(TensorStyle))
     if styles:
         raise LayoutError(f"unknown tensor-parallel styles {sorted(styles)}; there are {list(get_args(TensorStyle))}")
+    tp = degrees.tp
     if tp == 1:
         return
     if plan.get("experts"):

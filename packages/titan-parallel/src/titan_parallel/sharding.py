@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import astuple
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from titan_parallel.mesh import fsdp_mesh
 from titan_parallel.options import ParallelOptions
+from titan_parallel.plan import Roles
 
 
 def apply_fsdp(
     model: nn.Module,
     mesh: DeviceMesh,
     *,
-    before: Sequence[nn.Module],
-    blocks: Sequence[nn.Module],
-    after: Sequence[nn.Module],
+    roles: Roles,
     tied: bool,
     options: ParallelOptions,
 ) -> None:
@@ -28,20 +28,20 @@ def apply_fsdp(
 
     Args:
         model: The root; holds whatever is in no unit.
-        mesh: The mesh with `dp_replicate` and `dp_shard`.
-        before: Modules before the blocks; a unit each.
-        blocks: The repeated blocks; a unit each.
-        after: Modules after the blocks; one unit, which stays gathered, since its backward comes at once.
-        tied: Whether a weight is shared between `before` and `after`, which makes one unit of them.
+        mesh: From `build_mesh`.
+        roles: Names of its modules before the blocks, a unit each; of the blocks, a unit each; of those after them,
+            one unit, which stays gathered, since its backward comes at once.
+        tied: Whether a weight is shared between the modules before and after, which makes one unit of them.
         options: Dtypes and resharding.
     """
-    dims = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else ("dp_shard",)
-    data_mesh = mesh[dims]
+    data_mesh = fsdp_mesh(mesh)
     # The root casts what comes in from outside; inside, the dtypes are right (and fp32 rotary angles must stay fp32).
     outer = MixedPrecisionPolicy(param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options))
     inner = MixedPrecisionPolicy(
         param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options), cast_forward_inputs=False
     )
+
+    before, blocks, after = ([model.get_submodule(name) for name in names] for names in astuple(roles))
 
     def shard(unit: nn.Module | list[nn.Module], reshard: bool) -> None:
         fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard)
@@ -53,7 +53,7 @@ def apply_fsdp(
     for unit in blocks:
         shard(unit, options.reshard_after_forward)
     if after:
-        shard([*before, *after] if tied else list(after), False)
+        shard([*before, *after] if tied else after, False)
     fully_shard(model, mesh=data_mesh, mp_policy=outer, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -83,10 +83,10 @@ def check(config: Config, world: int) -> None:
     try:
         degrees = _degrees(config).resolve(world)
         sequence = training.seq_len if config.parallel.sequence_parallel and degrees.tp > 1 else None
-        check_plan(titan_model.parallel_plan(model), tp=degrees.tp, sequence_length=sequence)
+        check_plan(titan_model.parallel_plan(model), degrees, sequence_length=sequence)
     except LayoutError as error:
         raise ConfigError(f"[parallel] {error}") from None
-    data_world = degrees.dp_replicate * degrees.dp_shard
+    data_world = degrees.readers
     wrong = []
     if training.seq_len > model.max_seq_len:
         wrong.append(f"training.seq_len {training.seq_len} is over the model's max_seq_len {model.max_seq_len}")

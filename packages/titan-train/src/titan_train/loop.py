@@ -69,9 +69,10 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
         if (batch := next(run.loader, None)) is None:
             break  # every source is at the end of its epochs
         scored = _scored_tokens(run, batch)
-        set_loss_normaliser(run.model.module, scored)
+        for part in run.model.parts:
+            set_loss_normaliser(part, scored)
         loss = run.model.forward_backward(_microbatches(run, batch), _total, scored)
-        experts = balance_experts(run.model.module, partial(_sum_over_data, run))
+        experts = balance_experts(run.model.parts[0], partial(_sum_over_data, run))
         norm = run.model.clip_grad_norm(config.training.max_norm)
         lr = run.optimizer.step(lr_factor(step, total, config.schedule))
         progress.step, progress.tokens = step, progress.tokens + tokens_per_step
@@ -81,8 +82,7 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
         save = _is_due(step, config.checkpoint.interval)
         if save or step == 1 or step == total or _is_due(step, config.metrics.log_interval):
             _refuse_unhealthy(run, healthy)
-            curve = torch.stack(losses)
-            _sum_over_data(run, curve)
+            curve = run.model.sum_parts(torch.stack(losses))
             meter.report(
                 step,
                 curve.tolist(),
@@ -122,8 +122,8 @@ def _save(run: Run) -> None:
 
 def _scored_tokens(run: Run, batch: Batch) -> int:
     """Return the scored tokens of the global batch, at least 1. Ranks that share rows count them once."""
-    counts_rows = run.model.mesh["tp"].get_local_rank() == 0
-    return max(1, sum_over_ranks(int((batch["labels"] != -100).sum()) if counts_rows else 0))
+    leads = data_axis(run.model.mesh).leads
+    return max(1, sum_over_ranks(int((batch["labels"] != -100).sum()) if leads else 0))
 
 
 def _microbatches(run: Run, batch: Batch) -> list[Microbatch]:
@@ -159,10 +159,8 @@ def _total(sums: LossSums, _: None) -> torch.Tensor:
 
 
 def _sum_over_data(run: Run, values: torch.Tensor) -> None:
-    """Sum in place over the ranks that had other rows."""
-    if data_axis(run.model.mesh).world > 1:
-        for dim in ("dp_replicate", "dp_shard"):
-            torch.distributed.all_reduce(values, group=run.model.mesh[dim].get_group())
+    """Sum in place over the ranks that had other tokens."""
+    values.copy_(run.model.sum_parts(values))
 
 
 def _numbers(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:

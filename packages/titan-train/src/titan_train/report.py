@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import titan_model
+from titan_parallel import MESH_DIMS
 from titan_train.assembly import Run
 from titan_train.hardware import Peak
 from titan_train.loop import Outcome
@@ -22,14 +23,16 @@ _SAMPLE_CONTEXT = 128  # tokens: enough to see words in, short enough for a CPU
 def print_start(console: Console, settings: Settings, run: Run, resumed_from: str | None) -> None:
     """Say what will be trained, where, and from which step."""
     config, shape = run.config, run.model_config
-    degrees = ", ".join(f"{name} {run.model.mesh[name].size()}" for name in ("dp_replicate", "dp_shard", "tp"))
+    sizes = {name: run.model.mesh[name].size() for name in MESH_DIMS}
+    split = "".join(f", {name} {size}" for name, size in sizes.items() if size > 1)
     rows, length = config.training.global_batch_size, config.training.seq_len
     sources = ", ".join(run.loader.accounting())
     lines = {
         "config": settings.name,
         "model": f"{config.model.preset}, {titan_model.count_parameters(shape):,} parameters, {config.training.dtype}",
         "data": f"{sources}; tokenizer {config.data.tokenizer}; {rows} x {length} tokens per step",
-        "layout": f"{run.process.world} process(es) on {run.process.device.type}: {degrees}",
+        "layout": f"{run.process.world} process(es) on {run.process.device.type}"
+        + "".join(f", {one}" for one in split),
         "folder": config.run.folder,
     }
     _print_table(console, lines)
