@@ -1,0 +1,98 @@
+"""The plan of a `transformers` model, from what such models say of themselves. Nothing of `transformers` is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from titan_parallel.errors import LayoutError
+from titan_parallel.plan import ParallelPlan
+
+# Their words for the inside of a block, in ours. Those for mixtures of experts are missing.
+_STYLES = {"colwise": "colwise", "rowwise": "rowwise", "replicated_with_grad_allreduce": "local"}
+
+
+def plan_from_transformers(model: nn.Module) -> ParallelPlan:
+    """Derive the plan of a causal language model of Hugging Face's `transformers` from its own plans.
+
+    Its config says how the projections of a block are split (`base_model_tp_plan`) and what runs in which order
+    (`base_model_pp_plan`). What they leave open follows from the modules: whatever holds a `colwise` projection needs
+    the whole sequence, and norms between blocks work on each position.
+
+    Args:
+        model: Such as `LlamaForCausalLM`, on any device, meta included.
+
+    Returns:
+        The plan; add to it or change it as any dict.
+
+    Raises:
+        LayoutError: If the model brings no such plans, or says in them what titan-parallel has no word for.
+    """
+    config: Any = getattr(model, "config", None)
+    styles: Mapping[str, str] | None = getattr(config, "base_model_tp_plan", None)
+    order: Mapping[str, Any] | None = getattr(config, "base_model_pp_plan", None)
+    if not styles or not order:
+        raise LayoutError(
+            f"{type(model).__name__} does not say how it may be split (its config has no base_model_tp_plan or no "
+            "base_model_pp_plan): write its plan by hand"
+        )
+    unknown = sorted(set(styles.values()) - _STYLES.keys())
+    if unknown:
+        raise LayoutError(f"{type(model).__name__} asks for {unknown}, which titan-parallel has no word for")
+    base = f"{model.base_model_prefix}." if hasattr(model, str(model.base_model_prefix)) else ""
+    modules = [f"{base}{name}" for name in order]
+    (stack,) = [name for name in modules if isinstance(model.get_submodule(name), nn.ModuleList)]
+    head = _name_of(model, _called(model, "get_output_embeddings"))
+    table = _name_of(model, _called(model, "get_input_embeddings"))
+    before, after = modules[: modules.index(stack)], modules[modules.index(stack) + 1 :]
+    tied = head is not None and model.get_submodule(head).weight is model.get_submodule(str(table)).weight
+    return {
+        "blocks": [f"{stack}.*"],
+        "before": before,
+        "after": [*after, head] if head else after,
+        "tensor": {
+            **{name: "vocab" for name in before if isinstance(model.get_submodule(name), nn.Embedding)},
+            **_block_styles(model, stack, {f"{base}{name}": _STYLES[style] for name, style in styles.items()}),
+            **dict.fromkeys(after, "sequence"),
+            **({head: "logits"} if head else {}),
+        },
+        "tied": [(f"{head}.weight", f"{table}.weight")] if tied else [],
+        "divisible": {
+            "heads (num_attention_heads)": config.num_attention_heads,
+            "key/value heads (num_key_value_heads)": config.num_key_value_heads,
+            "vocabulary (vocab_size)": config.vocab_size,
+        },
+        "heads": (config.num_attention_heads, config.num_key_value_heads),
+        "sequence": {"input_ids": 1, "position_ids": 1, "target": 1},
+        "positions": "position_ids",
+    }
+
+
+def _block_styles(model: nn.Module, stack: str, styles: Mapping[str, str]) -> dict[str, str]:
+    """Return the styles of a block's modules: its norms, then what gathers, then what they say themselves."""
+    first = next(iter(model.get_submodule(stack).children()))
+    # A child of a block that holds vectors alone is a norm, whatever its class is called.
+    norms = [
+        name
+        for name, child in first.named_children()
+        if (vectors := [parameter.ndim for parameter in child.parameters()]) and max(vectors) == 1
+    ]
+    # Patterns may name modules that this model, unlike others of its family, does not have.
+    here = {name: style for name, style in styles.items() if _has(model, name.replace("*", "0"))}
+    gathers = {name.rpartition(".")[0]: "gather" for name, style in here.items() if style == "colwise"}
+    return {**{f"{stack}.*.{name}": "sequence" for name in norms}, **gathers, **here}
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return name in dict(model.named_modules())
+
+
+def _called(model: nn.Module, method: str) -> nn.Module | None:
+    found: nn.Module | None = getattr(model, method)()
+    return found
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    return next((name for name, other in model.named_modules() if other is module), None)
