@@ -1,0 +1,218 @@
+"""A mixture of experts that titan has never heard of, and cases that train it on every rank of a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel_cases import MAX_NORM, STEPS, batch, summed_loss, whole
+from titan_parallel import (
+    Degrees,
+    Microbatch,
+    ParallelModel,
+    ParallelOptions,
+    ParallelPlan,
+    build_mesh,
+    data_axis,
+    parallelize,
+)
+
+VOCAB, DIM, INNER, EXPERTS, CHOSEN = 32, 32, 24, 8, 2
+
+
+class Gate(nn.Module):
+    """Chooses experts in fp32; a loss of its own, for even load, starts in its backward and nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.empty(EXPERTS, DIM))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = F.linear(x.float(), self.matrix.float()).softmax(-1)  # [T, E]
+        weights, chosen = scores.topk(CHOSEN)
+        return OwnLoss.apply(weights / weights.sum(-1, keepdim=True), 1e-3 * scores.square().sum()), chosen
+
+
+class OwnLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones((), dtype=grad.dtype)
+
+
+class Experts(nn.Module):
+    """Experts with biases, one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.wide_bias = (nn.Parameter(torch.empty(EXPERTS, INNER, *more)) for more in ((DIM,), ()))
+        self.narrow, self.narrow_bias = (nn.Parameter(torch.empty(EXPERTS, DIM, *more)) for more in ((INNER,), ()))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        weights = (self.wide, self.wide_bias, self.narrow, self.narrow_bias)
+        parts = zip(x.split(counts.tolist()), *weights, strict=True)  # as many counts as there are weights here
+        return torch.cat([F.linear(F.gelu(F.linear(rows, w, b)), n, c) for rows, w, b, n, c in parts if len(rows)])
+
+
+class GroupedExperts(nn.Module):
+    """Experts in grouped products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.empty(EXPERTS, INNER, DIM))
+        self.narrow = nn.Parameter(torch.empty(EXPERTS, DIM, INNER))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0, dtype=torch.int32)
+        inner = F.grouped_mm(x, self.wide.transpose(1, 2), offs=ends)
+        return F.grouped_mm(F.gelu(inner), self.narrow.transpose(1, 2), offs=ends) * 1.0
+
+
+class Mixture(nn.Module):
+    def __init__(self, grouped: bool) -> None:
+        super().__init__()
+        self.gate = Gate()
+        self.experts = GroupedExperts() if grouped else Experts()
+        self.beside = nn.Sequential(nn.Linear(DIM, INNER), nn.GELU(), nn.Linear(INNER, DIM))
+        self.scale = nn.Parameter(torch.empty(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        weights, chosen = self.gate(flat)
+        order = chosen.flatten().argsort(stable=True)
+        counts = F.one_hot(chosen.flatten(), EXPERTS).sum(0)
+        rows = self.experts(flat[order // CHOSEN], counts)
+        weighted = rows * weights.flatten()[order, None].to(rows.dtype)
+        mixed = torch.zeros_like(flat).index_add(0, order // CHOSEN, weighted)
+        return (mixed * self.scale).view_as(x) + self.beside(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, grouped: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+        self.dense = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+        self.mixture = Mixture(grouped)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dense(self.norm1(x))
+        return x + self.mixture(self.norm2(x))
+
+
+class Net(nn.Module):
+    def __init__(self, grouped: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, DIM)
+        self.stack = nn.ModuleList([Layer(grouped) for _ in range(2)])
+        self.last = nn.LayerNorm(DIM)
+        self.vocab_out = nn.Linear(DIM, VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        for layer in self.stack:
+            x = layer(x)
+        return self.vocab_out(self.last(x))
+
+
+BIASES = {"stack.*.mixture.experts.wide_bias": "colwise", "stack.*.mixture.experts.narrow_bias": "rowwise"}
+
+
+def plan(grouped: bool = False) -> ParallelPlan:
+    return {
+        "blocks": ["stack.*"],
+        "before": ["table"],
+        "after": ["last", "vocab_out"],
+        "tensor": {
+            "table": "vocab",
+            "stack.*.norm*": "sequence",
+            "stack.*.dense": "gather",
+            "stack.*.dense.0": "colwise",
+            "stack.*.dense.2": "rowwise",
+            "stack.*.mixture": "mixture",
+            "stack.*.mixture.gate": "router",
+            "stack.*.mixture.scale": "replicate",
+            "stack.*.mixture.experts.wide": "colwise",
+            "stack.*.mixture.experts.narrow": "rowwise",
+            "stack.*.mixture.beside.0": "colwise",
+            "stack.*.mixture.beside.2": "rowwise",
+            "last": "sequence",
+            "vocab_out": "logits",
+            **({} if grouped else BIASES),
+        },
+        "divisible": {"inner width of experts": INNER, "vocabulary": VOCAB},
+        "experts": ["stack.*.mixture.experts"],
+        "n_experts": EXPERTS,
+    }
+
+
+def build(grouped: bool = False, one_expert: bool = False) -> Net:
+    torch.manual_seed(1)
+    net = Net(grouped)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0, 0.3)
+        for layer in net.stack:
+            if one_expert:  # and another one, for nobody can have the same two times
+                layer.norm2.bias.fill_(1.0)
+                layer.mixture.gate.matrix[:CHOSEN] = 3.0
+    return net
+
+
+def reference(grouped: bool = False, one_expert: bool = False) -> dict[str, Any]:
+    """Train in one process with nothing but torch."""
+    net = build(grouped, one_expert)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2, eps=1e-5)
+    losses, norms = [], []
+    for step in range(STEPS):
+        tokens, labels = batch(step)
+        loss = summed_loss(net(tokens), labels) / int((labels != -100).sum())
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), MAX_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return {"losses": losses, "norms": norms, "weights": {n: p.detach().clone() for n, p in net.named_parameters()}}
+
+
+def train(
+    rank: int,
+    world: int,
+    degrees: Degrees,
+    options: ParallelOptions | None = None,
+    microbatches: int = 1,
+    grouped: bool = False,
+    one_expert: bool = False,
+) -> dict[str, Any]:
+    """Train the same steps laid out over the group."""
+    torch._dynamo.reset()
+    model = parallel_model(degrees, options, grouped, one_expert)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, eps=1e-5)
+    losses, norms = [], []
+    for step in range(STEPS):
+        mine, scored = share(model, step, microbatches)
+        part = model.forward_backward(mine, summed_loss, scored)
+        norms.append(float(model.clip_grad_norm(MAX_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(model.sum_parts(part)))
+    return {"losses": losses, "norms": norms, "weights": whole(model)}
+
+
+def parallel_model(
+    degrees: Degrees, options: ParallelOptions | None = None, grouped: bool = False, one_expert: bool = False
+) -> ParallelModel:
+    return parallelize(build(grouped, one_expert), build_mesh(degrees, "cpu"), plan(grouped), options)
+
+
+def share(model: ParallelModel, step: int, microbatches: int = 1) -> tuple[list[Microbatch], int]:
+    """Return this rank's part of a step's batch, and how many tokens the whole of it scores."""
+    tokens, labels = batch(step)
+    place = data_axis(model.mesh)
+    mine = zip(*(x.chunk(place.world)[place.rank].chunk(microbatches) for x in (tokens, labels)), strict=True)
+    return [Microbatch((t,), y) for t, y in mine], int((labels != -100).sum())
