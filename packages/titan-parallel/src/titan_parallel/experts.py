@@ -32,7 +32,9 @@ def check_experts(model: nn.Module, plan: ParallelPlan, ep: int) -> None:
         for key, parameter in module.named_parameters(name):
             n_experts = parameter.shape[0] if parameter.ndim else 0
             if stated is not None and n_experts != stated:
-                wrong.append(f"{key} {list(parameter.shape)} has {n_experts} in dim 0, the plan's n_experts is {stated}")
+                wrong.append(
+                    f"{key} {list(parameter.shape)} has {n_experts} in dim 0, the plan's n_experts is {stated}"
+                )
             elif n_experts == 0 or n_experts % ep:
                 wrong.append(f"ep {ep} does not divide dim 0 of {key} {list(parameter.shape)}")
     if wrong:

@@ -50,6 +50,7 @@ def _reader(name: str, use: Use):  # type: ignore[no-untyped-def]
         local = parameter.to_local(grad_placements=parts)
         if use == "factor":
             return local
-        return local / math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
+        # A list, since compiled code takes no generators here.
+        return local / math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate()])
 
     return read

@@ -25,7 +25,9 @@ from titan_parallel.errors import LayoutError
 from titan_parallel.local_parameters import Use, read_locally
 
 
-def split_mixture(name: str, mixture: nn.Module, mesh: DeviceMesh, styles: Mapping[str, str], between: Placement) -> None:
+def split_mixture(
+    name: str, mixture: nn.Module, mesh: DeviceMesh, styles: Mapping[str, str], between: Placement
+) -> None:
     """Split a mixture of experts in place.
 
     Args:

@@ -61,7 +61,9 @@ def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Role
         spread_experts(experts, mesh)
 
     for name in roles.blocks:
-        block = checkpoint_block(model.get_submodule(name), options.activation_checkpointing)
+        block = model.get_submodule(name)
+        holds_units = any(module in spread for module in block.modules())
+        block = checkpoint_block(block, options.activation_checkpointing, holds_units=holds_units)
         model.set_submodule(name, block)
     if options.compile_blocks:
         for name in roles.blocks:

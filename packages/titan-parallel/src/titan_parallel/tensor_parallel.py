@@ -107,7 +107,8 @@ def _check_kinds(model: nn.Module, styles: Mapping[str, str], parameters: Mappin
     wrong += [
         f"{name!r} is a {type(module).__name__}, but {styles[name]!r} splits nn.Linear and nn.Embedding only"
         for name, module in modules.items()
-        if styles[name] not in ("sequence", "gather", "local", "router") and not isinstance(module, nn.Linear | nn.Embedding)
+        if styles[name] not in ("sequence", "gather", "local", "router")
+        and not isinstance(module, nn.Linear | nn.Embedding)
     ]
     if wrong:
         raise LayoutError(f"the plan's styles do not fit {type(model).__name__}: {'; '.join(wrong)}")
