@@ -216,3 +216,110 @@ def share(model: ParallelModel, step: int, microbatches: int = 1) -> tuple[list[
     place = data_axis(model.mesh)
     mine = zip(*(x.chunk(place.world)[place.rank].chunk(microbatches) for x in (tokens, labels)), strict=True)
     return [Microbatch((t,), y) for t, y in mine], int((labels != -100).sum())
+
+
+def idle_ranks(rank: int, world: int, degrees: Degrees) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the counts that this rank's experts are called with in a step, and what the gradients there sum up to."""
+    model = parallel_model(degrees, None, False, one_expert=True)
+    seen: list[list[int]] = []
+    for layer in model.parts[0].stack:
+        layer.mixture.experts.__class__ = _counting(type(layer.mixture.experts), seen)
+    mine, scored = share(model, 0)
+    model.forward_backward(mine, summed_loss, scored)
+    gradients = [p.grad.to_local() for n, p in model.named_parameters() if ".experts." in n]
+    return seen, [[int((g != 0).any()), int(g.isfinite().all())] for g in gradients]
+
+
+def layouts(rank: int, world: int, degrees: Degrees) -> dict[str, tuple[str, list[str], list[int], bool]]:
+    """Return of each parameter its mesh dims, placements, local shape, and whether its gradient is laid out alike."""
+    model = parallel_model(degrees)
+    mine, scored = share(model, 0)
+    model.forward_backward(mine, summed_loss, scored)
+    model.clip_grad_norm(None)
+    return {
+        name: (
+            " ".join(p.device_mesh.mesh_dim_names),
+            [str(placement) for placement in p.placements],
+            list(p.to_local().shape),
+            p.grad.placements == p.placements and p.grad.device_mesh == p.device_mesh,
+        )
+        for name, p in model.named_parameters()
+    }
+
+
+def norms_with_a_hole(rank: int, world: int, degrees: Degrees) -> list[float]:
+    """Return norms of random gradients, clipped and not, and with one that is not finite in one expert of one rank."""
+    model = parallel_model(degrees)
+    full = build()
+    torch.manual_seed(7)
+    for (name, parameter), whole_parameter in zip(model.named_parameters(), full.parameters(), strict=True):
+        gradient = torch.randn_like(whole_parameter)
+        parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+        whole_parameter.grad = gradient
+    expected = float(nn.utils.clip_grad_norm_(full.parameters(), 0.5))
+    found = float(model.clip_grad_norm(0.5))
+    off = max(
+        float((p.grad.full_tensor() - q.grad).abs().max())
+        for p, q in zip(model.parameters(), full.parameters(), strict=True)
+    )
+    experts = dict(model.named_parameters())["stack.1.mixture.experts.narrow_bias"]
+    if rank == world - 1:
+        experts.grad.to_local().view(-1)[0] = float("nan")
+    return [expected, found, off, float(model.clip_grad_norm(0.5))]
+
+
+class Sent(TorchDispatchMode):
+    """Notes how many rows leave this rank in each all-to-all, and how many others there are."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.rows: list[int] = []
+        self.messages = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "_c10d_functional::all_to_all_single":
+            x, _, splits, _ = args
+            if x.is_floating_point():
+                self.rows.append(sum(splits) - splits[self.rank])
+            else:
+                self.messages += 1
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(rank: int, world: int, checkpointing: str) -> tuple[list[int], list[int], int]:
+    """Return how many rows left this rank in a step, how many had to by the choice of experts, and the messages."""
+    options = ParallelOptions(activation_checkpointing=checkpointing)
+    model = parallel_model(Degrees(ep=2), options)
+    mine, scored = share(model, 0)
+    needed: list[int] = []
+
+    def note(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        if not torch._C._current_graph_task_id() + 1:  # in forward, and not when it is computed again
+            needed.append(int((output[1] // (EXPERTS // world) != rank).sum()))
+
+    for layer in model.parts[0].stack:
+        layer.mixture.gate.register_forward_hook(note)
+    with Sent(rank) as sent:
+        model.forward_backward(mine, summed_loss, scored)
+    return sent.rows, needed, sent.messages
+
+
+def refusal(rank: int, world: int, degrees: Degrees, changed: ParallelPlan) -> str:
+    """Return the message that `parallelize` refuses with."""
+    merged: ParallelPlan = {**plan(), **changed}
+    try:
+        parallelize(build(), build_mesh(degrees, "cpu"), merged)
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def _counting(kind: type, seen: list[list[int]]) -> type:
+    inner = kind.__mro__[1]  # what is called once the rows have been exchanged
+
+    def forward(self: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+        seen.append(counts.tolist())
+        return inner.forward(self, x, counts)
+
+    return type(kind.__name__, (kind,), {})

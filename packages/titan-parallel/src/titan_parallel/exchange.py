@@ -53,7 +53,7 @@ def with_exchange(
 
 
 def _by_expert(received: Tensor, total: int) -> Tensor:
-    """Return the order that sorts rows by expert, given `[ep, E / ep]`, how many come from each rank for each expert."""
+    """Return the order that sorts rows by expert, given how many come from each rank for each expert, `[ep, E / ep]`."""
     ranks, n_experts = received.shape
     expert = torch.arange(n_experts, device=received.device).repeat(ranks)
     return expert.repeat_interleave(received.flatten(), output_size=total).argsort(stable=True)

@@ -177,8 +177,8 @@ def _check_experts(plan: ParallelPlan, degrees: Degrees) -> None:
     experts, n_experts, ep = plan.get("experts"), plan.get("n_experts"), degrees.ep
     if ep > 1 and not experts:
         raise LayoutError(
-            f"ep is {ep}, but the plan names no module under 'experts' to spread over ranks: take ep 1, and these ranks "
-            "for dp_shard"
+            f"ep is {ep}, but the plan names no module under 'experts' to spread over ranks: take ep 1, and these "
+            "ranks for dp_shard"
         )
     if ep > 1 and n_experts is not None and n_experts % ep:
         fits = [d for d in range(1, n_experts + 1) if n_experts % d == 0]
