@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -53,7 +53,7 @@ def with_exchange(
 
 
 def _by_expert(received: Tensor, total: int) -> Tensor:
-    """Return the order that sorts rows by expert, given how many come from each rank for each expert, `[ep, E / ep]`."""
+    """Return the order that sorts rows by expert; `received` `[ep, E / ep]` come from each rank for each of them."""
     ranks, n_experts = received.shape
     expert = torch.arange(n_experts, device=received.device).repeat(ranks)
     return expert.repeat_interleave(received.flatten(), output_size=total).argsort(stable=True)
