@@ -20,7 +20,9 @@ def matches(glob: str, name: str) -> bool:
 
 
 def named(model: nn.Module, glob: str) -> list[str]:
-    return [name for name, _ in model.named_modules() if matches(glob, name)]
+    """Return the modules, and the parameters that are no module's only one, which a glob names."""
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    return [name for name in names if matches(glob, name)]
 
 
 @settings(deadline=None, max_examples=40)
@@ -55,7 +57,7 @@ def test_every_parameter_has_one_role_and_one_place(
     plan, model = parallel_plan(config), build(config)
     for name, _ in model.named_parameters(remove_duplicate=False):
         owner = name.rpartition(".")[0]
-        assert sum(matches(glob, owner) for glob in plan["tensor"]) == 1, name
+        assert sum(matches(glob, owner) + matches(glob, name) for glob in plan["tensor"]) == 1, name
         # Above the parameter lies exactly one of: what comes first, a block, what comes last.
         parts = owner.split(".")
         above = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
@@ -100,7 +102,11 @@ def test_a_degree_that_divides_the_sizes_divides_the_weights(
     for degree in (d for d in range(1, largest + 1) if largest % d == 0):
         for glob, role in plan["tensor"].items():
             for name in named(model, glob) if role in SPLIT_DIM else []:
-                split, rest = divmod(model.get_submodule(name).weight.shape[SPLIT_DIM[role]], degree)
+                if ".experts." in name:  # a parameter, experts first; each rank's share is of whole eights
+                    split, rest = divmod(model.get_parameter(name).shape[1 + SPLIT_DIM[role]], degree)
+                    rest += split % 8
+                else:
+                    split, rest = divmod(model.get_submodule(name).weight.shape[SPLIT_DIM[role]], degree)
                 assert rest == 0, (name, degree)
                 if ".attn." in name:  # whole heads, as each rank computes its own
                     assert split % config.attention_head_dim == 0, (name, degree)
@@ -122,14 +128,15 @@ def test_each_named_size_is_needed() -> None:
     ]
 
 
-@pytest.mark.parametrize("part", ["attn", "ffn", "ffn.shared"])
+@pytest.mark.parametrize("part", ["attn", "ffn", "ffn.shared", "ffn.experts"])
 def test_column_and_row_follow_one_another(tiny: DecoderConfig, part: str) -> None:
     # Within attention and feed-forward the row-split projection comes after the column-split ones: what they put out
     # split is what it takes in.
     moe = MoEConfig(n_experts=2, top_k=1, ffn_dim=8, shared_ffn_dim=8, dense_layers=(0,))
     config = replace(tiny, moe=moe, qk_norm=True)
     plan, model = parallel_plan(config), build(config)
-    names = [name for name, _ in model.layers["1" if "shared" in part else "0"].get_submodule(part).named_children()]
+    inside = model.layers["1" if "ffn." in part else "0"].get_submodule(part)
+    names = [name for name, _ in [*inside.named_children(), *inside.named_parameters(recurse=False)]]
     roles = [plan["tensor"][f"layers.*.{part}.{name}"] for name in names if name.endswith("_proj")]
     assert roles[-1] == "rowwise"
     assert set(roles[:-1]) == {"colwise"}
@@ -139,10 +146,15 @@ def test_what_only_some_blocks_have_is_named_where_it_is() -> None:
     moe = MoEConfig(n_experts=2, top_k=1, ffn_dim=8, shared_ffn_dim=3)
     even = DecoderConfig(vocab_size=8, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=9, max_seq_len=8, moe=moe)
     odd = [key for key, size in parallel_plan(even)["divisible"].items() if size % 2]
-    assert odd == ["shared expert's width (moe.shared_ffn_dim)"]  # no block has a plain feed-forward
-    mixed = replace(even, moe=replace(moe, dense_layers=(1,), shared_ffn_dim=4))
+    # No block has a plain feed-forward; of an expert's width, 8, there is one eighth.
+    assert odd == ["eighths of an expert's width (moe.ffn_dim / 8)", "shared expert's width (moe.shared_ffn_dim)"]
+    mixed = replace(even, moe=replace(moe, dense_layers=(1,), ffn_dim=16, shared_ffn_dim=4))
+    styles = parallel_plan(mixed)["tensor"]
+    assert (styles["layers.*.ffn"], styles["layers.1.ffn"]) == ("mixture", "gather")  # a later pattern holds
+    assert parallel_plan(mixed)["n_experts"] == 2
     assert [key for key, size in parallel_plan(mixed)["divisible"].items() if size % 2] == [
         "feed-forward width (ffn_dim)"
     ]
     dense = replace(even, moe=replace(moe, dense_layers=(0, 1)))
     assert not any("router" in name or "shared" in name for name in parallel_plan(dense)["tensor"])
+    assert (parallel_plan(dense)["experts"], parallel_plan(dense)["n_experts"]) == ([], 0)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: one loss and one balance over layouts, resumed bit for bit, reported, refused under tp."""
+"""Mixtures of experts: one loss and one balance over layouts, resumed bit for bit, reported."""
 
 from __future__ import annotations
 
@@ -101,11 +101,6 @@ def test_resumed_on_other_layouts(one: Group, four: Group, single: dict, tmp_pat
     resumed = one.run(run_here, config(tmp_path / "twice", **constant))[0]
     assert resumed["losses"] == pytest.approx({s: x for s, x in expected["losses"].items() if s > 4}, abs=1e-5)
     assert resumed["buffers"] == expected["buffers"]
-
-
-def test_tensor_parallelism_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"\[parallel\] tp is 2, but the plan names experts .* with dp_shard"):
-        check(config(tmp_path, parallel__tp="2"), world=4)
 
 
 def test_experts_of_a_preset_that_has_none() -> None:

@@ -14,7 +14,7 @@ class DecoderPlan(TypedDict):
         blocks: The repeated blocks.
         before: What runs before the first block.
         after: What runs after the last block.
-        tensor: Tensor-parallel style of modules.
+        tensor: Tensor-parallel style of modules, and of the experts' parameters.
         tied: Pairs of parameter names (alias, owner) that are one weight.
         divisible: Sizes that a tensor-parallel degree has to divide, each under a name for messages.
         attention: What computes attention, given queries, keys, values and a mask with `document_ids`.
@@ -22,6 +22,7 @@ class DecoderPlan(TypedDict):
         positions: The one of these that numbers the positions.
         heads: Query heads and key/value heads.
         experts: What holds the experts of each mixture.
+        n_experts: How many each of these holds; 0 if there are none.
     """
 
     blocks: list[str]
@@ -35,25 +36,34 @@ class DecoderPlan(TypedDict):
     positions: str
     heads: tuple[int, int]
     experts: list[str]
+    n_experts: int
 
 
 def parallel_plan(config: DecoderConfig) -> DecoderPlan:
     """Return the plan of the decoder that `config` describes."""
-    tensor = {"embed": "vocab", **_attention_styles(config), "layers.*.ffn_norm": "sequence", "layers.*.ffn": "gather"}
+    moe, layers = config.moe, range(config.n_layers)
+    dense = [layer for layer in layers if not config.has_experts(layer)]
+    tensor = {"embed": "vocab", **_attention_styles(config), "layers.*.ffn_norm": "sequence"}
     divisible = {
         "attention heads (n_heads)": config.n_heads,
         "key/value heads (n_kv_heads)": config.n_kv_heads,
         "vocabulary (vocab_size)": config.vocab_size,
     }
-    kinds = {config.has_experts(layer) for layer in range(config.n_layers)}
-    if False in kinds:
-        tensor |= _feed_forward_styles("layers.*.ffn")
+    if moe is None or len(dense) == config.n_layers:
+        moe = None
+        tensor["layers.*.ffn"] = "gather"
+    else:
+        tensor |= {"layers.*.ffn": "mixture", **{f"layers.{layer}.ffn": "gather" for layer in dense}}
+    if dense:
+        tensor |= _projection_styles("layers.*.ffn")
         divisible["feed-forward width (ffn_dim)"] = config.ffn_dim
-    if True in kinds and config.moe is not None:
-        tensor |= {"layers.*.ffn.router": "replicate", "layers.*.ffn.experts": "replicate"}
-        if config.moe.shared_ffn_dim:
-            tensor |= _feed_forward_styles("layers.*.ffn.shared")
-            divisible["shared expert's width (moe.shared_ffn_dim)"] = config.moe.shared_ffn_dim
+    if moe:
+        tensor |= {"layers.*.ffn.router": "router", **_projection_styles("layers.*.ffn.experts")}
+        # Grouped products want rows of whole eights on every rank.
+        divisible["eighths of an expert's width (moe.ffn_dim / 8)"] = moe.ffn_dim // 8
+        if moe.shared_ffn_dim:
+            tensor |= _projection_styles("layers.*.ffn.shared")
+            divisible["shared expert's width (moe.shared_ffn_dim)"] = moe.shared_ffn_dim
     return {
         "blocks": ["layers.*"],
         "before": ["embed"],
@@ -65,7 +75,8 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
         "sequence": {"tokens": 1, "positions": 1, "document_ids": 1, "labels": 1},
         "positions": "positions",
         "heads": (config.n_heads, config.n_kv_heads),
-        "experts": ["layers.*.ffn.experts"] if True in kinds else [],
+        "experts": ["layers.*.ffn.experts"] if moe else [],
+        "n_experts": moe.n_experts if moe else 0,
     }
 
 
@@ -83,5 +94,5 @@ def _attention_styles(config: DecoderConfig) -> dict[str, str]:
     return styles
 
 
-def _feed_forward_styles(prefix: str) -> dict[str, str]:
+def _projection_styles(prefix: str) -> dict[str, str]:
     return {f"{prefix}.gate_proj": "colwise", f"{prefix}.up_proj": "colwise", f"{prefix}.down_proj": "rowwise"}

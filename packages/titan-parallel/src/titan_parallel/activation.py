@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from titan_parallel.options import ActivationCheckpointing
@@ -22,22 +23,56 @@ _ALWAYS = frozenset(
         "titan_model::document_attention",
         "aten::_grouped_mm",
         "_c10d_functional::reduce_scatter_tensor",
+        "_c10d_functional::all_to_all_single",
     }
 )
 _EVERY_SECOND = frozenset({"aten::mm", "aten::addmm"})
 
 
-def checkpoint_block(block: nn.Module, mode: ActivationCheckpointing) -> nn.Module:
-    """Return `block` wrapped to keep less for its backward; parameter names seen through `clean_name` stay."""
+def checkpoint_block(block: nn.Module, mode: ActivationCheckpointing, *, holds_units: bool = False) -> nn.Module:
+    """Return `block` wrapped to keep less for its backward; parameter names seen through `clean_name` stay.
+
+    Args:
+        block: The block.
+        mode: What to keep.
+        holds_units: Whether modules in the block will be FSDP units of their own.
+    """
     if mode == "none":
         return block
     if mode == "full":
         return checkpoint_wrapper(block, preserve_rng_state=True)
-    return checkpoint_wrapper(block, preserve_rng_state=True, context_fn=_selective_contexts)
+    return checkpoint_wrapper(
+        block, preserve_rng_state=True, context_fn=_selective_over_units if holds_units else _selective_contexts
+    )
 
 
 def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_save_costly())  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _selective_over_units() -> tuple[Any, Any]:
+    """Have only the operators looked at that may be saved.
+
+    torch holds that recomputation runs the same operators as forward did. But FSDP runs others of its own: whether it
+    gathers a unit just when that is called, or did so before, differs.
+    """
+    forward, recompute = _selective_contexts()
+    return _OnlyNamed(forward), _OnlyNamed(recompute)
+
+
+class _OnlyNamed(TorchDispatchMode):
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in _ALWAYS | _EVERY_SECOND:
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _save_costly() -> Callable[..., CheckpointPolicy]:

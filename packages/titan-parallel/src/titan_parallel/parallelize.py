@@ -6,6 +6,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan_parallel.activation import checkpoint_block
+from titan_parallel.compilation import compile_block
+from titan_parallel.experts import check_experts, find_experts, spread_experts
 from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
 from titan_parallel.options import ParallelOptions
@@ -38,6 +40,7 @@ def parallelize(
     check_plan(plan, degrees_of(mesh))
     roles = find_roles(model, plan)
     match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
+    check_experts(model, plan, mesh["ep"].size())
     outer = [*roles.before, *roles.after]
     check_tied(model, tied, {name: name for name in roles.blocks} | dict.fromkeys(outer, "outer"))
 
@@ -53,13 +56,18 @@ def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Role
         apply_tensor_parallel(model, mesh["tp"], plan.get("tensor", {}), sequence_parallel=options.sequence_parallel)
         tie_weights(model, tied)
         check_covered(model)
+    spread = list(find_experts(model, plan).values()) if mesh["ep"].size() > 1 else []
+    for experts in spread:
+        spread_experts(experts, mesh)
 
     for name in roles.blocks:
-        block = checkpoint_block(model.get_submodule(name), options.activation_checkpointing)
+        block = model.get_submodule(name)
+        holds_units = any(module in spread for module in block.modules())
+        block = checkpoint_block(block, options.activation_checkpointing, holds_units=holds_units)
         model.set_submodule(name, block)
     if options.compile_blocks:
         for name in roles.blocks:
-            model.get_submodule(name).compile(backend=options.compile_backend, fullgraph=True)
+            compile_block(model.get_submodule(name), spread, options.compile_backend)
 
     if mesh.size() > mesh["tp"].size() * mesh["pp"].size() or options.param_dtype is not None:
-        apply_fsdp(model, mesh, roles=roles, tied=bool(tied), options=options)
+        apply_fsdp(model, mesh, roles=roles, tied=bool(tied), experts=spread, options=options)

@@ -14,7 +14,9 @@ from typing_extensions import ReadOnly
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import Degrees
 
-TensorStyle = Literal["vocab", "sequence", "gather", "colwise", "rowwise", "logits", "local", "replicate"]
+TensorStyle = Literal[
+    "vocab", "sequence", "gather", "colwise", "rowwise", "logits", "local", "replicate", "mixture", "router"
+]
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
@@ -30,7 +32,7 @@ class ParallelPlan(TypedDict, total=False):
         before: Modules that run before the first block; each is sharded by itself.
         after: Modules that run after the last block; sharded together.
         tensor: Tensor-parallel style of modules. Of two patterns that match one module the later one holds. Every
-            parameter has to be under a module with a style other than `gather`:
+            parameter has to be under a module with a style other than `gather` and `mixture`:
             `vocab` an embedding table split over its rows;
             `colwise` a linear split over its outputs;
             `rowwise` a linear split over its inputs, its output summed over the ranks;
@@ -39,7 +41,12 @@ class ParallelPlan(TypedDict, total=False):
             `logits` the last linear, split over the vocabulary, whose output stays split for the loss;
             `local` a module between `colwise` and `rowwise` that works on each rank's share by itself, with the same
             parameters on every rank, as a norm over single heads; it must treat each entry of dim 0 alike;
-            `replicate` a module, or a single parameter by its name, that every rank holds and computes in whole.
+            `replicate` a module, or a single parameter by its name, that every rank holds and computes in whole;
+            `mixture` a mixture of experts: a module that is given whole sequences `[B, S, D]` and returns, in one
+            tensor, for each position the sum of what its experts, and modules beside them, make of it. In it
+            `colwise` and `rowwise` also split single parameters `[E, outputs, inputs]` or `[E, outputs]` by their
+            names; `replicate` is for single parameters only, which multiply what is split;
+            `router` a module in a mixture that every rank computes in whole: what it puts out chooses and weighs.
         tied: Pairs of parameter names (alias, owner) that are one weight.
         divisible: Sizes that the tensor-parallel degree has to divide, each under a name for the message.
         attention: Modules that compute attention from whole sequences and nothing else; context parallelism puts
@@ -54,7 +61,9 @@ class ParallelPlan(TypedDict, total=False):
         heads: Numbers of query heads and of key/value heads.
         experts: Modules that hold the experts of a mixture, each weight with one expert for each entry of dim 0. They
             are called as `experts(x, counts)`, x `[N, D]` with the rows of expert 0 first, then those of expert 1,
-            and so on, counts integers `[E]`, the rows of each; they return `[N, D]`.
+            and so on, counts integers `[E]`, the rows of each; they return `[N, D]`. Under expert parallelism they
+            see their rank's experts only, in `counts` as in the dim 0 of their weights.
+        n_experts: The number of experts of each of these, which the expert-parallel degree has to divide.
     """
 
     blocks: ReadOnly[Sequence[str]]
@@ -68,6 +77,7 @@ class ParallelPlan(TypedDict, total=False):
     positions: ReadOnly[str]
     heads: ReadOnly[tuple[int, int]]
     experts: ReadOnly[Sequence[str]]
+    n_experts: ReadOnly[int]
 
 
 @dataclass(frozen=True)
@@ -96,14 +106,24 @@ def match_names(model: nn.Module, patterns: Iterable[str], *, parameters: bool =
     found: dict[str, list[str]] = {}
     wrong: list[str] = []
     for pattern in patterns:
-        regex = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
-        found[pattern] = [name for name in names if regex.fullmatch(name)]
+        found[pattern] = [name for name in names if _regex(pattern).fullmatch(name)]
         if not found[pattern]:
             near = difflib.get_close_matches(pattern.replace("*", "0"), names, n=3, cutoff=0.4)
             wrong.append(f"{pattern!r} (nearest: {', '.join(near) or 'none'})")
     if wrong:
         raise LayoutError(f"the plan names modules that {type(model).__name__} does not have: {'; '.join(wrong)}")
     return found
+
+
+def find_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the modules of `model`, or of a part of one, that any of `patterns` matches, whatever wraps them."""
+    regexes = [_regex(pattern) for pattern in patterns]
+    named = ((clean_name(name), module) for name, module in model.named_modules())
+    return {name: module for name, module in named if any(regex.fullmatch(name) for regex in regexes)}
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
 
 
 def find_roles(model: nn.Module, plan: ParallelPlan) -> Roles:
@@ -138,14 +158,10 @@ def check_plan(plan: ParallelPlan, degrees: Degrees, *, sequence_length: int | N
     styles = set(plan.get("tensor", {}).values()) - set(get_args(TensorStyle))
     if styles:
         raise LayoutError(f"unknown tensor-parallel styles {sorted(styles)}; there are {list(get_args(TensorStyle))}")
+    _check_experts(plan, degrees)
     tp = degrees.tp
     if tp == 1:
         return
-    if plan.get("experts"):
-        raise LayoutError(
-            f"tp is {tp}, but the plan names experts ({', '.join(plan['experts'])}): a mixture of experts cannot be "
-            "split by tensor parallelism yet; take tp 1, and shard the model over all ranks with dp_shard"
-        )
     if not plan.get("tensor"):
         raise LayoutError(f"tp is {tp}, but the plan says under 'tensor' of no module how to split it")
     sizes = dict(plan.get("divisible", {}))
@@ -155,3 +171,21 @@ def check_plan(plan: ParallelPlan, degrees: Degrees, *, sequence_length: int | N
     if wrong:
         fits = [d for d in range(1, min(sizes.values()) + 1) if all(size % d == 0 for size in sizes.values())]
         raise LayoutError(f"tp {tp} does not divide {', '.join(wrong)}; these degrees would: {fits}")
+
+
+def _check_experts(plan: ParallelPlan, degrees: Degrees) -> None:
+    experts, n_experts, ep = plan.get("experts"), plan.get("n_experts"), degrees.ep
+    if ep > 1 and not experts:
+        raise LayoutError(
+            f"ep is {ep}, but the plan names no module under 'experts' to spread over ranks: take ep 1, and these "
+            "ranks for dp_shard"
+        )
+    if ep > 1 and n_experts is not None and n_experts % ep:
+        fits = [d for d in range(1, n_experts + 1) if n_experts % d == 0]
+        raise LayoutError(f"ep {ep} does not divide the number of experts, {n_experts}; these degrees would: {fits}")
+    styles = plan.get("tensor", {})
+    if degrees.tp > 1 and experts and styles and "mixture" not in styles.values():
+        raise LayoutError(
+            f"tp is {degrees.tp} and the plan names experts ({', '.join(experts)}), but under 'tensor' no module is a "
+            "'mixture' that holds them: without it each rank would compute them in whole; take tp 1, or name it"
+        )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from titan_parallel.experts import placement_of_shards
 from titan_parallel.mesh import fsdp_mesh
 from titan_parallel.options import ParallelOptions
 from titan_parallel.plan import Roles
@@ -20,6 +23,7 @@ def apply_fsdp(
     *,
     roles: Roles,
     tied: bool,
+    experts: Sequence[nn.Module],
     options: ParallelOptions,
 ) -> None:
     """Shard `model` in place, one unit for each block, so that only one block's weights are whole at a time.
@@ -32,6 +36,7 @@ def apply_fsdp(
         roles: Names of its modules before the blocks, a unit each; of the blocks, a unit each; of those after them,
             one unit, which stays gathered, since its backward comes at once.
         tied: Whether a weight is shared between the modules before and after, which makes one unit of them.
+        experts: Modules spread by expert parallelism; each is a unit in that of its block, over fewer ranks.
         options: Dtypes and resharding.
     """
     data_mesh = fsdp_mesh(mesh)
@@ -46,6 +51,15 @@ def apply_fsdp(
     def shard(unit: nn.Module | list[nn.Module], reshard: bool) -> None:
         fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard)
 
+    for unit in experts:
+        own_mesh = fsdp_mesh(mesh, experts=True)
+        fully_shard(
+            unit,
+            mesh=own_mesh,
+            mp_policy=inner,
+            reshard_after_forward=options.reshard_after_forward,
+            shard_placement_fn=partial(placement_of_shards, ranks=own_mesh.shape[-1]),
+        )
     for unit in [] if tied else before:
         shard(unit, options.reshard_after_forward)
         if isinstance(unit, nn.Embedding) and isinstance(unit, FSDPModule):

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.utils._pytree import tree_map_only
 
 from titan_parallel.errors import LayoutError
+from titan_parallel.mixture import split_mixture
 from titan_parallel.plan import match_names
 
 _SEQUENCE_DIM = 1  # activations are [B, S, ...]
@@ -42,6 +43,11 @@ def apply_tensor_parallel(
     words = _styles(sequence_parallel)
     found = match_names(model, styles, parameters=True)
     chosen = {name: style for pattern, style in styles.items() for name in found[pattern]}
+    for mixture in [name for name, style in chosen.items() if style == "mixture"]:
+        inside = {name: style for name, style in chosen.items() if name.startswith(f"{mixture}.")}
+        styles = {name.removeprefix(f"{mixture}."): style for name, style in inside.items()}
+        split_mixture(mixture, model.get_submodule(mixture), mesh, styles, _between(sequence_parallel))
+        chosen = {name: style for name, style in chosen.items() if name != mixture and name not in inside}
     parameters = dict(model.named_parameters())
     _check_kinds(model, {name: style for name, style in chosen.items() if style != "replicate"}, parameters)
     # What copies whole modules comes last: it leaves alone the parameters that another word has split.
@@ -97,10 +103,12 @@ def whole(output: Any) -> Any:
 def _check_kinds(model: nn.Module, styles: Mapping[str, str], parameters: Mapping[str, nn.Parameter]) -> None:
     wrong = [f"{name!r} is a parameter, for which there is only 'replicate'" for name in styles if name in parameters]
     modules = {name: model.get_submodule(name) for name in styles if name not in parameters}
+    wrong += [f"{name!r} is under no 'mixture', as a 'router' has to be" for name in styles if styles[name] == "router"]
     wrong += [
         f"{name!r} is a {type(module).__name__}, but {styles[name]!r} splits nn.Linear and nn.Embedding only"
         for name, module in modules.items()
-        if styles[name] not in ("sequence", "gather", "local") and not isinstance(module, nn.Linear | nn.Embedding)
+        if styles[name] not in ("sequence", "gather", "local", "router")
+        and not isinstance(module, nn.Linear | nn.Embedding)
     ]
     if wrong:
         raise LayoutError(f"the plan's styles do not fit {type(model).__name__}: {'; '.join(wrong)}")
@@ -114,7 +122,7 @@ def _replicate_parameter(model: nn.Module, name: str, mesh: DeviceMesh) -> None:
 
 
 def _styles(sequence_parallel: bool) -> dict[str, ParallelStyle]:
-    between: Placement = Shard(_SEQUENCE_DIM) if sequence_parallel else Replicate()
+    between = _between(sequence_parallel)
     return {
         "vocab": RowwiseParallel(input_layouts=Replicate(), output_layouts=between, use_local_output=False),
         "sequence": _Copied(between),
@@ -125,6 +133,10 @@ def _styles(sequence_parallel: bool) -> dict[str, ParallelStyle]:
         "rowwise": RowwiseParallel(output_layouts=between, use_local_output=False),
         "logits": _Logits(output_layouts=Shard(-1), use_local_output=False),
     }
+
+
+def _between(sequence_parallel: bool) -> Placement:
+    return Shard(_SEQUENCE_DIM) if sequence_parallel else Replicate()
 
 
 class _Copied(ParallelStyle):

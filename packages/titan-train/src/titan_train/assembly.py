@@ -201,7 +201,7 @@ def _microbatch_size(config: Config, data_world: int) -> int:
 
 def _degrees(config: Config) -> Degrees:
     layout = config.parallel
-    return Degrees(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard, tp=layout.tp)
+    return Degrees(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard, ep=layout.ep, tp=layout.tp)
 
 
 def _options(config: Config) -> ParallelOptions:

@@ -228,6 +228,8 @@ class ParallelSection(Section):
     """Copies of the model, each on its own part of the batch."""
     dp_shard: Annotated[int, Ge(-1)] = -1
     """Ranks over which FSDP2 shards each copy; -1 takes all that the others leave."""
+    ep: Count = 1
+    """Ranks that share the experts of a mixture, each on its own part of the batch."""
     tp: Count = 1
     """Ranks that share every matrix product."""
     sequence_parallel: bool = True

@@ -1,0 +1,86 @@
+"""Experts spread over ranks and split by tensor parallelism: one loss and one balance in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from titan_train.assembly import check
+from titan_train.config import Config
+from titan_train.errors import ConfigError
+from train_cases import run_here, tiny
+from train_group import Group
+
+# A balancing loss that weighs, so that one counted twice shows; a bias that moves; an expert beside the chosen ones.
+EXPERTS = {
+    "model__preset": "debug_moe",
+    "moe__n_experts": "4",
+    "moe__ffn_dim": "32",
+    "moe__shared_ffn_dim": "48",
+    "moe__balance_loss": "0.3",
+    "moe__balance_bias_rate": "0.01",
+}
+EP, TP = {"parallel__ep": "2"}, {"parallel__tp": "2"}
+
+
+def config(folder: Path, **changes: str) -> Config:
+    return tiny(**(EXPERTS | {"run__folder": str(folder)} | changes))
+
+
+@pytest.fixture(scope="module")
+def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return one.run(run_here, config(tmp_path_factory.mktemp("single")))[0]
+
+
+def same(results: list[dict], expected: dict) -> None:
+    for result in results:
+        assert result["initial"] == expected["initial"]
+        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        for step, figures in expected["more"].items():
+            assert result["more"][step] == pytest.approx(figures, rel=1e-4)
+        assert result["buffers"] == expected["buffers"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        EP,
+        TP,
+        EP | {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"},
+        TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
+    ],
+    ids=["ep", "tp", "ep-accumulating-sac", "tp-no-sp-ac"],
+)
+def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+    same(two.run(run_here, config(tmp_path, **layout)), single)
+
+
+@pytest.mark.parametrize("layout", [EP, EP | TP], ids=["ep-fsdp", "ep-tp"])
+def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+    same(four.run(run_here, config(tmp_path, **layout)), single)
+
+
+@pytest.mark.parametrize("layout", [EP, TP], ids=["ep", "tp"])
+def test_compiled(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+    compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
+    same(two.run(run_here, config(tmp_path, **layout, **compiled), timeout=240.0), single)
+
+
+def test_resumed_on_another_layout(one: Group, two: Group, tmp_path: Path) -> None:
+    constant = {"schedule__decay": "none"}
+    expected = one.run(run_here, config(tmp_path / "once", **constant))[0]
+    two.run(run_here, config(tmp_path / "twice", training__steps="4", **constant, **EP))
+    resumed = one.run(run_here, config(tmp_path / "twice", **constant))[0]
+    assert resumed["losses"] == pytest.approx({s: x for s, x in expected["losses"].items() if s > 4}, abs=1e-5)
+    assert resumed["buffers"] == expected["buffers"]
+
+
+def test_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\[parallel\] ep 3 does not divide the number of experts, 4; .*\[1, 2, 4\]"):
+        check(config(tmp_path, parallel__ep="3"), world=3)
+    with pytest.raises(ConfigError, match=r"\[parallel\] ep is 2, but the plan names no module under 'experts'"):
+        check(tiny(parallel__ep="2"), world=2)
+    with pytest.raises(ConfigError, match=r"tp 8 does not divide .*eighths of an expert's width \(moe.ffn_dim / 8\) 4"):
+        check(config(tmp_path, parallel__tp="8"), world=8)
