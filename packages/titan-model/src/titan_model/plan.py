@@ -22,6 +22,7 @@ class DecoderPlan(TypedDict):
         positions: The one of these that numbers the positions.
         heads: Query heads and key/value heads.
         experts: What holds the experts of each mixture.
+        save: Operators of this package's own that cost much to compute again for the size of their results.
     """
 
     blocks: list[str]
@@ -35,6 +36,7 @@ class DecoderPlan(TypedDict):
     positions: str
     heads: tuple[int, int]
     experts: list[str]
+    save: list[str]
 
 
 def parallel_plan(config: DecoderConfig) -> DecoderPlan:
@@ -66,6 +68,7 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
         "positions": "positions",
         "heads": (config.n_heads, config.n_kv_heads),
         "experts": ["layers.*.ffn.experts"] if True in kinds else [],
+        "save": ["titan_model.document_attention"],
     }
 
 

@@ -2,51 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from titan_parallel.options import ActivationCheckpointing
+from titan_parallel.errors import LayoutError
+from titan_parallel.options import ParallelOptions
 
 # By name: some operators are there only once whoever defines them has been imported.
 _ALWAYS = frozenset(
     {
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_efficient_attention",
-        "aten::_scaled_dot_product_cudnn_attention",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "torch_attn::_varlen_attn",
-        "titan_model::document_attention",
-        "aten::_grouped_mm",
-        "_c10d_functional::reduce_scatter_tensor",
+        "aten._scaled_dot_product_flash_attention",
+        "aten._scaled_dot_product_efficient_attention",
+        "aten._scaled_dot_product_cudnn_attention",
+        "aten._scaled_dot_product_flash_attention_for_cpu",
+        "torch_attn._varlen_attn",
+        "aten._grouped_mm",
+        "_c10d_functional.reduce_scatter_tensor",
     }
 )
-_EVERY_SECOND = frozenset({"aten::mm", "aten::addmm"})
+_EVERY_SECOND = frozenset({"aten.mm", "aten.addmm"})
 
 
-def checkpoint_block(block: nn.Module, mode: ActivationCheckpointing) -> nn.Module:
-    """Return `block` wrapped to keep less for its backward; parameter names seen through `clean_name` stay."""
-    if mode == "none":
-        return block
-    if mode == "full":
+def checkpoint_blocks(model: nn.Module, blocks: Iterable[str], options: ParallelOptions, save: Iterable[str]) -> None:
+    """Wrap every `checkpoint_every`-th block to keep less for its backward, in place.
+
+    Args:
+        model: Holds the blocks; parameter names seen through `clean_name` stay.
+        blocks: Their names in the model's order.
+        options: Says how.
+        save: Operators of the model's own that selective checkpointing saves too, as `namespace.operator`.
+
+    Raises:
+        LayoutError: If there is no such operator.
+    """
+    names = frozenset([*save, *options.save_ops])
+    _check_operators(names)
+    if options.activation_checkpointing not in ("full", "selective"):
+        return
+    for i, name in enumerate(blocks):
+        if i % options.checkpoint_every == 0:
+            chosen = names if options.activation_checkpointing == "selective" else None
+            model.set_submodule(name, checkpoint_block(model.get_submodule(name), chosen))
+
+
+def checkpoint_block(block: nn.Module, save: frozenset[str] | None) -> nn.Module:
+    """Return `block` wrapped to keep of its forward only its input or, beside it, what costs most to compute again.
+
+    Args:
+        block: Any module.
+        save: Operators to save beside those that any block's are; None saves no result at all.
+    """
+    if save is None:
         return checkpoint_wrapper(block, preserve_rng_state=True)
-    return checkpoint_wrapper(block, preserve_rng_state=True, context_fn=_selective_contexts)
+    return checkpoint_wrapper(block, preserve_rng_state=True, context_fn=partial(_contexts, _ALWAYS | save))
 
 
-def _selective_contexts() -> tuple[Any, Any]:
-    return create_selective_checkpoint_contexts(_save_costly())  # type: ignore[no-untyped-call,no-any-return]
+def _check_operators(names: Iterable[str]) -> None:
+    wrong = []
+    for name in sorted(names):
+        namespace, _, operator = name.partition(".")
+        known = getattr(torch.ops, namespace)
+        if not isinstance(getattr(known, operator, None), torch._ops.OpOverloadPacket):
+            near = difflib.get_close_matches(operator, dir(known), n=3)
+            wrong.append(f"{name!r} (nearest: {', '.join(f'{namespace}.{one}' for one in near) or 'none'})")
+    if wrong:
+        raise LayoutError(
+            f"there are no such operators to save: {'; '.join(wrong)}; name them as torch does without the overload, "
+            "'aten.mm', and import what defines them before"
+        )
 
 
-def _save_costly() -> Callable[..., CheckpointPolicy]:
-    """Save what costs most to compute again for its size: attention, products of experts, every second other one."""
+def _contexts(save: frozenset[str]) -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_save_costly(save))  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _save_costly(save: frozenset[str]) -> Callable[..., CheckpointPolicy]:
+    """Save what costs most to compute again for its size: `save`, and every second of the other matrix products."""
     seen = {"forward": 0, "recompute": 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = op.name()
-        if name in _ALWAYS:
+        name = str(getattr(op, "overloadpacket", op))  # operators that take functions have no overloads
+        if name in save:
             return CheckpointPolicy.MUST_SAVE
         if name in _EVERY_SECOND:
             phase = "recompute" if context.is_recompute else "forward"

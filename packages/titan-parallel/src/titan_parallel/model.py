@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_parallel.clipping import clip_grad_norm
 from titan_parallel.mesh import MESH_DIMS
+from titan_parallel.options import ParallelOptions
 from titan_parallel.plan import clean_name
 from titan_parallel.sharding import reshard, set_last_microbatch
 from titan_parallel.tensor_parallel import settle_gradients, to_full, whole
@@ -46,17 +47,30 @@ class ParallelModel:
     """
 
     def __init__(
-        self, parts: Sequence[nn.Module], mesh: DeviceMesh, tied: Sequence[tuple[str, str]], sharded_logits: bool
+        self,
+        parts: Sequence[nn.Module],
+        mesh: DeviceMesh,
+        tied: Sequence[tuple[str, str]],
+        sharded_logits: bool,
+        options: ParallelOptions,
     ) -> None:
         self.parts = tuple(parts)
         self.mesh = mesh
         self._tied = tied
         self._sharded_logits = sharded_logits
+        self._options = options
 
     def materialize(self, device: torch.device | str) -> None:
-        """Allocate the parameters and buffers of a model built on meta, uninitialised, on `device`."""
+        """Allocate the parameters and buffers of a model built on meta, uninitialised.
+
+        Args:
+            device: Where they lie; parameters that `cpu_offload` keeps in host memory lie there.
+        """
         for part in self.parts:
-            part.to_empty(device=torch.device(device))
+            part.to_empty(device=torch.device("cpu" if self._options.cpu_offload else device))
+            for module in part.modules() if self._options.cpu_offload else ():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(device))
             tie_weights(part, self._tied)  # `to_empty` makes two tensors of a tied one
 
     def forward_backward(
@@ -81,7 +95,8 @@ class ParallelModel:
         _check_any(microbatches)
         parts = []
         for i, microbatch in enumerate(microbatches):
-            set_last_microbatch(self.parts[0], i == len(microbatches) - 1)
+            is_last = i == len(microbatches) - 1
+            set_last_microbatch(self.parts[0], is_last, reduce_every=self._options.reduce_every_microbatch)
             with self._loss_context():
                 loss = self._loss(microbatch, loss_function) / normaliser
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from titan_parallel.activation import checkpoint_block
+from titan_parallel.activation import checkpoint_blocks
+from titan_parallel.compilation import compile_blocks
 from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
-from titan_parallel.options import ParallelOptions
+from titan_parallel.options import ParallelOptions, check_options
 from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names
 from titan_parallel.sharding import apply_fsdp
 from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
@@ -36,6 +37,7 @@ def parallelize(
     options = options or ParallelOptions()
     tied = list(plan.get("tied", ()))
     check_plan(plan, degrees_of(mesh))
+    check_options(options, degrees_of(mesh), mesh.device_type)
     roles = find_roles(model, plan)
     match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
     outer = [*roles.before, *roles.after]
@@ -43,7 +45,7 @@ def parallelize(
 
     _lay_out(model, mesh, plan, roles, options)
     sharded_logits = mesh["tp"].size() > 1 and "logits" in plan.get("tensor", {}).values()
-    return ParallelModel([model], mesh, tied, sharded_logits)
+    return ParallelModel([model], mesh, tied, sharded_logits, options)
 
 
 def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Roles, options: ParallelOptions) -> None:
@@ -54,12 +56,10 @@ def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Role
         tie_weights(model, tied)
         check_covered(model)
 
-    for name in roles.blocks:
-        block = checkpoint_block(model.get_submodule(name), options.activation_checkpointing)
-        model.set_submodule(name, block)
+    checkpoint_blocks(model, roles.blocks, options, plan.get("save", ()))
     if options.compile_blocks:
-        for name in roles.blocks:
-            model.get_submodule(name).compile(backend=options.compile_backend, fullgraph=True)
+        compile_blocks(model, roles.blocks, options)
 
-    if mesh.size() > mesh["tp"].size() * mesh["pp"].size() or options.param_dtype is not None:
+    shared = mesh.size() > mesh["tp"].size() * mesh["pp"].size()
+    if shared or options.param_dtype is not None or options.cpu_offload:
         apply_fsdp(model, mesh, roles=roles, tied=bool(tied), options=options)

@@ -55,6 +55,8 @@ class ParallelPlan(TypedDict, total=False):
         experts: Modules that hold the experts of a mixture, each weight with one expert for each entry of dim 0. They
             are called as `experts(x, counts)`, x `[N, D]` with the rows of expert 0 first, then those of expert 1,
             and so on, counts integers `[E]`, the rows of each; they return `[N, D]`.
+        save: Operators of the model's own whose results selective activation checkpointing keeps, named as torch does:
+            `namespace.operator`.
     """
 
     blocks: ReadOnly[Sequence[str]]
@@ -68,6 +70,7 @@ class ParallelPlan(TypedDict, total=False):
     positions: ReadOnly[str]
     heads: ReadOnly[tuple[int, int]]
     experts: ReadOnly[Sequence[str]]
+    save: ReadOnly[Sequence[str]]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import astuple
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titan_parallel.mesh import fsdp_mesh
-from titan_parallel.options import ParallelOptions
+from titan_parallel.options import ParallelOptions, reshard_blocks
 from titan_parallel.plan import Roles
 
 
@@ -32,7 +32,7 @@ def apply_fsdp(
         roles: Names of its modules before the blocks, a unit each; of the blocks, a unit each; of those after them,
             one unit, which stays gathered, since its backward comes at once.
         tied: Whether a weight is shared between the modules before and after, which makes one unit of them.
-        options: Dtypes and resharding.
+        options: Dtypes, resharding and offloading.
     """
     data_mesh = fsdp_mesh(mesh)
     # The root casts what comes in from outside; inside, the dtypes are right (and fp32 rotary angles must stay fp32).
@@ -41,20 +41,23 @@ def apply_fsdp(
         param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options), cast_forward_inputs=False
     )
 
+    freed = reshard_blocks(options, mesh["pp"].size())
     before, blocks, after = ([model.get_submodule(name) for name in names] for names in astuple(roles))
 
-    def shard(unit: nn.Module | list[nn.Module], reshard: bool) -> None:
-        fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if options.cpu_offload else OffloadPolicy()
+
+    def shard(unit: nn.Module | list[nn.Module], reshard: bool | int) -> None:
+        fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard, offload_policy=offload)
 
     for unit in [] if tied else before:
-        shard(unit, options.reshard_after_forward)
+        shard(unit, freed)
         if isinstance(unit, nn.Embedding) and isinstance(unit, FSDPModule):
             unit.set_unshard_in_backward(False)  # the gradient of a table does not depend on the table
     for unit in blocks:
-        shard(unit, options.reshard_after_forward)
+        shard(unit, freed)
     if after:
         shard([*before, *after] if tied else after, False)
-    fully_shard(model, mesh=data_mesh, mp_policy=outer, reshard_after_forward=False)
+    fully_shard(model, mesh=data_mesh, mp_policy=outer, reshard_after_forward=False, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -62,9 +65,16 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def set_last_microbatch(model: nn.Module, is_last: bool) -> None:
-    """Tell FSDP whether more microbatches of this step follow: replicas exchange gradients on the last one only."""
+def set_last_microbatch(model: nn.Module, is_last: bool, *, reduce_every: bool) -> None:
+    """Tell FSDP whether more microbatches of this step follow: replicas exchange gradients on the last one only.
+
+    Args:
+        model: A part, parallelized.
+        is_last: Whether none follows.
+        reduce_every: Whether shards are summed after each microbatch, or whole gradients kept until the last.
+    """
     if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last or reduce_every)
         model.set_requires_all_reduce(is_last)
         model.set_is_last_backward(is_last)
 
