@@ -44,7 +44,6 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
     tensor = {"embed": "vocab", **_attention_styles(config), "layers.*.ffn_norm": "sequence", "layers.*.ffn": "gather"}
     divisible = {
         "attention heads (n_heads)": config.n_heads,
-        "key/value heads (n_kv_heads)": config.n_kv_heads,
         "vocabulary (vocab_size)": config.vocab_size,
     }
     kinds = {config.has_experts(layer) for layer in range(config.n_layers)}
@@ -77,8 +76,8 @@ def _attention_styles(config: DecoderConfig) -> dict[str, str]:
         "layers.*.attn_norm": "sequence",
         "layers.*.attn": "gather",
         "layers.*.attn.q_proj": "colwise",
-        "layers.*.attn.k_proj": "colwise",
-        "layers.*.attn.v_proj": "colwise",
+        "layers.*.attn.k_proj": "colwise_kv",
+        "layers.*.attn.v_proj": "colwise_kv",
         "layers.*.attn.o_proj": "rowwise",
     }
     if config.qk_norm:  # each rank norms the heads that it has, all by the same weight

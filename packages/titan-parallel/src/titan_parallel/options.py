@@ -63,20 +63,29 @@ class ParallelOptions:
     compile_backend: str = "inductor"
 
 
-def check_options(options: ParallelOptions, degrees: Degrees, device_type: str | None = None) -> None:
+def check_options(options: ParallelOptions, degrees: Degrees) -> None:
     """Check that options agree with one another and with the layout.
 
     Args:
         options: The choices.
         degrees: The layout; a `dp_shard` of -1 passes for anything.
-        device_type: `cpu` or `cuda`; None leaves out what depends on it.
 
     Raises:
         LayoutError: With all that does not fit, and what to change.
     """
-    wrong = [*_checkpointing(options), *_resharding(options, degrees), *_overlap(options, degrees, device_type)]
+    wrong = [*_checkpointing(options), *_resharding(options, degrees), *_overlap(options, degrees)]
     if wrong:
         raise LayoutError("; ".join(wrong))
+
+
+def check_device(options: ParallelOptions, device_type: str) -> None:
+    """Check that the devices of a mesh can do what options ask for.
+
+    Raises:
+        LayoutError: If they cannot.
+    """
+    if options.async_tp and device_type != "cuda":
+        raise LayoutError(f"async_tp needs CUDA, for torch's symmetric memory; on {device_type} leave it off")
 
 
 def reshard_blocks(options: ParallelOptions, pp: int) -> bool | int:
@@ -132,7 +141,7 @@ def _resharding(options: ParallelOptions, degrees: Degrees) -> list[str]:
     ]
 
 
-def _overlap(options: ParallelOptions, degrees: Degrees, device_type: str | None) -> list[str]:
+def _overlap(options: ParallelOptions, degrees: Degrees) -> list[str]:
     if not options.async_tp:
         return []
     needs = {
@@ -140,7 +149,6 @@ def _overlap(options: ParallelOptions, degrees: Degrees, device_type: str | None
         "sequence_parallel": options.sequence_parallel,
         "compile_blocks": options.compile_blocks,
         "compile_backend 'inductor'": options.compile_backend == "inductor",
-        "CUDA": device_type in (None, "cuda"),
     }
     missing = [need for need, there in needs.items() if not there]
     return [f"async_tp needs {', '.join(missing)}"] if missing else []

@@ -9,7 +9,7 @@ from titan_parallel.activation import checkpoint_blocks
 from titan_parallel.compilation import compile_blocks
 from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
-from titan_parallel.options import ParallelOptions, check_options
+from titan_parallel.options import ParallelOptions, check_device
 from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names
 from titan_parallel.sharding import apply_fsdp
 from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
@@ -36,8 +36,8 @@ def parallelize(
     """
     options = options or ParallelOptions()
     tied = list(plan.get("tied", ()))
-    check_plan(plan, degrees_of(mesh))
-    check_options(options, degrees_of(mesh), mesh.device_type)
+    check_plan(plan, degrees_of(mesh), options=options)
+    check_device(options, mesh.device_type)
     roles = find_roles(model, plan)
     match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
     outer = [*roles.before, *roles.after]
@@ -52,7 +52,13 @@ def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Role
     """Transform a model, or a stage of one, in place; the order is the only one that works."""
     tied = list(plan.get("tied", ()))
     if mesh["tp"].size() > 1:
-        apply_tensor_parallel(model, mesh["tp"], plan.get("tensor", {}), sequence_parallel=options.sequence_parallel)
+        apply_tensor_parallel(
+            model,
+            mesh["tp"],
+            plan.get("tensor", {}),
+            sequence_parallel=options.sequence_parallel,
+            kv_heads=plan["heads"][1] if "heads" in plan else None,
+        )
         tie_weights(model, tied)
         check_covered(model)
 
