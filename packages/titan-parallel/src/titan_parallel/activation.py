@@ -27,7 +27,7 @@ _ALWAYS = frozenset(
         "_c10d_functional.reduce_scatter_tensor",
     }
 )
-_EVERY_SECOND = frozenset({"aten.mm", "aten.addmm"})
+_EVERY_SECOND = frozenset({"aten.mm", "aten.addmm", "aten._scaled_mm"})
 
 
 def checkpoint_blocks(model: nn.Module, blocks: Iterable[str], options: ParallelOptions, save: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_parallel.clipping import clip_grad_norm
+from titan_parallel.float8 import prepare_weights
 from titan_parallel.mesh import MESH_DIMS
 from titan_parallel.options import ParallelOptions
 from titan_parallel.plan import clean_name
@@ -93,6 +94,7 @@ class ParallelModel:
             ValueError: If there is no microbatch.
         """
         _check_any(microbatches)
+        self._prepare_weights()
         parts = []
         for i, microbatch in enumerate(microbatches):
             is_last = i == len(microbatches) - 1
@@ -111,6 +113,7 @@ class ParallelModel:
         Arguments and exceptions are those of `forward_backward`.
         """
         _check_any(microbatches)
+        self._prepare_weights()
         with self._evaluating(), self._loss_context():
             return torch.stack([to_full(self._loss(m, loss_function)) for m in microbatches]).sum()
 
@@ -120,6 +123,7 @@ class ParallelModel:
 
         All ranks call it together; those that share a place on the data axis with equal arguments.
         """
+        self._prepare_weights()
         with self._evaluating():
             return whole(self.parts[0](*args, **kwargs))
 
@@ -180,6 +184,11 @@ class ParallelModel:
     def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
         output = self.parts[0](*microbatch.args, **microbatch.kwargs)
         return loss_function(output if self._sharded_logits else whole(output), microbatch.target)
+
+    def _prepare_weights(self) -> None:
+        if self._options.float8 is not None and self._options.float8.fsdp_all_gather:
+            for part in self.parts:
+                prepare_weights(part)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -13,6 +13,26 @@ from titan_parallel.mesh import Degrees
 
 ActivationCheckpointing = Literal["none", "full", "selective", "budget"]
 Reshard = Literal["default", "always", "never"]
+Float8Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Options:
+    """How the linears within blocks multiply in float8. What runs before and after the blocks does not.
+
+    Attributes:
+        recipe: One scale for each tensor (`tensorwise`, the fastest), for each row (`rowwise`, the more exact), or for
+            each row and the gradients of weights in the dtype of the others (`rowwise_with_gw_hp`). On a GPU the last
+            two want `param_dtype` to be `torch.bfloat16`.
+        fsdp_all_gather: Let FSDP2 gather weights in float8, at a quarter or half of the traffic; `tensorwise` only.
+        skip: Patterns of modules that stay as they are, themselves and what is in them.
+        emulate: Round to float8, but multiply in the dtype of the others: on any device, no faster, for tests.
+    """
+
+    recipe: Float8Recipe = "tensorwise"
+    fsdp_all_gather: bool = False
+    skip: Sequence[str] = ()
+    emulate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +66,7 @@ class ParallelOptions:
             checkpointing; 0 is as `full`.
         compile_blocks: Compile each block with torch.compile.
         compile_backend: Backend of torch.compile.
+        float8: Multiply in float8, by torchao; None does not.
     """
 
     param_dtype: torch.dtype | None = None
@@ -61,6 +82,7 @@ class ParallelOptions:
     memory_budget: float | None = None
     compile_blocks: bool = False
     compile_backend: str = "inductor"
+    float8: Float8Options | None = None
 
 
 def check_options(options: ParallelOptions, degrees: Degrees) -> None:
@@ -73,19 +95,14 @@ def check_options(options: ParallelOptions, degrees: Degrees) -> None:
     Raises:
         LayoutError: With all that does not fit, and what to change.
     """
-    wrong = [*_checkpointing(options), *_resharding(options, degrees), *_overlap(options, degrees)]
+    wrong = [
+        *_checkpointing(options),
+        *_resharding(options, degrees),
+        *_overlap(options, degrees),
+        *_float8(options.float8),
+    ]
     if wrong:
         raise LayoutError("; ".join(wrong))
-
-
-def check_device(options: ParallelOptions, device_type: str) -> None:
-    """Check that the devices of a mesh can do what options ask for.
-
-    Raises:
-        LayoutError: If they cannot.
-    """
-    if options.async_tp and device_type != "cuda":
-        raise LayoutError(f"async_tp needs CUDA, for torch's symmetric memory; on {device_type} leave it off")
 
 
 def reshard_blocks(options: ParallelOptions, pp: int) -> bool | int:
@@ -152,3 +169,15 @@ def _overlap(options: ParallelOptions, degrees: Degrees) -> list[str]:
     }
     missing = [need for need, there in needs.items() if not there]
     return [f"async_tp needs {', '.join(missing)}"] if missing else []
+
+
+def _float8(options: Float8Options | None) -> list[str]:
+    if options is None:
+        return []
+    if options.recipe not in get_args(Float8Recipe):
+        return [f"float8 recipe {options.recipe!r} is none of {list(get_args(Float8Recipe))}"]
+    if options.fsdp_all_gather and options.recipe != "tensorwise":
+        return [
+            f"float8 weights can be gathered under recipe 'tensorwise', not {options.recipe!r}: unset fsdp_all_gather"
+        ]
+    return []

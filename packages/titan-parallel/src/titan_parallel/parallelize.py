@@ -7,9 +7,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan_parallel.activation import checkpoint_blocks
 from titan_parallel.compilation import compile_blocks
+from titan_parallel.errors import LayoutError
+from titan_parallel.float8 import check_float8, convert_linears
 from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
-from titan_parallel.options import ParallelOptions, check_device
+from titan_parallel.options import ParallelOptions
 from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names
 from titan_parallel.sharding import apply_fsdp
 from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
@@ -37,12 +39,14 @@ def parallelize(
     options = options or ParallelOptions()
     tied = list(plan.get("tied", ()))
     check_plan(plan, degrees_of(mesh), options=options)
-    check_device(options, mesh.device_type)
+    _check_device(options, mesh.device_type)
     roles = find_roles(model, plan)
     match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
     outer = [*roles.before, *roles.after]
     check_tied(model, tied, {name: name for name in roles.blocks} | dict.fromkeys(outer, "outer"))
 
+    if options.float8 is not None:
+        convert_linears(model, roles.blocks, plan, mesh["tp"].size(), options.float8)
     _lay_out(model, mesh, plan, roles, options)
     sharded_logits = mesh["tp"].size() > 1 and "logits" in plan.get("tensor", {}).values()
     return ParallelModel([model], mesh, tied, sharded_logits, options)
@@ -50,12 +54,12 @@ def parallelize(
 
 def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Roles, options: ParallelOptions) -> None:
     """Transform a model, or a stage of one, in place; the order is the only one that works."""
-    tied = list(plan.get("tied", ()))
-    if mesh["tp"].size() > 1:
+    tied, tp, styles = list(plan.get("tied", ())), mesh["tp"].size(), plan.get("tensor", {})
+    if tp > 1:
         apply_tensor_parallel(
             model,
             mesh["tp"],
-            plan.get("tensor", {}),
+            styles,
             sequence_parallel=options.sequence_parallel,
             kv_heads=plan["heads"][1] if "heads" in plan else None,
         )
@@ -66,6 +70,12 @@ def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Role
     if options.compile_blocks:
         compile_blocks(model, roles.blocks, options)
 
-    shared = mesh.size() > mesh["tp"].size() * mesh["pp"].size()
-    if shared or options.param_dtype is not None or options.cpu_offload:
+    if mesh.size() > tp * mesh["pp"].size() or options.param_dtype is not None or options.cpu_offload:
         apply_fsdp(model, mesh, roles=roles, tied=bool(tied), options=options)
+
+
+def _check_device(options: ParallelOptions, device_type: str) -> None:
+    if options.async_tp and device_type != "cuda":
+        raise LayoutError(f"async_tp needs CUDA, for torch's symmetric memory; on {device_type} leave it off")
+    if options.float8 is not None:
+        check_float8(options.float8, device_type)

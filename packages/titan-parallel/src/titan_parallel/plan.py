@@ -128,6 +128,17 @@ def find_roles(model: nn.Module, plan: ParallelPlan) -> Roles:
     return Roles(**{role: [name for pattern in some for name in found[pattern]] for role, some in patterns.items()})
 
 
+def style_names(model: nn.Module, plan: ParallelPlan) -> dict[str, str]:
+    """Return the tensor-parallel style of each module and parameter that the plan gives one, by name.
+
+    Raises:
+        LayoutError: If a name of the plan matches nothing.
+    """
+    styles = plan.get("tensor", {})
+    found = match_names(model, styles, parameters=True)
+    return {name: style for pattern, style in styles.items() for name in found[pattern]}
+
+
 def check_plan(
     plan: ParallelPlan,
     degrees: Degrees,
