@@ -7,12 +7,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan_parallel.activation import checkpoint_blocks
 from titan_parallel.compilation import compile_blocks
+from titan_parallel.describe import Layout
 from titan_parallel.errors import LayoutError
-from titan_parallel.float8 import check_float8, convert_linears
+from titan_parallel.float8 import check_float8, convert_linears, is_float8
 from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
 from titan_parallel.options import ParallelOptions
-from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names
+from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names, style_names
 from titan_parallel.sharding import apply_fsdp
 from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
 from titan_parallel.tying import check_tied, tie_weights
@@ -47,9 +48,12 @@ def parallelize(
 
     if options.float8 is not None:
         convert_linears(model, roles.blocks, plan, mesh["tp"].size(), options.float8)
+    styles = style_names(model, plan) if mesh["tp"].size() > 1 else {}
+    in_float8 = [name for name, module in model.named_modules() if is_float8(module)]
+    layout = Layout(options, roles.blocks, styles, in_float8)
     _lay_out(model, mesh, plan, roles, options)
     sharded_logits = mesh["tp"].size() > 1 and "logits" in plan.get("tensor", {}).values()
-    return ParallelModel([model], mesh, tied, sharded_logits, options)
+    return ParallelModel([model], mesh, tied, sharded_logits, layout)
 
 
 def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Roles, options: ParallelOptions) -> None:

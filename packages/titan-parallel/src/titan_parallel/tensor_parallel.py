@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.utils._pytree import tree_map_only
 
 from titan_parallel.errors import LayoutError
-from titan_parallel.plan import match_names
+from titan_parallel.plan import style_names
 from titan_parallel.shared_heads import share_heads, shared_heads_mesh
 
 _SEQUENCE_DIM = 1  # activations are [B, S, ...]
@@ -43,8 +43,7 @@ def apply_tensor_parallel(
     """
     words = _styles(sequence_parallel)
     heads = shared_heads_mesh(mesh, kv_heads) if "colwise_kv" in styles.values() and kv_heads else None
-    found = match_names(model, styles, parameters=True)
-    chosen = {name: style for pattern, style in styles.items() for name in found[pattern]}
+    chosen = style_names(model, {"tensor": styles})
     parameters = dict(model.named_parameters())
     _check_kinds(model, {name: style for name, style in chosen.items() if style != "replicate"}, parameters)
     # What copies whole modules comes last: it leaves alone the parameters that another word has split.
