@@ -118,8 +118,11 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def reference(tied: bool = False) -> dict[str, Any]:
+    return train_plain(build(tied))
+
+
+def train_plain(net: nn.Module) -> dict[str, Any]:
     """Train in one process with nothing but torch."""
-    net = build(tied)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2, eps=1e-5)
     losses, norms = [], []
     for step in range(STEPS):
@@ -144,7 +147,10 @@ def train(
 ) -> dict[str, Any]:
     """Train the same steps laid out over the group."""
     torch._dynamo.reset()
-    model = parallelize(build(tied), build_mesh(degrees, "cpu"), plan(tied), options)
+    return train_laid_out(parallelize(build(tied), build_mesh(degrees, "cpu"), plan(tied), options), microbatches)
+
+
+def train_laid_out(model: ParallelModel, microbatches: int = 1) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, eps=1e-5)
     place = data_axis(model.mesh)
     losses, norms = [], []

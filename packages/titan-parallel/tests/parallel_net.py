@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_parallel import ParallelPlan
-
 VOCAB, DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, EXPERTS, TOP_K, BLOCKS = 32, 32, 4, 2, 8, 48, 4, 2, 4
 SEQ, ROWS, STEPS, MAX_NORM, EPS = 16, 8, 5, 0.3, 1e-5
 

@@ -53,7 +53,7 @@ def test_two_processes_accumulating(two: Group, plain: dict, degrees: Degrees) -
     ("degrees", "options"),
     [
         (Degrees(tp=2), ParallelOptions(sequence_parallel=False)),
-        (Degrees(), ParallelOptions(reshard_after_forward=False)),
+        (Degrees(), ParallelOptions(reshard_after_forward="never")),
         (Degrees(tp=2), ParallelOptions(activation_checkpointing="full")),
         (Degrees(tp=2), ParallelOptions(activation_checkpointing="selective")),
         (Degrees(tp=2), ParallelOptions(compile_blocks=True, compile_backend="aot_eager")),

@@ -25,13 +25,22 @@ def count(group: Group, degrees: Degrees, options: ParallelOptions, microbatches
     return first
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_fsdp(two: Group, reshard: bool) -> None:
+@pytest.mark.parametrize("reshard", ["default", "always", "never"])
+def test_fsdp(two: Group, reshard: str) -> None:
     training, clipping = count(two, Degrees(), ParallelOptions(reshard_after_forward=reshard))
     # Forward gathers every unit. Backward gathers the blocks once more if they were freed; not the last unit, which is
     # kept because its backward comes at once, nor the table, whose gradient does not depend on its values.
-    assert training == {"all_gather": FSDP_UNITS + (BLOCKS if reshard else 0), "reduce_scatter": FSDP_UNITS}
+    assert training == {"all_gather": FSDP_UNITS + (0 if reshard == "never" else BLOCKS), "reduce_scatter": FSDP_UNITS}
     assert clipping == {"all_reduce": 1}
+
+
+@pytest.mark.parametrize("reduce_every", [True, False])
+def test_fsdp_accumulating(two: Group, reduce_every: bool) -> None:
+    options = ParallelOptions(reshard_after_forward="never", reduce_every_microbatch=reduce_every)
+    training, _ = count(two, Degrees(), options, 3)
+    # Weights are freed after each backward; gradients are scattered then too, or once. At the end of a backward that
+    # others came before, torch fetches one unit in advance that nobody asks for.
+    assert training == {"all_gather": 3 * FSDP_UNITS + 1, "reduce_scatter": (3 if reduce_every else 1) * FSDP_UNITS}
 
 
 def test_replicas_exchange_gradients_once_a_step(two: Group) -> None:

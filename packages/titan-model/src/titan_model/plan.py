@@ -23,6 +23,7 @@ class DecoderPlan(TypedDict):
         heads: Query heads and key/value heads.
         experts: What holds the experts of each mixture.
         n_experts: How many each of these holds; 0 if there are none.
+        save: Operators of this package's own that cost much to compute again for the size of their results.
     """
 
     blocks: list[str]
@@ -37,6 +38,7 @@ class DecoderPlan(TypedDict):
     heads: tuple[int, int]
     experts: list[str]
     n_experts: int
+    save: list[str]
 
 
 def parallel_plan(config: DecoderConfig) -> DecoderPlan:
@@ -46,7 +48,6 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
     tensor = {"embed": "vocab", **_attention_styles(config), "layers.*.ffn_norm": "sequence"}
     divisible = {
         "attention heads (n_heads)": config.n_heads,
-        "key/value heads (n_kv_heads)": config.n_kv_heads,
         "vocabulary (vocab_size)": config.vocab_size,
     }
     if moe is None or len(dense) == config.n_layers:
@@ -77,6 +78,7 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
         "heads": (config.n_heads, config.n_kv_heads),
         "experts": ["layers.*.ffn.experts"] if moe else [],
         "n_experts": moe.n_experts if moe else 0,
+        "save": ["titan_model.document_attention"],
     }
 
 
@@ -85,8 +87,8 @@ def _attention_styles(config: DecoderConfig) -> dict[str, str]:
         "layers.*.attn_norm": "sequence",
         "layers.*.attn": "gather",
         "layers.*.attn.q_proj": "colwise",
-        "layers.*.attn.k_proj": "colwise",
-        "layers.*.attn.v_proj": "colwise",
+        "layers.*.attn.k_proj": "colwise_kv",
+        "layers.*.attn.v_proj": "colwise_kv",
         "layers.*.attn.o_proj": "rowwise",
     }
     if config.qk_norm:  # each rank norms the heads that it has, all by the same weight

@@ -4,7 +4,7 @@ from titan_parallel.clipping import clip_grad_norm
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import MESH_DIMS, DataAxis, Degrees, build_mesh, data_axis
 from titan_parallel.model import Microbatch, ParallelModel
-from titan_parallel.options import ParallelOptions
+from titan_parallel.options import Float8Options, ParallelOptions
 from titan_parallel.parallelize import parallelize
 from titan_parallel.plan import ParallelPlan, check_plan
 
@@ -12,6 +12,7 @@ __all__ = [
     "MESH_DIMS",
     "DataAxis",
     "Degrees",
+    "Float8Options",
     "LayoutError",
     "Microbatch",
     "ParallelModel",

@@ -142,7 +142,7 @@ def _sum_gradients(group_name: str, module: nn.Module, args: tuple[Any, ...], ou
 
 def _arrived(x: Tensor) -> Tensor:
     """Return `x` once it is here: compiled code cannot be given what is still on its way."""
-    return _Arrived.apply(x) if isinstance(x, AsyncCollectiveTensor) else x  # type: ignore[no-any-return]
+    return _Arrived.apply(x) if isinstance(x, AsyncCollectiveTensor) else x
 
 
 class _Arrived(torch.autograd.Function):

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_parallel.clipping import clip_grad_norm
+from titan_parallel.describe import Layout, describe
+from titan_parallel.float8 import prepare_weights
 from titan_parallel.mesh import MESH_DIMS
 from titan_parallel.plan import clean_name
 from titan_parallel.sharding import reshard, set_last_microbatch
@@ -46,17 +48,30 @@ class ParallelModel:
     """
 
     def __init__(
-        self, parts: Sequence[nn.Module], mesh: DeviceMesh, tied: Sequence[tuple[str, str]], sharded_logits: bool
+        self,
+        parts: Sequence[nn.Module],
+        mesh: DeviceMesh,
+        tied: Sequence[tuple[str, str]],
+        sharded_logits: bool,
+        layout: Layout,
     ) -> None:
         self.parts = tuple(parts)
         self.mesh = mesh
         self._tied = tied
         self._sharded_logits = sharded_logits
+        self._layout = layout
 
     def materialize(self, device: torch.device | str) -> None:
-        """Allocate the parameters and buffers of a model built on meta, uninitialised, on `device`."""
+        """Allocate the parameters and buffers of a model built on meta, uninitialised.
+
+        Args:
+            device: Where they lie; parameters that `cpu_offload` keeps in host memory lie there.
+        """
         for part in self.parts:
-            part.to_empty(device=torch.device(device))
+            part.to_empty(device=torch.device("cpu" if self._layout.options.cpu_offload else device))
+            for module in part.modules() if self._layout.options.cpu_offload else ():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(device))
             tie_weights(part, self._tied)  # `to_empty` makes two tensors of a tied one
 
     def forward_backward(
@@ -79,9 +94,11 @@ class ParallelModel:
             ValueError: If there is no microbatch.
         """
         _check_any(microbatches)
+        self._prepare_weights()
         parts = []
         for i, microbatch in enumerate(microbatches):
-            set_last_microbatch(self.parts[0], i == len(microbatches) - 1)
+            is_last = i == len(microbatches) - 1
+            set_last_microbatch(self.parts[0], is_last, reduce_every=self._layout.options.reduce_every_microbatch)
             with self._loss_context():
                 loss = self._loss(microbatch, loss_function) / normaliser
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -96,6 +113,7 @@ class ParallelModel:
         Arguments and exceptions are those of `forward_backward`.
         """
         _check_any(microbatches)
+        self._prepare_weights()
         with self._evaluating(), self._loss_context():
             return torch.stack([to_full(self._loss(m, loss_function)) for m in microbatches]).sum()
 
@@ -105,6 +123,7 @@ class ParallelModel:
 
         All ranks call it together; those that share a place on the data axis with equal arguments.
         """
+        self._prepare_weights()
         with self._evaluating():
             return whole(self.parts[0](*args, **kwargs))
 
@@ -162,9 +181,18 @@ class ParallelModel:
             if value is not state[name]:
                 value.copy_(state[name])
 
+    def describe(self) -> str:
+        """Return a table of this rank's parameters: how each is split, its whole and its own shape, and its bytes."""
+        return describe(self.named_parameters(), self.mesh, self._layout)
+
     def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
         output = self.parts[0](*microbatch.args, **microbatch.kwargs)
         return loss_function(output if self._sharded_logits else whole(output), microbatch.target)
+
+    def _prepare_weights(self) -> None:
+        if self._layout.options.float8 is not None and self._layout.options.float8.fsdp_all_gather:
+            for part in self.parts:
+                prepare_weights(part)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from titan_parallel.activation import checkpoint_block
-from titan_parallel.compilation import compile_block
+from titan_parallel.activation import checkpoint_blocks
+from titan_parallel.compilation import compile_blocks
+from titan_parallel.describe import Layout
+from titan_parallel.errors import LayoutError
 from titan_parallel.experts import check_experts, find_experts, spread_experts
+from titan_parallel.float8 import check_float8, convert_linears, is_float8
 from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
 from titan_parallel.options import ParallelOptions
-from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names
+from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names, style_names
 from titan_parallel.sharding import apply_fsdp
 from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
 from titan_parallel.tying import check_tied, tie_weights
@@ -37,37 +40,51 @@ def parallelize(
     """
     options = options or ParallelOptions()
     tied = list(plan.get("tied", ()))
-    check_plan(plan, degrees_of(mesh))
+    check_plan(plan, degrees_of(mesh), options=options)
+    _check_device(options, mesh.device_type)
     roles = find_roles(model, plan)
     match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
     check_experts(model, plan, mesh["ep"].size())
     outer = [*roles.before, *roles.after]
     check_tied(model, tied, {name: name for name in roles.blocks} | dict.fromkeys(outer, "outer"))
 
+    if options.float8 is not None:
+        convert_linears(model, roles.blocks, plan, mesh["tp"].size(), options.float8)
+    styles = style_names(model, plan) if mesh["tp"].size() > 1 else {}
+    in_float8 = [name for name, module in model.named_modules() if is_float8(module)]
+    layout = Layout(options, roles.blocks, styles, in_float8)
     _lay_out(model, mesh, plan, roles, options)
     sharded_logits = mesh["tp"].size() > 1 and "logits" in plan.get("tensor", {}).values()
-    return ParallelModel([model], mesh, tied, sharded_logits)
+    return ParallelModel([model], mesh, tied, sharded_logits, layout)
 
 
 def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Roles, options: ParallelOptions) -> None:
     """Transform a model, or a stage of one, in place; the order is the only one that works."""
-    tied = list(plan.get("tied", ()))
-    if mesh["tp"].size() > 1:
-        apply_tensor_parallel(model, mesh["tp"], plan.get("tensor", {}), sequence_parallel=options.sequence_parallel)
+    tied, tp, styles = list(plan.get("tied", ())), mesh["tp"].size(), plan.get("tensor", {})
+    if tp > 1:
+        apply_tensor_parallel(
+            model,
+            mesh["tp"],
+            styles,
+            sequence_parallel=options.sequence_parallel,
+            kv_heads=plan["heads"][1] if "heads" in plan else None,
+        )
         tie_weights(model, tied)
         check_covered(model)
     spread = list(find_experts(model, plan).values()) if mesh["ep"].size() > 1 else []
     for experts in spread:
         spread_experts(experts, mesh)
 
-    for name in roles.blocks:
-        block = model.get_submodule(name)
-        holds_units = any(module in spread for module in block.modules())
-        block = checkpoint_block(block, options.activation_checkpointing, holds_units=holds_units)
-        model.set_submodule(name, block)
+    checkpoint_blocks(model, roles.blocks, options, plan.get("save", ()), spread)
     if options.compile_blocks:
-        for name in roles.blocks:
-            compile_block(model.get_submodule(name), spread, options.compile_backend)
+        compile_blocks(model, roles.blocks, options, spread)
 
-    if mesh.size() > mesh["tp"].size() * mesh["pp"].size() or options.param_dtype is not None:
+    if mesh.size() > tp * mesh["pp"].size() or options.param_dtype is not None or options.cpu_offload:
         apply_fsdp(model, mesh, roles=roles, tied=bool(tied), experts=spread, options=options)
+
+
+def _check_device(options: ParallelOptions, device_type: str) -> None:
+    if options.async_tp and device_type != "cuda":
+        raise LayoutError(f"async_tp needs CUDA, for torch's symmetric memory; on {device_type} leave it off")
+    if options.float8 is not None:
+        check_float8(options.float8, device_type)

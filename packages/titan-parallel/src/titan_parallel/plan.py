@@ -13,9 +13,20 @@ from typing_extensions import ReadOnly
 
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import Degrees
+from titan_parallel.options import ParallelOptions, check_options
 
 TensorStyle = Literal[
-    "vocab", "sequence", "gather", "colwise", "rowwise", "logits", "local", "replicate", "mixture", "router"
+    "vocab",
+    "sequence",
+    "gather",
+    "colwise",
+    "colwise_kv",
+    "rowwise",
+    "logits",
+    "local",
+    "replicate",
+    "mixture",
+    "router",
 ]
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
@@ -35,6 +46,9 @@ class ParallelPlan(TypedDict, total=False):
             parameter has to be under a module with a style other than `gather` and `mixture`:
             `vocab` an embedding table split over its rows;
             `colwise` a linear split over its outputs;
+            `colwise_kv` the same for the projection to keys or values, whose heads several ranks share where there are
+            fewer of them than ranks; `heads` says how many there are, and attention sees from the shapes it gets how
+            many a rank has;
             `rowwise` a linear split over its inputs, its output summed over the ranks;
             `sequence` a norm or the like that works on each position by itself;
             `gather` a module whose tensor inputs must hold the whole sequence;
@@ -64,6 +78,8 @@ class ParallelPlan(TypedDict, total=False):
             and so on, counts integers `[E]`, the rows of each; they return `[N, D]`. Under expert parallelism they
             see their rank's experts only, in `counts` as in the dim 0 of their weights.
         n_experts: The number of experts of each of these, which the expert-parallel degree has to divide.
+        save: Operators of the model's own whose results selective activation checkpointing keeps, named as torch does:
+            `namespace.operator`.
     """
 
     blocks: ReadOnly[Sequence[str]]
@@ -78,6 +94,7 @@ class ParallelPlan(TypedDict, total=False):
     heads: ReadOnly[tuple[int, int]]
     experts: ReadOnly[Sequence[str]]
     n_experts: ReadOnly[int]
+    save: ReadOnly[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -141,13 +158,31 @@ def find_roles(model: nn.Module, plan: ParallelPlan) -> Roles:
     return Roles(**{role: [name for pattern in some for name in found[pattern]] for role, some in patterns.items()})
 
 
-def check_plan(plan: ParallelPlan, degrees: Degrees, *, sequence_length: int | None = None) -> None:
+def style_names(model: nn.Module, plan: ParallelPlan) -> dict[str, str]:
+    """Return the tensor-parallel style of each module and parameter that the plan gives one, by name.
+
+    Raises:
+        LayoutError: If a name of the plan matches nothing.
+    """
+    styles = plan.get("tensor", {})
+    found = match_names(model, styles, parameters=True)
+    return {name: style for pattern, style in styles.items() for name in found[pattern]}
+
+
+def check_plan(
+    plan: ParallelPlan,
+    degrees: Degrees,
+    *,
+    sequence_length: int | None = None,
+    options: ParallelOptions | None = None,
+) -> None:
     """Check that a model can be split as asked, without touching it.
 
     Args:
         plan: The model's plan.
         degrees: The layout.
         sequence_length: Tokens per sequence when activations are to be split over the sequence, else None.
+        options: The other choices; None leaves out what depends on them.
 
     Raises:
         LayoutError: With every misfit, and degrees that would fit.
@@ -159,6 +194,8 @@ def check_plan(plan: ParallelPlan, degrees: Degrees, *, sequence_length: int | N
     if styles:
         raise LayoutError(f"unknown tensor-parallel styles {sorted(styles)}; there are {list(get_args(TensorStyle))}")
     _check_experts(plan, degrees)
+    if options is not None:
+        check_options(options, degrees)
     tp = degrees.tp
     if tp == 1:
         return
@@ -167,9 +204,15 @@ def check_plan(plan: ParallelPlan, degrees: Degrees, *, sequence_length: int | N
     sizes = dict(plan.get("divisible", {}))
     if sequence_length is not None:
         sizes["sequence length (sequence parallel)"] = sequence_length
+    shared = _shared_heads(plan)
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
+    if not _can_share(shared, tp):
+        wrong.append(f"key/value heads {shared} (of which it is no multiple either)")
     if wrong:
-        fits = [d for d in range(1, min(sizes.values()) + 1) if all(size % d == 0 for size in sizes.values())]
+        most = min(sizes.values(), default=shared)
+        fits = [
+            d for d in range(1, most + 1) if all(size % d == 0 for size in sizes.values()) and _can_share(shared, d)
+        ]
         raise LayoutError(f"tp {tp} does not divide {', '.join(wrong)}; these degrees would: {fits}")
 
 
@@ -189,3 +232,16 @@ def _check_experts(plan: ParallelPlan, degrees: Degrees) -> None:
             f"tp is {degrees.tp} and the plan names experts ({', '.join(experts)}), but under 'tensor' no module is a "
             "'mixture' that holds them: without it each rank would compute them in whole; take tp 1, or name it"
         )
+
+
+def _shared_heads(plan: ParallelPlan) -> int:
+    """Return the number of key/value heads that ranks may share, or 0 if no module says that they may."""
+    if "colwise_kv" not in plan.get("tensor", {}).values():
+        return 0
+    if "heads" not in plan:
+        raise LayoutError("the plan says 'colwise_kv' of a module, but not under 'heads' how many heads there are")
+    return plan["heads"][1]
+
+
+def _can_share(heads: int, ranks: int) -> bool:
+    return heads % ranks == 0 or ranks % heads == 0

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titan_parallel.experts import placement_of_shards
 from titan_parallel.mesh import fsdp_mesh
-from titan_parallel.options import ParallelOptions
+from titan_parallel.options import ParallelOptions, reshard_blocks
 from titan_parallel.plan import Roles
 
 
@@ -37,7 +37,7 @@ def apply_fsdp(
             one unit, which stays gathered, since its backward comes at once.
         tied: Whether a weight is shared between the modules before and after, which makes one unit of them.
         experts: Modules spread by expert parallelism; each is a unit in that of its block, over fewer ranks.
-        options: Dtypes and resharding.
+        options: Dtypes, resharding and offloading.
     """
     data_mesh = fsdp_mesh(mesh)
     # The root casts what comes in from outside; inside, the dtypes are right (and fp32 rotary angles must stay fp32).
@@ -46,10 +46,13 @@ def apply_fsdp(
         param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options), cast_forward_inputs=False
     )
 
+    freed = reshard_blocks(options, mesh["pp"].size())
     before, blocks, after = ([model.get_submodule(name) for name in names] for names in astuple(roles))
 
-    def shard(unit: nn.Module | list[nn.Module], reshard: bool) -> None:
-        fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if options.cpu_offload else OffloadPolicy()
+
+    def shard(unit: nn.Module | list[nn.Module], reshard: bool | int) -> None:
+        fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard, offload_policy=offload)
 
     for unit in experts:
         own_mesh = fsdp_mesh(mesh, experts=True)
@@ -57,18 +60,19 @@ def apply_fsdp(
             unit,
             mesh=own_mesh,
             mp_policy=inner,
-            reshard_after_forward=options.reshard_after_forward,
+            reshard_after_forward=freed,
+            offload_policy=offload,
             shard_placement_fn=partial(placement_of_shards, ranks=own_mesh.shape[-1]),
         )
     for unit in [] if tied else before:
-        shard(unit, options.reshard_after_forward)
+        shard(unit, freed)
         if isinstance(unit, nn.Embedding) and isinstance(unit, FSDPModule):
             unit.set_unshard_in_backward(False)  # the gradient of a table does not depend on the table
     for unit in blocks:
-        shard(unit, options.reshard_after_forward)
+        shard(unit, freed)
     if after:
         shard([*before, *after] if tied else after, False)
-    fully_shard(model, mesh=data_mesh, mp_policy=outer, reshard_after_forward=False)
+    fully_shard(model, mesh=data_mesh, mp_policy=outer, reshard_after_forward=False, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -76,9 +80,16 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def set_last_microbatch(model: nn.Module, is_last: bool) -> None:
-    """Tell FSDP whether more microbatches of this step follow: replicas exchange gradients on the last one only."""
+def set_last_microbatch(model: nn.Module, is_last: bool, *, reduce_every: bool) -> None:
+    """Tell FSDP whether more microbatches of this step follow: replicas exchange gradients on the last one only.
+
+    Args:
+        model: A part, parallelized.
+        is_last: Whether none follows.
+        reduce_every: Whether shards are summed after each microbatch, or whole gradients kept until the last.
+    """
     if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last or reduce_every)
         model.set_requires_all_reduce(is_last)
         model.set_is_last_backward(is_last)
 

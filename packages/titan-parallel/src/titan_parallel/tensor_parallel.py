@@ -20,14 +20,15 @@ from torch.utils._pytree import tree_map_only
 
 from titan_parallel.errors import LayoutError
 from titan_parallel.mixture import split_mixture
-from titan_parallel.plan import match_names
+from titan_parallel.plan import style_names
+from titan_parallel.shared_heads import share_heads, shared_heads_mesh
 
 _SEQUENCE_DIM = 1  # activations are [B, S, ...]
 _SHOWN = 8  # names in a message
 
 
 def apply_tensor_parallel(
-    model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, str], *, sequence_parallel: bool
+    model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, str], *, sequence_parallel: bool, kv_heads: int | None
 ) -> None:
     """Split the modules of `model` in place.
 
@@ -36,13 +37,14 @@ def apply_tensor_parallel(
         mesh: The one-dimensional tensor-parallel mesh.
         styles: Name patterns to the words of `ParallelPlan.tensor`.
         sequence_parallel: Whether activations between blocks are split over the sequence.
+        kv_heads: Key/value heads, which ranks share if there are fewer than ranks; None if the plan does not tell.
 
     Raises:
         LayoutError: If a style does not fit what its pattern matches.
     """
     words = _styles(sequence_parallel)
-    found = match_names(model, styles, parameters=True)
-    chosen = {name: style for pattern, style in styles.items() for name in found[pattern]}
+    heads = shared_heads_mesh(mesh, kv_heads) if "colwise_kv" in styles.values() and kv_heads else None
+    chosen = style_names(model, {"tensor": styles})
     for mixture in [name for name, style in chosen.items() if style == "mixture"]:
         inside = {name: style for name, style in chosen.items() if name.startswith(f"{mixture}.")}
         styles = {name.removeprefix(f"{mixture}."): style for name, style in inside.items()}
@@ -54,6 +56,8 @@ def apply_tensor_parallel(
     for name in sorted(chosen, key=lambda name: isinstance(words[chosen[name]], _Copied | _Local)):
         if name in parameters:
             _replicate_parameter(model, name, mesh)
+        elif chosen[name] == "colwise_kv" and heads is not None:
+            share_heads(model, name, mesh, heads)
         else:
             parallelize_module(model.get_submodule(name), mesh, words[chosen[name]])
 
@@ -130,6 +134,7 @@ def _styles(sequence_parallel: bool) -> dict[str, ParallelStyle]:
         "gather": _WholeSequence(),
         "local": _Local(),
         "colwise": ColwiseParallel(),
+        "colwise_kv": ColwiseParallel(),
         "rowwise": RowwiseParallel(output_layouts=between, use_local_output=False),
         "logits": _Logits(output_layouts=Shard(-1), use_local_output=False),
     }

@@ -1,4 +1,4 @@
-"""The plan of a `transformers` model, from what such models say of themselves. Nothing of `transformers` is imported."""
+"""The plan of a model of `transformers`, from what it says of itself. Nothing of `transformers` is imported."""
 
 from __future__ import annotations
 

@@ -1,0 +1,30 @@
+"""Cases in float8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from parallel_cases import build, plan, train_laid_out
+from titan_parallel import Degrees, ParallelOptions, build_mesh, parallelize
+from titan_parallel.float8 import is_float8
+
+
+def converted(rank: int, world: int, degrees: Degrees, options: ParallelOptions) -> tuple[list[str], list[str]]:
+    """Return which linears multiply in float8, and the names of all parameters."""
+    model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False), options)
+    names = [name for name, module in model.parts[0].named_modules() if is_float8(module)]
+    return names, list(model.state_dict())
+
+
+def train_from_meta(rank: int, world: int, degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
+    """Train a model made on meta and filled with the weights that others are built with."""
+    plain = build(False)
+    with torch.device("meta"):
+        net = type(plain)(False)
+    model = parallelize(net, build_mesh(degrees, "cpu"), plan(False), options)
+    model.materialize("cpu")
+    one = parallelize(plain, build_mesh(degrees, "cpu"), plan(False), ParallelOptions(param_dtype=torch.float32))
+    model.load_state_dict(one.state_dict())
+    return train_laid_out(model)

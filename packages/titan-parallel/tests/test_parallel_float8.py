@@ -1,0 +1,134 @@
+"""Float8 trains near fp32 under every layout, converts what its kernels take, and is refused without hardware."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+import parallel_cases as cases
+import parallel_float8
+from parallel_group import Group
+from titan_parallel import Degrees, Float8Options, LayoutError, ParallelOptions
+from titan_parallel.float8 import check_float8, convert_linears, is_float8
+from titan_parallel.options import check_options
+
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is an optional extra")
+EMULATED = Float8Options(emulate=True)
+BOUND = 2e-2  # of a loss that starts above 3
+
+
+def near(results: list[dict], plain: dict) -> None:
+    for result in results:
+        assert result["losses"] == pytest.approx(plain["losses"], abs=BOUND)
+        assert result["losses"] != pytest.approx(plain["losses"], abs=1e-5)  # it did round
+        assert result["norms"] == pytest.approx(plain["norms"], rel=5e-2)
+        assert result["weights"].keys() == plain["weights"].keys()
+
+
+@needs_torchao
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_recipes(one: Group, plain: dict, recipe: str) -> None:
+    near(one.run(cases.train, Degrees(), ParallelOptions(float8=replace(EMULATED, recipe=recipe))), plain)
+
+
+@needs_torchao
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        (Degrees(), ParallelOptions(float8=EMULATED)),
+        (Degrees(), ParallelOptions(float8=replace(EMULATED, fsdp_all_gather=True), activation_checkpointing="full")),
+        (Degrees(tp=2), ParallelOptions(float8=replace(EMULATED, recipe="rowwise"))),
+        (Degrees(tp=2), ParallelOptions(float8=EMULATED, activation_checkpointing="selective")),
+        (Degrees(), ParallelOptions(float8=EMULATED, compile_blocks=True, compile_backend="aot_eager")),
+    ],
+    ids=["fsdp", "fsdp-gather-ac", "tp-rowwise", "tp-sac", "fsdp-compile"],
+)
+def test_two_ranks(two: Group, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
+    near(two.run(cases.train, degrees, options), plain)
+
+
+@needs_torchao
+def test_from_meta(two: Group, plain: dict) -> None:
+    options = ParallelOptions(float8=replace(EMULATED, fsdp_all_gather=True))
+    near(two.run(parallel_float8.train_from_meta, Degrees(), options), plain)
+
+
+@needs_torchao
+def test_layouts_agree(one: Group, two: Group) -> None:
+    # One scale for each token does not depend on what other tokens the rank has; one for a tensor does.
+    options = ParallelOptions(float8=replace(EMULATED, recipe="rowwise_with_gw_hp"))
+    alone = one.run(cases.train, Degrees(), options)[0]
+    for result in two.run(cases.train, Degrees(), options):
+        assert result["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+
+
+@needs_torchao
+def test_what_is_converted(two: Group) -> None:
+    linears = [f"stack.{i}.{name}" for i in range(3) for name in ("mix.query", "mix.key", "mix.value", "mix.out")]
+    linears += [f"stack.{i}.mlp.{j}" for i in range(3) for j in (0, 2)]
+    for names, parameters in two.run(parallel_float8.converted, Degrees(tp=2), ParallelOptions(float8=EMULATED)):
+        assert sorted(names) == sorted(linears)  # not the head
+        assert set(parameters) == set(cases.build(False).state_dict())
+    skip = replace(EMULATED, skip=["stack.*.mix", "stack.1.mlp.0"])
+    for names, _ in two.run(parallel_float8.converted, Degrees(tp=2), ParallelOptions(float8=skip)):
+        assert sorted(names) == ["stack.0.mlp.0", "stack.0.mlp.2", "stack.1.mlp.2", "stack.2.mlp.0", "stack.2.mlp.2"]
+
+
+@needs_torchao
+def test_odd_sizes_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({str(i): nn.ModuleList([nn.Linear(32, 24), nn.Linear(32, 32)]) for i in range(2)})
+    with caplog.at_level(logging.WARNING, logger="titan_parallel"):
+        convert_linears(model, ["0", "1"], {}, 1, EMULATED)
+    assert [is_float8(model["1"][i]) for i in range(2)] == [False, True]
+    assert [record.message for record in caplog.records if record.name.startswith("titan_parallel")] == [
+        "these stay as they are, not in float8: *.0 (24 x 32 on a rank, which are not both multiples of 16)"
+    ]
+
+
+@needs_torchao
+def test_sizes_are_those_of_a_rank(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    plan = {"tensor": {"0": "colwise", "1": "rowwise", "2": "colwise_kv"}, "heads": (4, 2)}
+    with caplog.at_level(logging.WARNING, logger="titan_parallel"):
+        convert_linears(model, [], plan, 4, EMULATED)
+    assert not any(is_float8(module) for module in model)
+    for said in ("* (8 x 32 on a rank", "* (32 x 8 on a rank", "* (ranks share its heads)"):
+        assert said in caplog.text
+    convert_linears(model, [], plan, 2, EMULATED)
+    assert all(is_float8(module) for module in model)
+
+
+@needs_torchao
+def test_needs_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LayoutError, match=r"8\.9 or above .*, and this is cpu; leave it off, or set emulate"):
+        check_float8(Float8Options(), "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(LayoutError, match=r"this is compute capability 8\.0"):
+        check_float8(Float8Options(), "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    check_float8(Float8Options(), "cuda")
+    check_float8(EMULATED, "cpu")
+
+
+def test_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LayoutError, match=r"pip install 'titan-parallel\[float8\]'"):
+        check_float8(EMULATED, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("float8", "says"),
+    [
+        (Float8Options(recipe="blockwise"), "recipe 'blockwise' is none of ['tensorwise', 'rowwise', "),
+        (Float8Options(recipe="rowwise", fsdp_all_gather=True), "gathered under recipe 'tensorwise', not 'rowwise'"),
+    ],
+)
+def test_contradictions(float8: Float8Options, says: str) -> None:
+    with pytest.raises(LayoutError) as refused:
+        check_options(ParallelOptions(float8=float8), Degrees())
+    assert says in str(refused.value)
