@@ -20,6 +20,8 @@ _ALWAYS = frozenset(
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "torch_attn::_varlen_attn",
         "titan_model::document_attention",
+        "titan_parallel::context_attend",
+        "titan_parallel::context_ring",
         "aten::_grouped_mm",
         "_c10d_functional::reduce_scatter_tensor",
     }

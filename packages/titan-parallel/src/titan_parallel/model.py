@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_parallel.clipping import clip_grad_norm
+from titan_parallel.context_inputs import SequenceCut
 from titan_parallel.mesh import MESH_DIMS
 from titan_parallel.plan import clean_name
 from titan_parallel.sharding import reshard, set_last_microbatch
@@ -46,12 +47,18 @@ class ParallelModel:
     """
 
     def __init__(
-        self, parts: Sequence[nn.Module], mesh: DeviceMesh, tied: Sequence[tuple[str, str]], sharded_logits: bool
+        self,
+        parts: Sequence[nn.Module],
+        mesh: DeviceMesh,
+        tied: Sequence[tuple[str, str]],
+        sharded_logits: bool,
+        cut: SequenceCut | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self.mesh = mesh
         self._tied = tied
         self._sharded_logits = sharded_logits
+        self._cut = cut
 
     def materialize(self, device: torch.device | str) -> None:
         """Allocate the parameters and buffers of a model built on meta, uninitialised, on `device`."""
@@ -65,7 +72,8 @@ class ParallelModel:
         """Add the gradients of one step's loss: the sum over all microbatches of all ranks, over `normaliser`.
 
         Args:
-            microbatches: This rank's share of the global batch, with the same number of microbatches on each rank.
+            microbatches: This rank's share of the global batch, with the same number of microbatches on each rank;
+                whole sequences, of which context parallelism takes this rank's part.
             loss_function: Maps (output, target) to the *summed* loss, a scalar. The output is what the model returns,
                 its tensors whole, but for logits that the plan leaves split over the vocabulary: on these,
                 `torch.nn.functional.cross_entropy` with plain targets works as always.
@@ -76,7 +84,7 @@ class ParallelModel:
             This rank's part of the loss, detached; `sum_parts` adds up those of all ranks.
 
         Raises:
-            ValueError: If there is no microbatch.
+            ValueError: If there is no microbatch, or context parallelism cannot cut its sequences.
         """
         _check_any(microbatches)
         parts = []
@@ -103,10 +111,15 @@ class ParallelModel:
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output for the given arguments, its tensors whole on every rank, in evaluation mode.
 
-        All ranks call it together; those that share a place on the data axis with equal arguments.
+        All ranks call it together; those that share a place on the data axis with equal arguments. Under context
+        parallelism tensors of the output that have this rank's number of tokens in the dim that the plan gives as
+        `output` under `sequence` (1 if it does not) are gathered, their tokens in order; others stay this rank's own.
         """
         with self._evaluating():
-            return whole(self.parts[0](*args, **kwargs))
+            if self._cut is None:
+                return whole(self.parts[0](*args, **kwargs))
+            part = self._cut.take(args, kwargs)
+            return self._cut.gather(whole(self.parts[0](*part.args, **part.kwargs)), part.length)
 
     def sum_parts(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks that hold parts of it: all but those that `tp` made equal.
@@ -163,8 +176,11 @@ class ParallelModel:
                 value.copy_(state[name])
 
     def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
-        output = self.parts[0](*microbatch.args, **microbatch.kwargs)
-        return loss_function(output if self._sharded_logits else whole(output), microbatch.target)
+        args, kwargs, target = microbatch.args, microbatch.kwargs, microbatch.target
+        if self._cut is not None:
+            args, kwargs, target, _ = self._cut.take(args, kwargs, target)
+        output = self.parts[0](*args, **kwargs)
+        return loss_function(output if self._sharded_logits else whole(output), target)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 ActivationCheckpointing = Literal["none", "full", "selective"]
+ContextKind = Literal["allgather", "ring", "ulysses"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class ParallelOptions:
             of every second other matrix product and of the reduce-scatters of sequence parallelism.
         compile_blocks: Compile each block with torch.compile.
         compile_backend: Backend of torch.compile.
+        context: Under context parallelism, how ranks attend to sequences of which each has a part: `allgather` gathers
+            all keys and values, `ring` passes them from rank to rank, `ulysses` exchanges parts of the sequence for
+            parts of the heads.
     """
 
     param_dtype: torch.dtype | None = None
@@ -35,3 +39,4 @@ class ParallelOptions:
     activation_checkpointing: ActivationCheckpointing = "none"
     compile_blocks: bool = False
     compile_backend: str = "inductor"
+    context: ContextKind = "allgather"
