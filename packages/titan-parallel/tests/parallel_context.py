@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,6 @@ from titan_parallel import (
     Degrees,
     LayoutError,
     Microbatch,
-    ParallelModel,
     ParallelOptions,
     ParallelPlan,
     build_mesh,
@@ -22,7 +24,6 @@ from titan_parallel import (
     data_axis,
     parallelize,
 )
-from titan_parallel.context_collectives import peers_of
 from titan_parallel.context_layout import is_balanced, take_part
 
 VOCAB, DIM, HEADS, KV_HEADS, SEQ, ROWS, STEPS, MAX_NORM = 32, 32, 4, 2, 16, 4, 5, 0.3
@@ -194,3 +195,123 @@ def train(
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
     return {"losses": losses, "norms": norms, "weights": whole(model)}
+
+
+def attention(
+    rank: int, world: int, kind: str, sizes: tuple[int, int, int, int, int], ids: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Attend from this rank's part of made-up inputs; return the output and the gradients of q, k and v."""
+    balanced = is_balanced(kind)
+    mine = [take_part(x, 2, rank, world, balanced=balanced).to(dtype) for x in inputs(sizes)]
+    q, k, v = (x.requires_grad_() for x in mine[:3])
+    part = None if ids is None else take_part(ids, 1, rank, world, balanced=balanced)
+    out = context_attention(q, k, v, part, group=torch.distributed.group.WORLD, kind=kind)
+    out.backward(mine[3])
+    assert out.dtype == q.grad.dtype == k.grad.dtype == v.grad.dtype == dtype
+    return tuple(x.detach().float() for x in (out, q.grad, k.grad, v.grad))
+
+
+def inputs(sizes: tuple[int, int, int, int, int]) -> list[Tensor]:
+    """Return q, k, v and a gradient of the output, laid out as a model's projections lay them."""
+    rows, heads, kv_heads, length, width = sizes
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(rows, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator).transpose(1, 2) for shape in shapes]
+
+
+def expected_attention(sizes: tuple[int, int, int, int, int], ids: Tensor | None) -> tuple[Tensor, ...]:
+    *leaves, grad = inputs(sizes)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = plain_attention(*leaves, ids)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+def evaluate_and_predict(rank: int, world: int, degrees: Degrees, kind: str) -> tuple[float, Tensor, Tensor]:
+    """Return the loss of an evaluation, and what predictions give, positions given and not."""
+    model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN, ParallelOptions(context=kind))
+    tokens, ids, labels = batch(0)
+    place = data_axis(model.mesh)
+    mine = [x.chunk(place.world)[place.rank] for x in (tokens, ids, labels)]
+    total = float(model.sum_parts(model.evaluate([Microbatch((mine[0], mine[1]), mine[2])], summed_loss)))
+    places = torch.arange(SEQ).expand(ROWS, -1)
+    return total, model.predict(tokens, document_ids=ids), model.predict(tokens, ids, places=places)
+
+
+def refusal(rank: int, world: int, changed: ParallelPlan, kind: str) -> str:
+    """Return the message that `parallelize` refuses with, on every rank."""
+    merged: ParallelPlan = {**PLAN, **changed}
+    try:
+        parallelize(build(), build_mesh(Degrees(cp=world), "cpu"), merged, ParallelOptions(context=kind))
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def wrong_calls(rank: int, world: int) -> list[str]:
+    """Return what calls are answered with that give nothing to cut, or nothing that can be."""
+    model = parallelize(build(), build_mesh(Degrees(cp=world), "cpu"), PLAN)
+    tokens, ids, labels = batch(0)
+    messages = []
+    for microbatch in (
+        Microbatch((tokens[:, :6], ids[:, :6]), labels[:, :6]),
+        Microbatch((tokens, ids[:, :8]), labels),
+        Microbatch((tokens, ids), labels[:, :8]),
+        Microbatch((None,), labels),
+        Microbatch((tokens, ids, ids), labels),
+    ):
+        try:
+            model.forward_backward([microbatch], summed_loss, 1.0)
+        except LayoutError as error:
+            messages.append(str(error))
+    return messages
+
+
+class Count:
+    """Stands in for a function of torch.distributed and notes the bytes that each call is given to send."""
+
+    def __init__(self, real: Any, sent: Any) -> None:
+        self.real, self.sent, self.calls = real, sent, []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(sum(x.nbytes for x in self.sent(*args)))
+        return self.real(*args, **kwargs)
+
+
+SENDERS = {
+    "all_gather_into_tensor": lambda out, x: [x],
+    "reduce_scatter_tensor": lambda out, x: [x],
+    "all_to_all_single": lambda out, x: [x],
+    "batch_isend_irecv": lambda steps: [step.tensor for step in steps if step.op is torch.distributed.isend],
+}
+
+
+def traffic(
+    rank: int, world: int, kind: str, sizes: tuple[int, int, int, int, int], masked: bool
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Return the bytes of each call that attention makes, forward and backward."""
+    mine = [take_part(x, 2, rank, world, balanced=is_balanced(kind)).requires_grad_() for x in inputs(sizes)]
+    ids = torch.zeros(sizes[0], sizes[3] // world, dtype=torch.int64) if masked else None
+    with counted() as forward:
+        out = context_attention(*mine[:3], ids, group=torch.distributed.group.WORLD, kind=kind)
+    with counted() as backward:
+        out.backward(mine[3])
+    calls = [{name: count.calls for name, count in some.items() if count.calls} for some in (forward, backward)]
+    return calls[0], calls[1]
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, Count]]:
+    counts = {name: Count(getattr(torch.distributed, name), sent) for name, sent in SENDERS.items()}
+    with ExitStack() as stack:
+        for name, count in counts.items():
+            stack.enter_context(mock.patch.object(torch.distributed, name, count))
+        yield counts
+
+
+def ring_steps(rank: int, world: int, options: ParallelOptions) -> int:
+    """Return how many times a step of training passes something around the ring."""
+    model = parallelize(build(), build_mesh(Degrees(cp=world), "cpu"), PLAN, options)
+    tokens, ids, labels = batch(0)
+    with counted() as counts:
+        model.forward_backward([Microbatch((tokens, ids), labels)], summed_loss, 1.0)
+    return len(counts["batch_isend_irecv"].calls)
