@@ -100,6 +100,8 @@ def _attend(
     device = q.device.type
     if torch.is_autocast_enabled(device):  # as torch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"queries, keys and values must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     balanced = is_balanced(kind)
     starts = None
