@@ -1,6 +1,7 @@
 """Parallel training of any nn.Module over a device mesh."""
 
 from titan_parallel.clipping import clip_grad_norm
+from titan_parallel.context import context_attention
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import MESH_DIMS, DataAxis, Degrees, build_mesh, data_axis
 from titan_parallel.model import Microbatch, ParallelModel
@@ -21,6 +22,7 @@ __all__ = [
     "build_mesh",
     "check_plan",
     "clip_grad_norm",
+    "context_attention",
     "data_axis",
     "parallelize",
 ]

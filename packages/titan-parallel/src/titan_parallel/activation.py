@@ -24,6 +24,8 @@ _ALWAYS = frozenset(
         "aten._scaled_dot_product_cudnn_attention",
         "aten._scaled_dot_product_flash_attention_for_cpu",
         "torch_attn._varlen_attn",
+        "titan_parallel.context_attend",
+        "titan_parallel.context_ring",
         "aten._grouped_mm",
         "_c10d_functional.reduce_scatter_tensor",
         "_c10d_functional.all_to_all_single",

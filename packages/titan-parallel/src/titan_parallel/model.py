@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_parallel.clipping import clip_grad_norm
+from titan_parallel.context_inputs import SequenceCut
 from titan_parallel.describe import Layout, describe
 from titan_parallel.float8 import prepare_weights
 from titan_parallel.mesh import MESH_DIMS
@@ -54,12 +55,14 @@ class ParallelModel:
         tied: Sequence[tuple[str, str]],
         sharded_logits: bool,
         layout: Layout,
+        cut: SequenceCut | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self.mesh = mesh
         self._tied = tied
         self._sharded_logits = sharded_logits
         self._layout = layout
+        self._cut = cut
 
     def materialize(self, device: torch.device | str) -> None:
         """Allocate the parameters and buffers of a model built on meta, uninitialised.
@@ -80,7 +83,8 @@ class ParallelModel:
         """Add the gradients of one step's loss: the sum over all microbatches of all ranks, over `normaliser`.
 
         Args:
-            microbatches: This rank's share of the global batch, with the same number of microbatches on each rank.
+            microbatches: This rank's share of the global batch, with the same number of microbatches on each rank;
+                whole sequences, of which context parallelism takes this rank's part.
             loss_function: Maps (output, target) to the *summed* loss, a scalar. The output is what the model returns,
                 its tensors whole, but for logits that the plan leaves split over the vocabulary: on these,
                 `torch.nn.functional.cross_entropy` with plain targets works as always.
@@ -91,7 +95,7 @@ class ParallelModel:
             This rank's part of the loss, detached; `sum_parts` adds up those of all ranks.
 
         Raises:
-            ValueError: If there is no microbatch.
+            ValueError: If there is no microbatch, or context parallelism cannot cut its sequences.
         """
         _check_any(microbatches)
         self._prepare_weights()
@@ -121,11 +125,16 @@ class ParallelModel:
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output for the given arguments, its tensors whole on every rank, in evaluation mode.
 
-        All ranks call it together; those that share a place on the data axis with equal arguments.
+        All ranks call it together; those that share a place on the data axis with equal arguments. Under context
+        parallelism tensors of the output that have this rank's number of tokens in the dim that the plan gives as
+        `output` under `sequence` (1 if it does not) are gathered, their tokens in order; others stay this rank's own.
         """
         self._prepare_weights()
         with self._evaluating():
-            return whole(self.parts[0](*args, **kwargs))
+            if self._cut is None:
+                return whole(self.parts[0](*args, **kwargs))
+            part = self._cut.take(args, kwargs)
+            return self._cut.gather(whole(self.parts[0](*part.args, **part.kwargs)), part.length)
 
     def sum_parts(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks that hold parts of it: all but those that `tp` made equal.
@@ -186,8 +195,11 @@ class ParallelModel:
         return describe(self.named_parameters(), self.mesh, self._layout)
 
     def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
-        output = self.parts[0](*microbatch.args, **microbatch.kwargs)
-        return loss_function(output if self._sharded_logits else whole(output), microbatch.target)
+        args, kwargs, target = microbatch.args, microbatch.kwargs, microbatch.target
+        if self._cut is not None:
+            args, kwargs, target, _ = self._cut.take(args, kwargs, target)
+        output = self.parts[0](*args, **kwargs)
+        return loss_function(output if self._sharded_logits else whole(output), target)
 
     def _prepare_weights(self) -> None:
         if self._layout.options.float8 is not None and self._layout.options.float8.fsdp_all_gather:

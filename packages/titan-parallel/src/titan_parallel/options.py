@@ -12,6 +12,7 @@ from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import Degrees
 
 ActivationCheckpointing = Literal["none", "full", "selective", "budget"]
+ContextKind = Literal["allgather", "ring", "ulysses"]
 Reshard = Literal["default", "always", "never"]
 Float8Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
@@ -67,6 +68,9 @@ class ParallelOptions:
         compile_blocks: Compile each block with torch.compile.
         compile_backend: Backend of torch.compile.
         float8: Multiply in float8, by torchao; None does not.
+        context: Under context parallelism, how ranks attend to sequences of which each has a part: `allgather` gathers
+            all keys and values, `ring` passes them from rank to rank, `ulysses` exchanges parts of the sequence for
+            parts of the heads.
     """
 
     param_dtype: torch.dtype | None = None
@@ -83,6 +87,7 @@ class ParallelOptions:
     compile_blocks: bool = False
     compile_backend: str = "inductor"
     float8: Float8Options | None = None
+    context: ContextKind = "allgather"
 
 
 def check_options(options: ParallelOptions, degrees: Degrees) -> None:

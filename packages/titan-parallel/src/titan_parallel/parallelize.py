@@ -7,6 +7,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan_parallel.activation import checkpoint_blocks
 from titan_parallel.compilation import compile_blocks
+from titan_parallel.context import replace_attention
+from titan_parallel.context_collectives import peers_of
+from titan_parallel.context_inputs import SequenceCut, sequence_cut
 from titan_parallel.describe import Layout
 from titan_parallel.errors import LayoutError
 from titan_parallel.experts import check_experts, find_experts, spread_experts
@@ -23,7 +26,7 @@ from titan_parallel.tying import check_tied, tie_weights
 def parallelize(
     model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, options: ParallelOptions | None = None
 ) -> ParallelModel:
-    """Lay a model out over a mesh: tensor parallelism, activation checkpointing, compilation, then FSDP2.
+    """Lay a model out over a mesh: context and tensor parallelism, activation checkpointing, compilation, then FSDP2.
 
     Args:
         model: Any module, on meta or with its weights (then equal on all ranks). It is changed in place.
@@ -43,11 +46,16 @@ def parallelize(
     check_plan(plan, degrees_of(mesh), options=options)
     _check_device(options, mesh.device_type)
     roles = find_roles(model, plan)
-    match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
+    found = match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
     check_experts(model, plan, mesh["ep"].size())
     outer = [*roles.before, *roles.after]
     check_tied(model, tied, {name: name for name in roles.blocks} | dict.fromkeys(outer, "outer"))
 
+    cut = None
+    if mesh["cp"].size() > 1:
+        cut = _cut_sequences(model, mesh, plan, options)
+        names = [name for pattern in plan["attention"] for name in found[pattern]]
+        replace_attention(model, names, mesh["cp"].get_group(), options.context)
     if options.float8 is not None:
         convert_linears(model, roles.blocks, plan, mesh["tp"].size(), options.float8)
     styles = style_names(model, plan) if mesh["tp"].size() > 1 else {}
@@ -55,7 +63,18 @@ def parallelize(
     layout = Layout(options, roles.blocks, styles, in_float8)
     _lay_out(model, mesh, plan, roles, options)
     sharded_logits = mesh["tp"].size() > 1 and "logits" in plan.get("tensor", {}).values()
-    return ParallelModel([model], mesh, tied, sharded_logits, layout)
+    return ParallelModel([model], mesh, tied, sharded_logits, layout, cut)
+
+
+def _cut_sequences(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, options: ParallelOptions) -> SequenceCut:
+    return sequence_cut(
+        model,
+        plan["sequence"],
+        plan.get("positions"),
+        peers=peers_of(mesh["cp"].get_group()),
+        kind=options.context,
+        split_over=mesh["tp"].size() if options.sequence_parallel else 1,
+    )
 
 
 def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Roles, options: ParallelOptions) -> None:

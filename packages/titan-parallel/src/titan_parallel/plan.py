@@ -11,9 +11,10 @@ from typing import Literal, TypedDict, get_args
 from torch import nn
 from typing_extensions import ReadOnly
 
+from titan_parallel.context_layout import check_heads, check_length
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import Degrees
-from titan_parallel.options import ParallelOptions, check_options
+from titan_parallel.options import ContextKind, ParallelOptions, check_options
 
 TensorStyle = Literal[
     "vocab",
@@ -66,10 +67,11 @@ class ParallelPlan(TypedDict, total=False):
         attention: Modules that compute attention from whole sequences and nothing else; context parallelism puts
             another in their place. They are called as `core(q, k, v, mask)` with q `[B, H, S, Dh]`, k and v
             `[B, Hkv, S, Dh]` and return `[B, H, S, Dh]`; `mask` is None (causal) or has `document_ids`, integers
-            `[B, S]` or None: then queries see the keys of their own run of equal ids only, up to themselves.
+            `[B, S]` or None: then queries see the keys of their own run of equal ids only, up to themselves. Empty if
+            the model calls `context_attention` by itself.
         sequence: Inputs of the model that hold the sequence, by the names of its forward's parameters, and the dim in
-            which they do; `target` stands for the microbatch's target. Context parallelism gives each rank its part
-            of them.
+            which they do, counted from the front; `target` stands for the microbatch's target and `output` for what the
+            model returns. Context parallelism gives each rank its part of them.
         positions: The one of these inputs that numbers the positions, integers `[B, S]`. Where a caller leaves it out,
             context parallelism fills it in, counting from 0.
         heads: Numbers of query heads and of key/value heads.
@@ -181,8 +183,8 @@ def check_plan(
     Args:
         plan: The model's plan.
         degrees: The layout.
-        sequence_length: Tokens per sequence when activations are to be split over the sequence, else None.
-        options: The other choices; None leaves out what depends on them.
+        sequence_length: Tokens per sequence, if known.
+        options: Those that the model will be parallelized with; the defaults if None.
 
     Raises:
         LayoutError: With every misfit, and degrees that would fit.
@@ -193,16 +195,18 @@ def check_plan(
     styles = set(plan.get("tensor", {}).values()) - set(get_args(TensorStyle))
     if styles:
         raise LayoutError(f"unknown tensor-parallel styles {sorted(styles)}; there are {list(get_args(TensorStyle))}")
+    options = options or ParallelOptions()
+    check_options(options, degrees)
     _check_experts(plan, degrees)
-    if options is not None:
-        check_options(options, degrees)
     tp = degrees.tp
+    if degrees.cp > 1:
+        _check_context(plan, degrees, options, sequence_length)
     if tp == 1:
         return
     if not plan.get("tensor"):
         raise LayoutError(f"tp is {tp}, but the plan says under 'tensor' of no module how to split it")
     sizes = dict(plan.get("divisible", {}))
-    if sequence_length is not None:
+    if sequence_length is not None and options.sequence_parallel and degrees.cp == 1:
         sizes["sequence length (sequence parallel)"] = sequence_length
     shared = _shared_heads(plan)
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
@@ -245,3 +249,24 @@ def _shared_heads(plan: ParallelPlan) -> int:
 
 def _can_share(heads: int, ranks: int) -> bool:
     return heads % ranks == 0 or ranks % heads == 0
+
+
+def _check_context(plan: ParallelPlan, degrees: Degrees, options: ParallelOptions, sequence_length: int | None) -> None:
+    cp, kind = degrees.cp, options.context
+    if kind not in get_args(ContextKind):
+        raise LayoutError(f"unknown kind of context parallelism {kind!r}; there are {list(get_args(ContextKind))}")
+    if "attention" not in plan or not plan.get("sequence"):
+        lacking = [entry for entry in ("attention", "sequence") if not plan.get(entry)]
+        raise LayoutError(
+            f"cp is {cp}, but the plan does not say {' and '.join(map(repr, lacking))}: context parallelism has to know "
+            "which modules compute attention and which inputs hold the sequence, by name and dim; or take cp 1"
+        )
+    positions = plan.get("positions")
+    if positions is not None and positions not in plan["sequence"]:
+        raise LayoutError(
+            f"the plan's 'positions', {positions!r}, is not among its 'sequence', {dict(plan['sequence'])}"
+        )
+    if kind == "ulysses" and "heads" in plan:
+        check_heads(plan["heads"][0], cp, degrees.tp)
+    if sequence_length is not None:
+        check_length(sequence_length, cp, kind, degrees.tp if options.sequence_parallel else 1)
