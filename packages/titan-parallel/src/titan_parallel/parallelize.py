@@ -10,6 +10,8 @@ from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
 from titan_parallel.options import ParallelOptions
 from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names
+from titan_parallel.schedules import check_pipeline
+from titan_parallel.sequential import SequentialRun
 from titan_parallel.sharding import apply_fsdp
 from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
 from titan_parallel.tying import check_tied, tie_weights
@@ -36,14 +38,24 @@ def parallelize(
     options = options or ParallelOptions()
     tied = list(plan.get("tied", ()))
     check_plan(plan, degrees_of(mesh))
+    check_pipeline(mesh["pp"].size(), options.pipeline)
     roles = find_roles(model, plan)
     match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
     outer = [*roles.before, *roles.after]
     check_tied(model, tied, {name: name for name in roles.blocks} | dict.fromkeys(outer, "outer"))
 
-    _lay_out(model, mesh, plan, roles, options)
     sharded_logits = mesh["tp"].size() > 1 and "logits" in plan.get("tensor", {}).values()
-    return ParallelModel([model], mesh, tied, sharded_logits)
+
+    def lay_out(part: nn.Module, own_plan: ParallelPlan, own_roles: Roles) -> None:
+        _lay_out(part, mesh, own_plan, own_roles, options)
+
+    if mesh["pp"].size() > 1:
+        from titan_parallel.pipeline import make_stages  # torch's pipelining takes seconds to import
+
+        run = make_stages(model, mesh, plan, roles, options, lay_out, sharded_logits)
+        return ParallelModel(run.parts, mesh, tied, run)
+    lay_out(model, plan, roles)
+    return ParallelModel([model], mesh, tied, SequentialRun(model, sharded_logits))
 
 
 def _lay_out(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, roles: Roles, options: ParallelOptions) -> None:

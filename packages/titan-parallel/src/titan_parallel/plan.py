@@ -16,7 +16,7 @@ from titan_parallel.mesh import Degrees
 
 TensorStyle = Literal["vocab", "sequence", "gather", "colwise", "rowwise", "logits", "local", "replicate"]
 
-_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_entered_module")
 
 
 class ParallelPlan(TypedDict, total=False):

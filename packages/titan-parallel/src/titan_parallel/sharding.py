@@ -43,15 +43,17 @@ def apply_fsdp(
 
     before, blocks, after = ([model.get_submodule(name) for name in names] for names in astuple(roles))
 
+    free = options.reshard_after_forward is not False
+
     def shard(unit: nn.Module | list[nn.Module], reshard: bool) -> None:
         fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard)
 
     for unit in [] if tied else before:
-        shard(unit, options.reshard_after_forward)
+        shard(unit, free)
         if isinstance(unit, nn.Embedding) and isinstance(unit, FSDPModule):
             unit.set_unshard_in_backward(False)  # the gradient of a table does not depend on the table
     for unit in blocks:
-        shard(unit, options.reshard_after_forward)
+        shard(unit, free)
     if after:
         shard([*before, *after] if tied else after, False)
     fully_shard(model, mesh=data_mesh, mp_policy=outer, reshard_after_forward=False)
