@@ -71,7 +71,7 @@ class Documents(nn.Module):
             x = layer(x, same.tril())
             x = x[0] if layer.wraps else x  # looks at a layer that may be elsewhere
         logits = self.vocab_out(self.last(x))
-        return logits.unflatten(-1, (2, VOCAB // 2)).flatten(-2)
+        return logits.unflatten(-1, (2, VOCAB // 2)).flatten(-2) * self.scale
 
 
 def plan(tied: bool) -> ParallelPlan:

@@ -43,7 +43,7 @@ def apply_fsdp(
 
     before, blocks, after = ([model.get_submodule(name) for name in names] for names in astuple(roles))
 
-    free = options.reshard_after_forward is not False
+    free = mesh["pp"].size() == 1 if options.reshard_after_forward is None else options.reshard_after_forward
 
     def shard(unit: nn.Module | list[nn.Module], reshard: bool) -> None:
         fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard)

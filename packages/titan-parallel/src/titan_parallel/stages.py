@@ -259,7 +259,20 @@ class Stage(nn.Module):
         found, wanted = Like.of(hidden), boundary.hidden
         if (found.shape, found.dtype, found.placements) != (wanted.shape, wanted.dtype, wanted.placements):
             raise RuntimeError(f"blocks have to keep the hidden state's shape and dtype, {wanted}, but return {found}")
-        return _settled(hidden.to_local() if isinstance(hidden, DTensor) else hidden)
+        left: Tensor = _Leave.apply(_settled(hidden.to_local() if isinstance(hidden, DTensor) else hidden))
+        return left
+
+
+class _Leave(torch.autograd.Function):
+    """The identity on what is sent: no view, even of itself, as torch detaches a stage's output in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.data  # shares memory, and is a view to nobody
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _Arrive(torch.autograd.Function):
