@@ -26,9 +26,7 @@ class ParallelModel:
         mesh: The mesh it is laid out on.
     """
 
-    def __init__(
-        self, parts: Sequence[nn.Module], mesh: DeviceMesh, tied: Sequence[tuple[str, str]], run: Run
-    ) -> None:
+    def __init__(self, parts: Sequence[nn.Module], mesh: DeviceMesh, tied: Sequence[tuple[str, str]], run: Run) -> None:
         self.parts = tuple(parts)
         self.mesh = mesh
         self._tied = tied

@@ -139,10 +139,16 @@ class PipelineRun:
             last = len(self.placed.ranks) - 1
             # Half of a compiled block's backward cannot be run alone; what is checkpointed would be computed twice. And
             # the loss, in the last stage, is often a fused function whose backward runs once.
-            whole_blocks = self._options.compile_blocks or self._options.activation_checkpointing != "none"
+            together = self._options.compile_blocks or self._options.activation_checkpointing != "none"
             stages = [
                 ScheduledStage(
-                    stage, index, last + 1, self._group, boundary, in_one_piece=whole_blocks or index == last
+                    stage,
+                    index,
+                    last + 1,
+                    self._group,
+                    boundary,
+                    splits=self.placed.splits_backward and trains,
+                    in_one_piece=together or index == last,
                 )
                 for index, stage in self._stages.items()
             ]
@@ -284,7 +290,7 @@ def make_stages(
         for index in mine
     }
     plans = {index: stage_plan(model, plan, roles, own) for index, own in owned.items()}
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     copies = [_copy_structure(model) for _ in mine[1:]]
     stages: dict[int, Stage] = {}
     for (index, own), part in zip(owned.items(), [model, *copies], strict=True):
@@ -357,7 +363,8 @@ def _signature(microbatch: Microbatch) -> Hashable:
     def describe(leaf: Any) -> Hashable:
         if isinstance(leaf, Tensor):
             return tuple(leaf.shape), leaf.dtype
-        return leaf if isinstance(leaf, int | str | None) else type(leaf)
+        kind: Hashable = type(leaf)
+        return leaf if isinstance(leaf, int | str) else kind
 
     keys = tuple(microbatch.kwargs)
     return keys, tuple(describe(leaf) for leaf in tree_leaves((microbatch.args, dict(microbatch.kwargs))))

@@ -31,8 +31,9 @@ class ScheduledStage(PipelineStage):
         boundary: What passes between stages.
         microbatches: Of the step.
         boundaries: For each of them.
-        in_one_piece: Compute gradients of inputs and of weights together where the schedule has them apart, at the
-            place of the former.
+        splits: Whether the schedule has gradients of inputs and of weights apart.
+        in_one_piece: Compute them together all the same, at the place of the former. Done anyway where the graph turns
+            out not to allow for the former alone.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ScheduledStage(PipelineStage):
         group: ProcessGroup,
         boundary: Boundary,
         *,
+        splits: bool,
         in_one_piece: bool,
     ) -> None:
         hidden = torch.empty(boundary.local, dtype=boundary.hidden.dtype, device="meta", requires_grad=True)
@@ -55,9 +57,12 @@ class ScheduledStage(PipelineStage):
             input_args=(hidden,) if index else (),
             output_args=(hidden,) if index < count - 1 else (loss,),
             group=group,
-            dw_builder=_nothing_left if in_one_piece else None,
+            dw_builder=_nothing_left if splits and in_one_piece else None,
         )
         self.stage = stage
+        self._splits = splits
+        if splits and index and not in_one_piece and stage.splits_backward is None:
+            stage.examines = True
         self.microbatches: Sequence[Microbatch] = ()
         self.boundaries: Sequence[Boundary] = ()
 
@@ -65,13 +70,16 @@ class ScheduledStage(PipelineStage):
         """Compute the microbatch of this number."""
         self.stage.microbatch = self.microbatches[fwd_chunk_id]
         self.stage.flow.boundary = self.boundaries[fwd_chunk_id]
-        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self._splits and self.stage.splits_backward is False:
+            self.dw_builder = _nothing_left
+        return output
 
     # Of stages that meet on one rank, torch hands gradients on even where there are none, in evaluation.
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """Return the gradient for the stage before on this rank."""
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
         """Take the gradient of the stage after on this rank."""

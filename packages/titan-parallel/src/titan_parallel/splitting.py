@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -26,7 +27,7 @@ def split_blocks(model: nn.Module, roles: Roles, stages: int, options: PipelineO
     blocks = roles.blocks
     if options.split:
         cuts = [0, *(blocks.index(name) for name in options.split), len(blocks)]
-        return [list(blocks[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+        return [list(blocks[start:end]) for start, end in pairwise(cuts)]
     costs = [float(_work([model.get_submodule(name)])) for name in blocks]
     unit = sum(costs) / len(costs) or 1.0
     costs = [cost / unit for cost in costs] if any(costs) else [1.0] * len(blocks)
@@ -36,7 +37,7 @@ def split_blocks(model: nn.Module, roles: Roles, stages: int, options: PipelineO
     ]
     sizes = balance(costs, stages, first=outer[0], last=outer[1])
     starts = [sum(sizes[:i]) for i in range(stages + 1)]
-    return [list(blocks[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+    return [list(blocks[start:end]) for start, end in pairwise(starts)]
 
 
 def balance(costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> list[int]:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from titan_parallel.errors import LayoutError
 from titan_parallel.plan import ParallelPlan, Roles, match_names
+from titan_parallel.splittable import is_splittable
 
 
 class Arguments(Protocol):
@@ -197,10 +198,14 @@ class Stage(nn.Module):
         flow: What its modules share.
         microbatch: What to compute next; set before each call.
         finish: Makes the result of the last stage: (output of the model, microbatch) to a scalar.
+        examines: Whether to find out, in the next forward with gradients, if the backward can be run in two halves.
+        splits_backward: What was found.
     """
 
     microbatch: Arguments
     finish: Callable[[Any, Any], Tensor] | None = None
+    examines: bool = False
+    splits_backward: bool | None = None
 
     def __init__(self, part: nn.Module, flow: Flow, before: Sequence[str], is_last: bool) -> None:
         super().__init__()
@@ -210,6 +215,7 @@ class Stage(nn.Module):
         self._is_last = is_last
 
     def forward(self, received: Tensor | None = None) -> Tensor:
+        """Compute the microbatch from what was received (but on the first stage) to what is to be sent, or the loss."""
         flow = self.flow
         flow.calls.clear()
         flow.received = None if received is None else self._unpacked(received)
@@ -217,7 +223,12 @@ class Stage(nn.Module):
             output = self.part(*self.microbatch.args, **self.microbatch.kwargs)
         except _Reached:
             hidden, flow.sent, flow.received = flow.sent, None, None
-            return torch.zeros(()) if hidden is None else self._packed(hidden)
+            if hidden is None:
+                return torch.zeros(())
+            sent = self._packed(hidden)
+            if self.examines and received is not None and sent.requires_grad:
+                self.examines, self.splits_backward = False, is_splittable(sent, received)
+            return sent
         flow.received = None
         if not self._is_last or self.finish is None:
             raise RuntimeError("the model's forward ended before it called the blocks of later pipeline stages")
