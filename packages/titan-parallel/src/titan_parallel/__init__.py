@@ -4,13 +4,16 @@ from titan_parallel.clipping import clip_grad_norm
 from titan_parallel.context import context_attention
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import MESH_DIMS, DataAxis, Degrees, build_mesh, data_axis
-from titan_parallel.model import Microbatch, ParallelModel
-from titan_parallel.options import Float8Options, ParallelOptions
+from titan_parallel.model import ParallelModel
+from titan_parallel.options import Float8Options, ParallelOptions, PipelineOptions
 from titan_parallel.parallelize import parallelize
 from titan_parallel.plan import ParallelPlan, check_plan
+from titan_parallel.schedules import SCHEDULES, bubble_share, check_pipeline, choose_microbatches
+from titan_parallel.sequential import Microbatch
 
 __all__ = [
     "MESH_DIMS",
+    "SCHEDULES",
     "DataAxis",
     "Degrees",
     "Float8Options",
@@ -19,8 +22,12 @@ __all__ = [
     "ParallelModel",
     "ParallelOptions",
     "ParallelPlan",
+    "PipelineOptions",
+    "bubble_share",
     "build_mesh",
+    "check_pipeline",
     "check_plan",
+    "choose_microbatches",
     "clip_grad_norm",
     "context_attention",
     "data_axis",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -13,7 +14,13 @@ from titan_parallel.tensor_parallel import settle_gradients, to_full
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float | None,
+    *,
+    stages: dist.ProcessGroup | None = None,
+    copies: Iterable[nn.Parameter] = (),
+) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `max_norm`.
 
     Parameters are grouped by the mesh dims that they are sharded over; each group's squares are summed over those.
@@ -22,6 +29,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     Args:
         parameters: All parameters of this rank; those without a gradient are passed over.
         max_norm: The bound; None only measures.
+        stages: The ranks of a pipeline, each with parameters of its own; None if there is none.
+        copies: Those of the parameters that another rank of `stages` counts. They are scaled with the rest.
 
     Returns:
         The norm before clipping, a plain fp32 scalar that is equal on all ranks; not finite if any gradient is not.
@@ -33,10 +42,16 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
         gradient = parameter.grad
         if gradient is not None:
             groups.setdefault(_sharding(gradient), []).append(parameter)
-    if not groups:
-        return torch.zeros(())
-    squares = [_sum_of_squares([p.grad for p in group if p.grad is not None]) for group in groups.values()]
-    total: Tensor = torch.stack(squares).sum().sqrt()
+    uncounted = {id(parameter) for parameter in copies}
+    squares = [torch.zeros((), device=parameters[0].device if parameters else None)]
+    for group in groups.values():
+        gradients = [p.grad for p in group if p.grad is not None and id(p) not in uncounted]
+        if gradients:
+            squares.append(_sum_of_squares(gradients))
+    square = torch.stack(squares).sum()
+    if stages is not None:
+        dist.all_reduce(square, group=stages)
+    total: Tensor = square.sqrt()
     if max_norm is not None:
         for group in groups.values():
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.parallel import loss_parallel
 
-from titan_parallel.clipping import clip_grad_norm
 from titan_parallel.context_inputs import SequenceCut
 from titan_parallel.describe import Layout, describe
 from titan_parallel.float8 import prepare_weights
 from titan_parallel.mesh import MESH_DIMS
 from titan_parallel.plan import clean_name
-from titan_parallel.sharding import reshard, set_last_microbatch
-from titan_parallel.tensor_parallel import settle_gradients, to_full, whole
+from titan_parallel.sequential import LossFunction, Microbatch, Run
+from titan_parallel.sharding import reshard
+from titan_parallel.tensor_parallel import settle_gradients
 from titan_parallel.tying import tie_weights
-
-LossFunction = Callable[[Any, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """What one forward and its loss need.
-
-    Attributes:
-        args: Positional arguments of the model.
-        target: Second argument of the loss function, after the model's output.
-        kwargs: Keyword arguments of the model.
-    """
-
-    args: tuple[Any, ...]
-    target: Any
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ParallelModel:
@@ -53,14 +34,14 @@ class ParallelModel:
         parts: Sequence[nn.Module],
         mesh: DeviceMesh,
         tied: Sequence[tuple[str, str]],
-        sharded_logits: bool,
+        run: Run,
         layout: Layout,
-        cut: SequenceCut | None = None,
+        cut: SequenceCut | None,
     ) -> None:
         self.parts = tuple(parts)
         self.mesh = mesh
         self._tied = tied
-        self._sharded_logits = sharded_logits
+        self._run = run
         self._layout = layout
         self._cut = cut
 
@@ -75,7 +56,9 @@ class ParallelModel:
             for module in part.modules() if self._layout.options.cpu_offload else ():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
-            tie_weights(part, self._tied)  # `to_empty` makes two tensors of a tied one
+            names = {clean_name(name) for name, _ in part.named_parameters(remove_duplicate=False)}
+            # `to_empty` makes two tensors of a tied one
+            tie_weights(part, [pair for pair in self._tied if names.issuperset(pair)])
 
     def forward_backward(
         self, microbatches: Sequence[Microbatch], loss_function: LossFunction, normaliser: float
@@ -99,16 +82,9 @@ class ParallelModel:
         """
         _check_any(microbatches)
         self._prepare_weights()
-        parts = []
-        for i, microbatch in enumerate(microbatches):
-            is_last = i == len(microbatches) - 1
-            set_last_microbatch(self.parts[0], is_last, reduce_every=self._layout.options.reduce_every_microbatch)
-            with self._loss_context():
-                loss = self._loss(microbatch, loss_function) / normaliser
-                loss.backward()  # type: ignore[no-untyped-call]
-            parts.append(to_full(loss.detach()))
+        loss = self._run.forward_backward(self._own_tokens(microbatches), loss_function, normaliser)
         settle_gradients(self.parameters())
-        return torch.stack(parts).sum()
+        return loss
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> Tensor:
@@ -118,8 +94,8 @@ class ParallelModel:
         """
         _check_any(microbatches)
         self._prepare_weights()
-        with self._evaluating(), self._loss_context():
-            return torch.stack([to_full(self._loss(m, loss_function)) for m in microbatches]).sum()
+        with self._evaluating():
+            return self._run.evaluate(self._own_tokens(microbatches), loss_function)
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,9 +108,9 @@ class ParallelModel:
         self._prepare_weights()
         with self._evaluating():
             if self._cut is None:
-                return whole(self.parts[0](*args, **kwargs))
+                return self._run.predict(args, kwargs)
             part = self._cut.take(args, kwargs)
-            return self._cut.gather(whole(self.parts[0](*part.args, **part.kwargs)), part.length)
+            return self._cut.gather(self._run.predict(part.args, part.kwargs), part.length)
 
     def sum_parts(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks that hold parts of it: all but those that `tp` made equal.
@@ -150,25 +126,38 @@ class ParallelModel:
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         """Clip the gradients by their global norm and return it; see `titan_parallel.clip_grad_norm`."""
-        return clip_grad_norm(self.parameters(), max_norm)
+        return self._run.clip_grad_norm(list(self.parameters()), max_norm)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name in the plain model, parameter); a tied weight comes once, under its owner's name."""
+        """Yield (name in the plain model, parameter) of this rank's parts.
+
+        A tied weight comes once, under its owner's name. In a pipeline the ranks with the first and the last stage
+        both have a copy of a weight that these share, under this name; what is done with one has to be done with both.
+        """
         owners = dict(self._tied)
+        seen: set[str] = set()
         for part in self.parts:
             for name, parameter in part.named_parameters():
-                plain = clean_name(name)
-                yield owners.get(plain, plain), parameter
+                plain = owners.get(clean_name(name), clean_name(name))
+                if plain not in seen:
+                    seen.add(plain)
+                    yield plain, parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield every parameter once."""
-        return (parameter for part in self.parts for parameter in part.parameters())
+        return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return parameters and persistent buffers by their names in the plain model; a tied weight comes once."""
-        aliases = {alias for alias, _ in self._tied}
-        state = {clean_name(name): value for part in self.parts for name, value in part.state_dict().items()}
-        return {name: value for name, value in state.items() if name not in aliases}
+        """Return parameters and persistent buffers of this rank's parts by their names in the plain model.
+
+        A tied weight comes once, as in `named_parameters`.
+        """
+        owners = dict(self._tied)
+        state: dict[str, Any] = {}
+        for part in self.parts:
+            for name, value in part.state_dict().items():
+                state.setdefault(owners.get(clean_name(name), clean_name(name)), value)
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,12 +183,11 @@ class ParallelModel:
         """Return a table of this rank's parameters: how each is split, its whole and its own shape, and its bytes."""
         return describe(self.named_parameters(), self.mesh, self._layout)
 
-    def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
-        args, kwargs, target = microbatch.args, microbatch.kwargs, microbatch.target
-        if self._cut is not None:
-            args, kwargs, target, _ = self._cut.take(args, kwargs, target)
-        output = self.parts[0](*args, **kwargs)
-        return loss_function(output if self._sharded_logits else whole(output), target)
+    def _own_tokens(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+        if self._cut is None:
+            return list(microbatches)
+        parts = [self._cut.take(m.args, m.kwargs, m.target) for m in microbatches]
+        return [Microbatch(part.args, part.target, part.kwargs) for part in parts]
 
     def _prepare_weights(self) -> None:
         if self._layout.options.float8 is not None and self._layout.options.float8.fsdp_all_gather:
@@ -219,9 +207,6 @@ class ParallelModel:
                 module.training = training
             for part in self.parts:
                 reshard(part)
-
-    def _loss_context(self) -> AbstractContextManager[None]:
-        return loss_parallel() if self._sharded_logits else nullcontext()
 
 
 def _check_any(microbatches: Sequence[Microbatch]) -> None:

@@ -37,6 +37,29 @@ class Float8Options:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """How pipeline parallelism splits the blocks into stages, and in which order these run.
+
+    Attributes:
+        schedule: One of `SCHEDULES`, or the path of a file that ends in `.csv`: a row for each rank, a cell for each
+            of its actions in their order, such as `0F3`: stage 0 runs the forward of microbatch 3. The other kinds are
+            `B` (backward), or `I` and `W` for the two halves of one (gradients of inputs, of weights).
+        stages_per_rank: None is 1 for GPipe and 1F1B, what a file says, and 2 for the others.
+        split: Names of the blocks that begin a stage, without the first. Empty: stages are balanced by what their
+            blocks compute.
+        first_stage_less: For balancing: how many blocks' work the modules before the blocks stand for. None counts
+            their parameters, but for embedding tables, which are only looked up in.
+        last_stage_less: The same for the modules after the blocks.
+    """
+
+    schedule: str = "1F1B"
+    stages_per_rank: int | None = None
+    split: tuple[str, ...] = ()
+    first_stage_less: float | None = None
+    last_stage_less: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
     """Choices that change speed and memory, not what is learnt (but for the rounding of a lower precision).
 
@@ -71,6 +94,7 @@ class ParallelOptions:
         context: Under context parallelism, how ranks attend to sequences of which each has a part: `allgather` gathers
             all keys and values, `ring` passes them from rank to rank, `ulysses` exchanges parts of the sequence for
             parts of the heads.
+        pipeline: Stages and schedule, where `pp` is more than 1.
     """
 
     param_dtype: torch.dtype | None = None
@@ -88,6 +112,7 @@ class ParallelOptions:
     compile_backend: str = "inductor"
     float8: Float8Options | None = None
     context: ContextKind = "allgather"
+    pipeline: PipelineOptions = PipelineOptions()
 
 
 def check_options(options: ParallelOptions, degrees: Degrees) -> None:

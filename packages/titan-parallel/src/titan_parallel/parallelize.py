@@ -18,6 +18,8 @@ from titan_parallel.mesh import degrees_of
 from titan_parallel.model import ParallelModel
 from titan_parallel.options import ParallelOptions
 from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names, style_names
+from titan_parallel.schedules import check_pipeline
+from titan_parallel.sequential import SequentialRun
 from titan_parallel.sharding import apply_fsdp
 from titan_parallel.tensor_parallel import apply_tensor_parallel, check_covered
 from titan_parallel.tying import check_tied, tie_weights
@@ -44,6 +46,7 @@ def parallelize(
     options = options or ParallelOptions()
     tied = list(plan.get("tied", ()))
     check_plan(plan, degrees_of(mesh), options=options)
+    check_pipeline(mesh["pp"].size(), options.pipeline)
     _check_device(options, mesh.device_type)
     roles = find_roles(model, plan)
     found = match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
@@ -61,9 +64,19 @@ def parallelize(
     styles = style_names(model, plan) if mesh["tp"].size() > 1 else {}
     in_float8 = [name for name, module in model.named_modules() if is_float8(module)]
     layout = Layout(options, roles.blocks, styles, in_float8)
-    _lay_out(model, mesh, plan, roles, options)
     sharded_logits = mesh["tp"].size() > 1 and "logits" in plan.get("tensor", {}).values()
-    return ParallelModel([model], mesh, tied, sharded_logits, layout, cut)
+
+    def lay_out(part: nn.Module, own_plan: ParallelPlan, own_roles: Roles) -> None:
+        _lay_out(part, mesh, own_plan, own_roles, options)
+
+    if mesh["pp"].size() > 1:
+        from titan_parallel.pipeline import make_stages  # torch's pipelining takes seconds to import
+
+        stages = make_stages(model, mesh, plan, roles, options, lay_out, sharded_logits)
+        return ParallelModel(stages.parts, mesh, tied, stages, layout, cut)
+    lay_out(model, plan, roles)
+    run = SequentialRun(model, sharded_logits, options.reduce_every_microbatch)
+    return ParallelModel([model], mesh, tied, run, layout, cut)
 
 
 def _cut_sequences(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, options: ParallelOptions) -> SequenceCut:

@@ -30,7 +30,7 @@ TensorStyle = Literal[
     "router",
 ]
 
-_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_entered_module")
 
 
 class ParallelPlan(TypedDict, total=False):

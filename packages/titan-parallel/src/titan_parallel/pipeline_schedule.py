@@ -1,0 +1,147 @@
+"""The seam to torch's pipeline schedules: stages of static shapes, and the schedule that runs them.
+
+Every stage is called without arguments of the user's: torch would cut these along their first dim, keep them with the
+activations and check them against those of the first microbatch. Which microbatch is meant comes with each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get_schedule_class
+
+from titan_parallel.schedules import Stages
+from titan_parallel.sequential import Microbatch
+from titan_parallel.stages import Boundary, Stage
+
+
+class ScheduledStage(PipelineStage):
+    """A stage as a schedule knows it.
+
+    Args:
+        stage: What it computes.
+        index: Its place among all stages.
+        count: Number of all stages.
+        group: The ranks of the pipeline.
+        boundary: What passes between stages.
+        microbatches: Of the step.
+        boundaries: For each of them.
+        splits: Whether the schedule has gradients of inputs and of weights apart.
+        in_one_piece: Compute them together all the same, at the place of the former. Done anyway where the graph turns
+            out not to allow for the former alone.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        index: int,
+        count: int,
+        group: ProcessGroup,
+        boundary: Boundary,
+        *,
+        splits: bool,
+        in_one_piece: bool,
+    ) -> None:
+        hidden = torch.empty(boundary.local, dtype=boundary.hidden.dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+        super().__init__(
+            stage,
+            index,
+            count,
+            stage.flow.device,
+            input_args=(hidden,) if index else (),
+            output_args=(hidden,) if index < count - 1 else (loss,),
+            group=group,
+            dw_builder=_nothing_left if splits and in_one_piece else None,
+        )
+        self.stage = stage
+        self._splits = splits
+        if splits and index and not in_one_piece and stage.splits_backward is None:
+            stage.examines = True
+        self.microbatches: Sequence[Microbatch] = ()
+        self.boundaries: Sequence[Boundary] = ()
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Compute the microbatch of this number."""
+        self.stage.microbatch = self.microbatches[fwd_chunk_id]
+        self.stage.flow.boundary = self.boundaries[fwd_chunk_id]
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if self._splits and self.stage.splits_backward is False:
+            self.dw_builder = _nothing_left
+        return output
+
+    # Of stages that meet on one rank, torch hands gradients on even where there are none, in evaluation.
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """Return the gradient for the stage before on this rank."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """Take the gradient of the stage after on this rank."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Reduce the gradients of the step over data ranks."""
+        if self.has_backward:
+            super().perform_reduce_grad(grad_scale_factor)
+
+
+class BuiltSchedule:
+    """A schedule for a number of microbatches of one shape.
+
+    Args:
+        name: One of `SCHEDULES`, or the path of a file.
+        placed: Where the stages lie.
+        stages: Those on this rank.
+        microbatches: Of a step.
+        trains: Whether there will be a backward.
+    """
+
+    def __init__(
+        self, name: str, placed: Stages, stages: Sequence[ScheduledStage], microbatches: int, trains: bool
+    ) -> None:
+        self._stages = stages
+        self._count = microbatches
+        self._trains = trains
+        if not trains:  # one that takes any number of microbatches, and places stages alike
+            single = "GPipe" if len(stages) == 1 else "LoopedBFS"
+            name = "ZBVZeroBubble" if placed.v_shaped else single
+        file = name if placed.file is not None and trains else None
+        kind: Any = _PipelineScheduleRuntime if file is not None else get_schedule_class(name)
+        alone = name in ("GPipe", "1F1B")
+        # The last stage computes the loss itself: torch wants tensors of what a stage returns.
+        self._schedule = kind(
+            stages[0] if alone else list(stages), n_microbatches=microbatches, loss_fn=_as_it_is, scale_grads=False
+        )
+        if file is not None:
+            self._schedule._load_csv(file)
+
+    def run(self, microbatches: Sequence[Microbatch], boundaries: Sequence[Boundary]) -> list[Tensor]:
+        """Run a step; return the losses of its microbatches, on the rank with the last stage, in their order."""
+        losses: list[Tensor] = []
+        target = torch.arange(self._count)  # what the schedule cuts into microbatches
+        for stage in self._stages:
+            stage.microbatches, stage.boundaries = microbatches, boundaries
+        try:
+            run = self._schedule.step if self._trains else self._schedule.eval
+            run(target=target, losses=losses, return_outputs=False)
+        finally:
+            for stage in self._stages:
+                stage.microbatches, stage.boundaries = (), ()
+        for stage in self._stages:
+            stage.clear_runtime_states()
+        return losses
+
+
+def _as_it_is(loss: Tensor, target: Tensor) -> Tensor:
+    return loss
+
+
+def _nothing_left() -> Any:
+    return lambda: None

@@ -1,0 +1,60 @@
+"""Whether a stage's backward can be run in two halves: gradients of inputs first, of weights later.
+
+torch does so by starting again, for the weights, at the nodes of the autograd graph where they meet what depends on the
+input. That takes each weight to meet it once: with a second meeting further up (a module that is called twice), the
+graph between them is gone by then. And torch 2.11 takes all gradients of such a node for those of its first output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def is_splittable(output: Tensor, received: Tensor) -> bool:
+    """Return whether each parameter meets what depends on `received` in one node, by that node's first output.
+
+    Args:
+        output: What a stage returns, with its graph.
+        received: The leaf that it was computed from.
+    """
+    root = output.grad_fn
+    if root is None:
+        return True
+    order = _bottom_up(root)
+    dependent = {node for node in order if getattr(node, "variable", None) is received}
+    weights: dict[Any, set[Any]] = {}  # of what does not depend on the input: the leaves under it
+    met: dict[Any, set[Any]] = {}
+    outputs: dict[Any, set[int]] = {}
+    for node in order:
+        below = [(child, number) for child, number in node.next_functions if child is not None]
+        for child, number in below:
+            outputs.setdefault(child, set()).add(number)
+        if node in dependent or any(child in dependent for child, _ in below):
+            dependent.add(node)
+            for child, _ in below:
+                for leaf in weights.get(child, ()):
+                    met.setdefault(leaf, set()).add(node)
+        else:
+            leaf = {node} if hasattr(node, "variable") else set()
+            weights[node] = leaf.union(*(weights[child] for child, _ in below))
+    return all(len(nodes) == 1 and outputs.get(next(iter(nodes)), {0}) == {0} for nodes in met.values())
+
+
+def _bottom_up(root: Any) -> list[Any]:
+    """Return the nodes of a graph, each after all that it leads to."""
+    order: list[Any] = []
+    seen = {root}
+    stack = [(root, iter([child for child, _ in root.next_functions]))]
+    while stack:
+        node, children = stack[-1]
+        for child in children:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append((child, iter([below for below, _ in child.next_functions])))
+                break
+        else:
+            order.append(node)
+            stack.pop()
+    return order

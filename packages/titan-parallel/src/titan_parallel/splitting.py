@@ -1,0 +1,84 @@
+"""Which blocks go to which pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from titan_parallel.options import PipelineOptions
+from titan_parallel.plan import Roles
+
+
+def split_blocks(model: nn.Module, roles: Roles, stages: int, options: PipelineOptions) -> list[list[str]]:
+    """Return the names of each stage's blocks, in the model's order.
+
+    A matrix product costs by its parameters, so blocks are weighed by these; so are the modules before and after the
+    blocks, but for embedding tables. Of all ways to cut, the one whose busiest stage has the least to do is taken and,
+    among such, the most even one.
+
+    Args:
+        model: The whole model, before any transform.
+        roles: Its modules.
+        stages: At most as many as blocks.
+        options: Split points, or the weights of what is before and after; checked before.
+    """
+    blocks = roles.blocks
+    if options.split:
+        cuts = [0, *(blocks.index(name) for name in options.split), len(blocks)]
+        return [list(blocks[start:end]) for start, end in pairwise(cuts)]
+    costs = [float(_work([model.get_submodule(name)])) for name in blocks]
+    unit = sum(costs) / len(costs) or 1.0
+    costs = [cost / unit for cost in costs] if any(costs) else [1.0] * len(blocks)
+    outer = [
+        _work(model.get_submodule(name) for name in names) / unit if less is None else less
+        for names, less in ((roles.before, options.first_stage_less), (roles.after, options.last_stage_less))
+    ]
+    sizes = balance(costs, stages, first=outer[0], last=outer[1])
+    starts = [sum(sizes[:i]) for i in range(stages + 1)]
+    return [list(blocks[start:end]) for start, end in pairwise(starts)]
+
+
+def balance(costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> list[int]:
+    """Cut a row of costs into runs whose largest sum is least and, among such, whose sum of squares is.
+
+    Args:
+        costs: Of the blocks in their order.
+        stages: Number of runs; each gets at least one block.
+        first: Added to the first run's sum.
+        last: Added to the last run's sum.
+
+    Returns:
+        The length of each run.
+    """
+    count = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[i]: of the first i blocks in so many runs: (largest sum, sum of squares, lengths)
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
+    for stage in range(stages):
+        extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
+        following: dict[int, tuple[float, float, list[int]]] = {}
+        ends = range(stage + 1, count - (stages - stage - 1) + 1) if stage < stages - 1 else [count]
+        for end in ends:
+            choices = []
+            for start, (largest, squares, lengths) in best.items():
+                if start < end:
+                    load = sums[end] - sums[start] + extra
+                    choices.append((max(largest, load), squares + load * load, [*lengths, end - start]))
+            # Rounded, so that the order of additions does not decide between equals.
+            following[end] = min(choices, key=lambda choice: (round(choice[0], 9), round(choice[1], 9)))
+        best = following
+    return best[count][2]
+
+
+def _work(modules: Iterable[nn.Module]) -> int:
+    """Return how many parameters take part in products, each once."""
+    seen: dict[int, int] = {}
+    for module in modules:
+        for part in module.modules():
+            if not isinstance(part, nn.Embedding | nn.EmbeddingBag):
+                seen.update({id(p): p.numel() for p in part.parameters(recurse=False)})
+    return sum(seen.values())
