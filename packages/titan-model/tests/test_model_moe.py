@@ -241,7 +241,22 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+def compiles_grouped_products_in_fp32() -> bool:
+    """torch 2.11 knows their shapes for bf16 alone."""
+    try:
+        torch.nn.functional.grouped_mm(
+            torch.empty(8, 8, device="meta"),
+            torch.empty(2, 8, 8, device="meta"),
+            offs=torch.empty(2, dtype=torch.int32, device="meta"),
+        )
+    except RuntimeError:
+        return False
+    return True
+
+
 def assert_same_when_run_so(wrap: Callable[[nn.Module], nn.Module], backend: str | None) -> None:
+    if backend is not None and not compiles_grouped_products_in_fp32():
+        pytest.skip("this torch compiles grouped products in bf16 alone")
     torch.compiler.reset()
     options = {"n_experts": 5, "shared_ffn_dim": 8, "balance_bias_rate": 0.1, "balance_loss": 0.1}
     plain, wrapped = random_mixture(**options), random_mixture(**options)
