@@ -7,6 +7,7 @@ import struct
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 import titan_data
 import titan_model
 from titan_model import LossSums
-from titan_parallel import DataAxis
 from titan_train import load
 from titan_train.assembly import check, model_config
 from titan_train.cli import main
@@ -122,7 +122,7 @@ def tiny_config(settings: dict[str, str]) -> Config:
 
 def batches(config: Config) -> list[titan_data.Batch]:
     """The run's global batches, read by one process."""
-    loader = open_loader(config, load_tokenizer(config.data), DataAxis(0, 1), pin_memory=False)
+    loader = open_loader(config, load_tokenizer(config.data), HERE, pin_memory=False)
     with closing(loader):
         return [next(loader) for _ in range(config.training.steps)]
 
@@ -144,6 +144,7 @@ def losses_by_hand(config: Config, these: list[titan_data.Batch]) -> dict[str, f
     return {name: total / scored[name] for name, total in sums.items()}
 
 
+HERE = SimpleNamespace(rank=0, world=1)
 STILL = {"optimizer.lr": "1e-30", "training.steps": "5", "metrics.log_interval": "3"}  # reported: 1, 2 + 3, 4 + 5
 
 
@@ -256,6 +257,19 @@ def write_megatron(prefix: Path, documents: list[np.ndarray[Any, np.dtype[np.uin
         idx.write(np.array(lengths, dtype="<i4").tobytes() + starts.astype("<i8").tobytes())
         idx.write(np.arange(len(documents) + 1, dtype="<i8").tobytes())
     np.concatenate(documents).tofile(prefix.with_suffix(".bin"))
+
+
+def test_ranks_of_one_machine_share_their_tokens(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = []
+    for ranks, share in (("1", "true"), ("2", "false"), ("2", "true")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        config = tiny_config({**mixed(corpus), "data.share_tokenizing": share})
+        with closing(open_loader(config, load_tokenizer(config.data), HERE, pin_memory=False)) as loader:
+            next(loader)
+            found.append(len(list(tmp_path.glob("titan-data-*/*.ids"))))
+    assert found[:2] == [0, 0]
+    assert found[2] > 0
 
 
 def test_files_by_format_options_and_index_folder(corpus: Path, tmp_path: Path) -> None:
