@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titan_data.batch import Batch
 from titan_data.best_fit import BestFit
+from titan_data.checks import check_sizes, check_tokenizers
 from titan_data.documents import Encode, encode_documents
 from titan_data.errors import DataError
 from titan_data.feeds import Feed, open_feed
@@ -81,7 +82,7 @@ class Loader:
         share_folder: str | Path | None = None,
         pin_memory: bool = False,
     ) -> None:
-        _check_sizes(global_batch_size, rank, world, prefetch, workers)
+        check_sizes(global_batch_size, rank, world, prefetch, workers)
         if pin_memory and not torch.accelerator.is_available():
             raise DataError("pin_memory=True needs an accelerator such as a CUDA GPU, and torch sees none")
         parts = _parts(sources)
@@ -90,7 +91,7 @@ class Loader:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="titan-data-tokenize") if workers > 0 else None
         if pool is not None:
             weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
-        _check_tokenizers([part.source for part in parts], tokenizer)
+        check_tokenizers([part.source for part in parts], tokenizer)
         encode = _encoder(tokenizer, share_folder, [part.source for part in parts])
         self._feeds = [
             open_feed(part.source, encode, seed=seed, shuffle=shuffle, pool=pool, workers=workers) for part in parts
@@ -275,44 +276,8 @@ def _open_packer(feed: Feed, max_epochs: int | None, packing: Packing) -> Packer
     return BestFit(feed, max_epochs, look_ahead=packing.look_ahead, crop=crop)
 
 
-def _check_tokenizers(sources: Sequence[Source], tokenizer: Tokenizer | None) -> None:
-    """Refuse tokens that another tokenizer made, or several of them."""
-    wanted, whose = (None, "") if tokenizer is None else (tokenizer.fingerprint, "the loader's")
-    for source in sources:
-        made_with = source.tokenizer_fingerprint if isinstance(source, TokenSource) else None
-        if made_with is None:
-            continue
-        if wanted is None:
-            wanted, whose = made_with, f"that of source {source.name!r}"
-        if made_with != wanted:
-            raise DataError(
-                f"source {source.name!r} was made with tokenizer {made_with!r}, but {whose} is {wanted!r}: prepare the "
-                "data again so that there is one tokenizer, or give the loader the one that made them"
-            )
-
-
 def _pad_id(tokenizer: Tokenizer | None) -> int:
     """Choose the token of padding; which one does not matter, as nothing scores it or attends to it."""
     if tokenizer is None:
         return 0
     return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
-
-
-def _check_sizes(global_batch_size: int, rank: int, world: int, prefetch: int, workers: int) -> None:
-    for name, value, least in (
-        ("global_batch_size", global_batch_size, 1),
-        ("world", world, 1),
-        ("prefetch", prefetch, 0),
-        ("workers", workers, 0),
-    ):
-        if value < least:
-            raise DataError(f"{name} must be at least {least}, not {value}")
-    if not 0 <= rank < world:
-        raise DataError(f"rank must be in 0..{world - 1} for world = {world}, not {rank}")
-    if global_batch_size % world != 0:
-        below = global_batch_size // world * world
-        nearby = [size for size in (below, below + world) if size > 0]
-        raise DataError(
-            f"global_batch_size = {global_batch_size} cannot be divided among world = {world} ranks; "
-            f"use global_batch_size = {' or '.join(map(str, nearby))}"
-        )
