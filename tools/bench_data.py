@@ -1,20 +1,27 @@
 """Speeds of titan-data, side by side with what else does the same, as a Markdown table.
 
-    python tools/bench_data.py                      # some minutes, some 2 GB of disk
+    python tools/bench_data.py                      # some minutes, some 3 GB of disk
+    python tools/bench_data.py --only reading       # one part: reading, seeking, prepare, tokenizing or waiting
     python tools/bench_data.py --small --rounds 1   # does it run at all?
 
 Every figure is the median of alternating rounds, and every ratio is the median of the rounds' own ratios, so that a
-busy moment of the machine hits both sides of it. What is not installed is left out.
+busy moment of the machine hits both sides of it. The text is Python's own library and the packages installed beside
+it. What is not installed is left out and named: `datasets` comes with the extra titan-data[huggingface], and torchdata
+is nobody's dependency:
+
+    uv run --with torchdata python tools/bench_data.py
 """
 
 import argparse
 import json
 import os
 import statistics
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
@@ -78,6 +85,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="sizes that only show that it runs")
     parser.add_argument("--folder", type=Path, help="where to put the data; a temporary folder if not given")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     options = parser.parse_args()
     sizes = (
         Sizes(2_000_000, 1_000_000, 1_000_000, 10**9, options.rounds)
@@ -85,11 +93,14 @@ def main() -> None:
         else Sizes(400_000_000, 100_000_000, 100_000_000, 500_000_000_000, options.rounds)
     )
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {sizes.rounds} rounds\n")
+    for name in ("datasets", "torchdata", "titan_train"):
+        if not find_spec(name):
+            print(f"{name} is not installed: its rows are left out\n")
     print("| what | median | against |\n|---|---|---|")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        for measure in (measure_reading, measure_seeking, measure_prepare, measure_tokenizing):
-            for row in measure(folder, sizes):
+        for part in [options.only] if options.only else PARTS:
+            for row in PARTS[part](folder, sizes):
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
@@ -172,6 +183,26 @@ def measure_prepare(folder: Path, sizes: Sizes) -> Iterator[Row]:
     )
 
 
+def measure_waiting(folder: Path, sizes: Sizes) -> Iterator[Row]:
+    """The share of the debug run's time in which its loop waits for a batch: of texts, tokenized on the way."""
+    if not find_spec("titan_train"):
+        return
+    small_tokenizer(folder)
+    steps = 200 if sizes.text_bytes > 10**7 else 5
+    settings = {
+        "bytes": [],
+        "8,192 byte pairs": [("data.tokenizer", str(folder / "tokenizer.model")), ("model.vocab_size", "8192")],
+    }
+    from bench_data_waiting import waiting_share  # late: it needs titan-train
+
+    shares = alternate(
+        {name: partial(waiting_share, folder / "runs", more, steps) for name, more in settings.items()}, sizes.rounds
+    )
+    for name, values in shares.items():
+        found = f"{statistics.median(values):.2%}"
+        yield f"debug run, {steps} steps, {name}: waiting for batches", found, "of the loop's time (goal: 1%)"
+
+
 def measure_tokenizing(folder: Path, sizes: Sizes) -> Iterator[Row]:
     """Batches out of JSON lines, tokenized on the way, against other loaders on the same file and tokenizer."""
     file, tokenizer = write_text(folder, sizes.text_bytes), small_tokenizer(folder)
@@ -183,7 +214,36 @@ def measure_tokenizing(folder: Path, sizes: Sizes) -> Iterator[Row]:
 
         return lambda: rate_of(batches(), steps)
 
-    sides: dict[str, Callable[[], float]] = {"titan-data": titan(0), "titan-data, 2 workers": titan(2)}
+    share = folder / "share"
+
+    def after_another_rank() -> float:
+        """The rate of a rank that comes second to all texts on its machine."""
+        first, second = (
+            Loader(
+                load_files(file),
+                tokenizer,
+                seq_len=2048,
+                global_batch_size=ROWS,
+                rank=rank,
+                world=2,
+                prefetch=0,
+                share_folder=share,
+            )
+            for rank in range(2)
+        )
+        seconds = 0.0
+        for number in range(steps + 1):
+            next(first)
+            begin = time.perf_counter()
+            next(second)
+            seconds += time.perf_counter() - begin if number else 0.0
+        return steps * ROWS * 2048 / seconds
+
+    sides: dict[str, Callable[[], float]] = {
+        "titan-data": titan(0),
+        "titan-data, 2 workers": titan(2),
+        "titan-data, shared by another rank": after_another_rank,
+    }
     if find_spec("datasets"):
         sides["datasets streaming + torch DataLoader"] = lambda: rate_of(
             iter(torch.utils.data.DataLoader(_Packed(file, tokenizer), batch_size=ROWS)), steps
@@ -273,7 +333,7 @@ def write_random_shards(folder: Path, tokens: int) -> Path:
 def write_sparse_shards(folder: Path, tokens: int) -> Path:
     """Write the headers and the index of huge shards whose tokens are holes in the files."""
     folder.mkdir()
-    job, length, per_shard = _job(), 50_000, 250_000_000
+    job, length, per_shard = _job(), 5_000, 250_000_000
     entries, documents = [], per_shard // length
     for number in range(tokens // per_shard):
         header = Header(VOCAB, job.tokenizer, number * documents, documents, per_shard, (0, 0), "0" * 64)
@@ -281,7 +341,10 @@ def write_sparse_shards(folder: Path, tokens: int) -> Path:
             file.write(header.pack())
             file.truncate(shard_size(documents, per_shard, token_dtype(VOCAB)))
         entries.append(ShardEntry(shard_name(number), documents, per_shard, header.sha256))
-    (np.arange(documents * len(entries) + 1, dtype="<i8") * length).tofile(folder / OFFSETS)
+    with (folder / OFFSETS).open("wb") as file:
+        for number in range(len(entries)):
+            (np.arange(number * documents, (number + 1) * documents, dtype="<i8") * length).tofile(file)
+        np.array([tokens], dtype="<i8").tofile(file)
     (folder / MANIFEST).write_bytes(Manifest(job, tuple(entries), "").pack())
     return folder
 
@@ -291,19 +354,28 @@ def _job() -> Job:
 
 
 def write_text(folder: Path, size: int) -> Path:
-    """Write Python's standard library as JSON lines, as often as it takes."""
+    """Write the sources of Python's library and of what is installed as JSON lines, up to a size."""
     file = folder / "text.jsonl"
     if file.exists():
         return file
-    library = StdlibSource()
     written = 0
     with file.open("w", encoding="utf-8") as out:
-        while written < size:
-            for i in range(len(library)):
-                written += out.write(json.dumps({"text": library[i]}) + "\n")
-                if written >= size:
-                    break
-    return file
+        for text in real_texts():
+            written += out.write(json.dumps({"text": text}) + "\n")
+            if written >= size:
+                return file
+    raise SystemExit(
+        f"there are only {written / 1e6:.0f} MB of Python files on this machine; {size / 1e6:.0f} are needed"
+    )
+
+
+def real_texts() -> Iterator[str]:
+    """Give one text per file: the library first, then packages in the order of their paths."""
+    library = StdlibSource()
+    yield from (library[i] for i in range(len(library)))
+    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+        if text := path.read_text("utf-8", errors="replace"):
+            yield text
 
 
 def small_tokenizer(folder: Path) -> Tokenizer:
@@ -315,6 +387,14 @@ def small_tokenizer(folder: Path) -> Tokenizer:
         file.write_bytes(train_tokenizer(texts, kind="bpe", vocab_size=8192))
     return load_tokenizer(file)
 
+
+PARTS: dict[str, Callable[[Path, Sizes], Iterator[Row]]] = {
+    "reading": measure_reading,
+    "seeking": measure_seeking,
+    "prepare": measure_prepare,
+    "tokenizing": measure_tokenizing,
+    "waiting": measure_waiting,
+}
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from titan_data import ListSource, cli
+from titan_data import ByteTokenizer, ListSource, cli
 from titan_data.load_tokenizer import load_tokenizer
 from titan_data.shards.reader import TokenShards
 
@@ -175,26 +175,65 @@ def test_other_formats_of_tokens(capsys, tmp_path, monkeypatch):
     assert "holds id 7" in run(capsys, "inspect", "train.bin", "--dtype", "uint16", "--vocab-size", "7")[2]
 
 
-def test_stopped_by_ctrl_c_it_goes_on(tmp_path, capsys, monkeypatch):
+class Interrupted(ByteTokenizer):
+    """Presses Ctrl-C while it tokenizes document number `at`."""
+
+    def __init__(self, at, presses=1):
+        super().__init__()
+        self.left, self.presses = at, presses
+
+    def encode_batch(self, texts):
+        self.left -= len(texts)
+        if self.left < 0 and self.presses:
+            for _ in range(self.presses):
+                os.kill(os.getpid(), signal.SIGINT)
+            self.presses = 0
+        return super().encode_batch(texts)
+
+
+@pytest.mark.parametrize("at", [0, 2, 7, 11])
+def test_stopped_by_ctrl_c_it_goes_on(at, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = "a line of text that is not too short\n" * 20_000
-    for number in range(60):
-        Path(f"{number:02}.txt").write_text(text)
-    words = ["prepare", "*.txt", "--tokenizer", "bytes", "--shard-tokens", "800_000", "--out", "out"]
+    monkeypatch.setattr("titan_data.shards.prepare._BATCH_CHARACTERS", 1)  # a batch, and a look at Ctrl-C, per document
+    for number in range(12):
+        Path(f"{number:02}.txt").write_text("a line of text\n" * 10)
+    words = ["prepare", "*.txt", "--tokenizer", "bytes", "--shard-tokens", "400", "--workers", "0", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["titan_data.load_tokenizer"], "load_tokenizer", lambda path: Interrupted(at))
+        code, _, err = run(capsys, *words)
+    assert (code, err.splitlines()[-1]) == (130, "titan-data: stopped")
+    assert not list(Path("out").glob("*.part"))
+    kept = {path: path.stat().st_mtime_ns for path in Path("out").glob("shard-*")}
+    assert len(kept) == at // 2
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert out.startswith("out: 12 documents, 1,824 tokens")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished shards were written again"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text")
+    tokenizer = Interrupted(0, presses=2)
+    monkeypatch.setattr(sys.modules["titan_data.load_tokenizer"], "load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", lambda self, texts: pytest.fail("it goes on"))
+    code, _, err = run(capsys, "prepare", "*.txt", "--tokenizer", "bytes", "--workers", "0", "--out", "out")
+    assert (code, err.splitlines()[-1]) == (130, "titan-data: stopped")
+
+
+def test_ctrl_c_on_a_real_command_leaves_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pipe.jsonl").write_text("".join(json.dumps({"text": "some words " * 2000}) + "\n" for _ in range(2000)))
+    words = ["prepare", "pipe.jsonl", "--tokenizer", "bytes", "--shard-tokens", "400_000", "--out", "out"]
     command = [sys.executable, "-m", "titan_data", *words, "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while not Path("out/shard-000001.tokens").exists():
-            assert process.poll() is None
+        while not Path("out/shard-000001.tokens").exists() and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
         err = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.splitlines()[-1] == "titan-data: stopped"
     assert "Traceback" not in err
     assert not list(Path("out").glob("*.part"))
-    kept = Path("out/shard-000001.tokens").stat().st_mtime_ns
-    code, out, _ = run(capsys, *words, "--workers", "0")
-    assert code == 0
-    assert out.startswith(f"out: 60 documents, {60 * (len(text) + 2):,} tokens")
-    assert Path("out/shard-000001.tokens").stat().st_mtime_ns == kept

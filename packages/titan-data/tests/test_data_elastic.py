@@ -40,18 +40,34 @@ def whole(parts):
     return [(1, 0, 0, ROWS, sum(steps for *_, steps in parts))]
 
 
-@settings(deadline=None, max_examples=120)
-@given(
-    texts=st.lists(st.text(max_size=60), min_size=3, max_size=40).filter(any),
-    kind=st.sampled_from(KINDS),
-    shuffle=st.booleans(),
-    seed=st.integers(-3, 2**70),
-    seq_len=st.integers(1, 24),
-    packing=packings,
-    max_epochs=st.sampled_from((None, None, 1, 3)),
-    parts=parts,
-)
-def test_one_source(texts, kind, shuffle, seed, seq_len, packing, max_epochs, parts):
+one_source = {
+    "texts": st.lists(st.text(max_size=60), min_size=3, max_size=40).filter(any),
+    "kind": st.sampled_from(KINDS),
+    "shuffle": st.booleans(),
+    "seed": st.integers(-3, 2**70),
+    "seq_len": st.integers(1, 24),
+    "packing": packings,
+    "max_epochs": st.sampled_from((None, None, 1, 3)),
+    "parts": parts,
+}
+mixture = {
+    "corpora": st.lists(
+        st.tuples(
+            st.sampled_from(KINDS),
+            st.lists(st.text(max_size=40), min_size=3, max_size=20).filter(any),
+            st.sampled_from((0.0, 0.1, 1.0, 2.5)),
+            st.sampled_from((None, 1, 2)),
+        ),
+        min_size=2,
+        max_size=4,
+    ),
+    "stages": st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9), st.integers(1, 20)), max_size=3),
+    "packing": packings,
+    "parts": parts,
+}
+
+
+def check_one_source(texts, kind, shuffle, seed, seq_len, packing, max_epochs, parts):
     def make_loader(**place):
         return Loader(
             [Weighted(make_source(kind, texts), max_epochs=max_epochs)],
@@ -67,23 +83,7 @@ def test_one_source(texts, kind, shuffle, seed, seq_len, packing, max_epochs, pa
     assert run_in_parts(make_loader, parts) == run_in_parts(make_loader, whole(parts))
 
 
-@settings(deadline=None, max_examples=80)
-@given(
-    corpora=st.lists(
-        st.tuples(
-            st.sampled_from(KINDS),
-            st.lists(st.text(max_size=40), min_size=3, max_size=20).filter(any),
-            st.sampled_from((0.0, 0.1, 1.0, 2.5)),
-            st.sampled_from((None, 1, 2)),
-        ),
-        min_size=2,
-        max_size=4,
-    ),
-    stages=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9), st.integers(1, 20)), max_size=3),
-    packing=packings,
-    parts=parts,
-)
-def test_mixtures_with_stages(corpora, stages, packing, parts):
+def check_mixture(corpora, stages, packing, parts):
     names = [f"source {i}" for i in range(len(corpora))]
 
     def make_loader(**place):
@@ -101,6 +101,32 @@ def test_mixtures_with_stages(corpora, stages, packing, parts):
         )
 
     assert run_in_parts(make_loader, parts) == run_in_parts(make_loader, whole(parts))
+
+
+@settings(deadline=None, max_examples=30)
+@given(**one_source)
+def test_one_source(**case):
+    check_one_source(**case)
+
+
+@settings(deadline=None, max_examples=25)
+@given(**mixture)
+def test_mixtures_with_stages(**case):
+    check_mixture(**case)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=400)
+@given(**one_source)
+def test_one_source_at_length(**case):
+    check_one_source(**case)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=300)
+@given(**mixture)
+def test_mixtures_with_stages_at_length(**case):
+    check_mixture(**case)
 
 
 @pytest.mark.parametrize("kind", KINDS)

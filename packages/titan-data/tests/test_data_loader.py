@@ -157,6 +157,47 @@ def test_a_process_ends_though_a_loader_is_reading_ahead():
     assert (result.stdout, result.stderr) == ("done\n", "")
 
 
+class Hanging(ListTokens):
+    """A source whose reads hang, but for the first `spare` of them, until the storage is back."""
+
+    spare = 8
+
+    def __init__(self, documents):
+        super().__init__(documents)
+        self.hangs, self.back = threading.Event(), threading.Event()
+
+    def __getitem__(self, index):
+        self.spare -= 1
+        if self.spare < 0:
+            self.hangs.set()
+            self.back.wait(60)
+        return super().__getitem__(index)
+
+
+def test_a_read_that_hangs_is_not_waited_for_without_end(monkeypatch, caplog):
+    monkeypatch.setattr("titan_data.loader._CLOSE_SECONDS", 0.05)
+    source = Hanging([[i] * 8 for i in range(100)])
+    loader = Loader(source, None, seq_len=8, global_batch_size=8, shuffle=False)
+    start = loader.state_dict()
+    first = next(loader)
+    state = loader.state_dict()
+    assert source.hangs.wait(60)
+    message = r"a read has been hanging for 0.05 s, at .*__getitem__ \(test_data_loader.py:\d+\) > wait .* at step 1 as"
+    with pytest.raises(DataError, match=message):
+        loader.load_state_dict(start)
+    with pytest.raises(DataError, match=message):
+        next(loader)
+    loader.close()
+    assert "a read has been hanging" in caplog.text
+    assert loader.state_dict() == state
+    source.back.set()  # the storage is there again
+    monkeypatch.setattr("titan_data.loader._CLOSE_SECONDS", 60.0)
+    assert next(loader)["tokens"][:, 0].tolist() == list(range(8, 16))
+    loader.load_state_dict(start)
+    assert torch.equal(next(loader)["tokens"], first["tokens"])
+    loader.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)

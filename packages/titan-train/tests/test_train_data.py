@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import titan_data
+import titan_model
+from titan_model import LossSums
+from titan_train import load
+from titan_train.assembly import check, model_config
 from titan_train.cli import main
-from titan_train.errors import ExitCode
-from train_cases import TINY
+from titan_train.config import Config
+from titan_train.data import load_tokenizer, open_loader
+from titan_train.errors import ConfigError, ExitCode
+from titan_train.source_loss import SourceLosses
+from train_cases import TINY, run_here
+from train_group import Group
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +97,229 @@ def test_mixture_keeps_its_weights_and_stages(corpus: Path, tmp_path: Path, caps
     tokens = {m["step"]: {name: n["tokens"] for name, n in m["sources"].items()} for m in reports(tmp_path / "run")}
     assert tokens[6] == {"squares": 6 * 6 * 32, "cubes": 6 * 2 * 32}
     assert tokens[10] == {"squares": 6 * 6 * 32, "cubes": (6 * 2 + 4 * 8) * 32}
+
+
+def mixed(corpus: Path, **more: str) -> dict[str, str]:
+    """Settings of a mixture whose sources are very different, packed with padding."""
+    files = {name: json.dumps([str(corpus / f"{name}.jsonl")]) for name in ("squares", "cubes")}
+    tables = ", ".join(
+        f'{{name = "{name}", source = "files", files = {files[name]}, weight = {weight}}}'
+        for name, weight in (("squares", 0.7), ("cubes", 0.3))
+    )
+    settings = {
+        "data.sources": f'[{tables}, {{name = "later", weight = 0.0}}]',
+        "data.packing": "best_fit",
+        "data.look_ahead": "8",
+        "data.long_documents": "crop",
+        "training.seq_len": "64",
+    }
+    return {"data.prefetch": "0", "schedule.decay": "none", "model.vocab_size": "300", **settings, **more}
+
+
+def tiny_config(settings: dict[str, str]) -> Config:
+    return load("debug", [*{**TINY, **settings}.items()]).config
+
+
+def batches(config: Config) -> list[titan_data.Batch]:
+    """The run's global batches, read by one process."""
+    loader = open_loader(config, load_tokenizer(config.data), HERE, pin_memory=False)
+    with closing(loader):
+        return [next(loader) for _ in range(config.training.steps)]
+
+
+def losses_by_hand(config: Config, these: list[titan_data.Batch]) -> dict[str, float]:
+    """The mean loss of each source over some batches with the initial weights: by torch's own cross-entropy."""
+    shape = model_config(config)
+    model = titan_model.build(shape, "cpu")
+    titan_model.init_parameters(model.named_parameters(), shape, config.run.seed)
+    sums: Counter[str] = Counter()
+    scored: Counter[str] = Counter()
+    for batch in these:
+        for row, name in enumerate(batch["sources"]):
+            with torch.no_grad():
+                logits = model(batch["tokens"][row : row + 1])[0]
+            labels = batch["labels"][row]
+            sums[name] += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            scored[name] += int((labels != -100).sum())
+    return {name: total / scored[name] for name, total in sums.items()}
+
+
+HERE = SimpleNamespace(rank=0, world=1)
+STILL = {"optimizer.lr": "1e-30", "training.steps": "5", "metrics.log_interval": "3"}  # reported: 1, 2 + 3, 4 + 5
+
+
+@pytest.mark.parametrize(
+    ("group", "layout"),
+    [
+        ("one", {}),
+        ("two", {"training.microbatch_size": "2"}),
+        ("two", {"parallel.tp": "2"}),
+        ("four", {"parallel.dp_replicate": "2", "parallel.dp_shard": "2", "training.microbatch_size": "1"}),
+    ],
+    ids=["one", "accumulation", "tp", "hsdp"],
+)
+def test_loss_by_source_is_that_of_its_tokens_whoever_had_them(
+    group: str, layout: dict[str, str], corpus: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ranks: Group = request.getfixturevalue(group)
+    config = tiny_config({**mixed(corpus, **STILL), **layout, "run.folder": str(tmp_path)})
+    for reported in ranks.run(run_here, config):
+        assert [*reported["sources"]] == [1, 3, 5]
+        for step, first in ((1, 0), (3, 1), (5, 3)):
+            expected = losses_by_hand(config, batches(config)[first:step])
+            found = {name: n["loss"] for name, n in reported["sources"][step].items() if "loss" in n}
+            assert found == pytest.approx(expected, rel=2e-6)
+            assert found.keys() == {"squares", "cubes"}
+            assert abs(found["squares"] - found["cubes"]) > 1e-3, "the test should tell the sources apart"
+
+
+def test_loss_by_source_waits_for_nothing_before_a_report() -> None:
+    by_source = SourceLosses(["a", "b"], torch.device("meta"))  # where whatever waits for a value fails
+    sums = LossSums(*(torch.ones(shape, device="meta") for shape in ((), 2, (), 2)))
+    assert by_source.add(sums, None) is sums.total
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        by_source.take(lambda values: None)
+
+
+def test_one_source_has_the_loss_of_the_run(corpus: Path, tmp_path: Path) -> None:
+    assert train(tmp_path, of_files(corpus / "squares.jsonl")) == ExitCode.DONE
+    assert all("loss" not in m["sources"]["squares.jsonl"] for m in reports(tmp_path))
+
+
+def test_sequences_become_longer_at_their_step_on_any_number_of_ranks(
+    corpus: Path, tmp_path: Path, one: Group, two: Group, four: Group
+) -> None:
+    """Unbroken on one rank, and stopped before, at and after the switches with other ranks and layouts."""
+    stages = "[{from_step = 3, seq_len = 96}, {from_step = 5, seq_len = 32, weights = {cubes = 1.0}}]"
+    settings = mixed(corpus, **{"data.stages": stages, "training.steps": "7"})
+
+    def part(group: Group, folder: str, steps: int, **layout: str) -> dict[str, Any]:
+        more = {"training.steps": str(steps), "run.folder": str(tmp_path / folder)}
+        config = tiny_config({**settings, **more, **{key.replace("__", "."): v for key, v in layout.items()}})
+        found: dict[str, Any] = group.run(run_here, config)[0]
+        return found
+
+    whole = part(one, "whole", 7)
+    parts = [
+        part(four, "parts", 2),
+        part(two, "parts", 3, parallel__tp="2"),
+        part(one, "parts", 4, training__microbatch_size="4"),
+        part(two, "parts", 6),
+        part(four, "parts", 7, parallel__dp_shard="2", parallel__tp="2"),
+    ]
+    losses = {step: loss for found in parts for step, loss in found["losses"].items()}
+    assert losses == pytest.approx(whole["losses"], abs=2e-5)
+    assert [found["resumed"] for found in parts] == [None, 2, 3, 4, 6]
+    counts = [{step: value for found in parts for step, value in found[key].items()} for key in ("tokens", "sources")]
+    per_step = [8 * 64] * 3 + [8 * 96] * 2 + [8 * 32] * 2
+    assert counts[0] == whole["tokens"] == {step: sum(per_step[:step]) for step in range(1, 8)}
+    for step, sources in whole["sources"].items():
+        for name, figures in sources.items():
+            assert counts[1][step][name] == pytest.approx(figures, abs=2e-5)
+
+
+def test_the_switch_is_said_and_speed_counts_its_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = {"data.stages": "[{from_step = 4, seq_len = 128}]"}
+    assert train(tmp_path, stages) == ExitCode.DONE
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "8 x 32 tokens per step, 8 x 128 after step 4" in shown
+    assert f"done: {8 * (4 * 32 + 6 * 128):,} tokens in" in shown
+    assert reports(tmp_path)[-1]["tokens"] == 8 * (4 * 32 + 6 * 128)
+    assert reports(tmp_path)[-1]["mfu"] > 0
+
+
+def test_tokens_of_others_train_as_the_shards_they_are(corpus: Path, tmp_path: Path) -> None:
+    """The ids of the token shards, written as nanoGPT and as Megatron-LM write them, give the same run."""
+    shards = titan_data.TokenShards(corpus / "shards")
+    documents = [np.asarray(shards[i], dtype=np.uint16) for i in range(len(shards))]
+    tokenizer = titan_data.load_tokenizer(corpus / "tokenizer.model")
+    np.concatenate(documents).tofile(tmp_path / "train.bin")
+    write_megatron(tmp_path / "mega", documents)
+    kinds = {
+        "shards": f"path = {json.dumps(str(corpus / 'shards'))}",
+        "raw": f'files = ["{tmp_path}/train.bin"], dtype = "uint16", eos_id = {tokenizer.eos_id}',
+        "megatron": f"path = {json.dumps(str(tmp_path / 'mega.bin'))}",
+    }
+    curves = []
+    for kind, where in kinds.items():
+        source = f'[{{name = "squares", source = "{kind}", {where}}}]'
+        settings = {"data.tokenizer": str(corpus / "tokenizer.model"), "data.sources": source}
+        assert train(tmp_path / kind, {**settings, "data.packing": "concat", "training.steps": "4"}) == ExitCode.DONE
+        curves.append([m["loss"] for m in reports(tmp_path / kind)])
+    assert curves[0] == curves[1] == curves[2]
+
+
+def write_megatron(prefix: Path, documents: list[np.ndarray[Any, np.dtype[np.uint16]]]) -> None:
+    lengths = [len(document) for document in documents]
+    starts = np.cumsum([0, *lengths[:-1]]) * 2
+    with prefix.with_suffix(".idx").open("wb") as idx:
+        idx.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(documents), len(documents) + 1))
+        idx.write(np.array(lengths, dtype="<i4").tobytes() + starts.astype("<i8").tobytes())
+        idx.write(np.arange(len(documents) + 1, dtype="<i8").tobytes())
+    np.concatenate(documents).tofile(prefix.with_suffix(".bin"))
+
+
+def test_ranks_of_one_machine_share_their_tokens(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = []
+    for ranks, share in (("1", "true"), ("2", "false"), ("2", "true")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        config = tiny_config({**mixed(corpus), "data.share_tokenizing": share})
+        with closing(open_loader(config, load_tokenizer(config.data), HERE, pin_memory=False)) as loader:
+            next(loader)
+            found.append(len(list(tmp_path.glob("titan-data-*/*.ids"))))
+    assert found[:2] == [0, 0]
+    assert found[2] > 0
+
+
+def test_files_by_format_options_and_index_folder(corpus: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "squares.data"
+    odd.write_text((corpus / "squares.jsonl").read_text())
+    settings = of_files(
+        odd, format="jsonl", index_folder=str(tmp_path / "index"), storage_options="{auto_mkdir = true}"
+    )
+    assert train(tmp_path / "run", {**settings, "training.steps": "2"}) == ExitCode.DONE
+    assert [path.suffix for path in (tmp_path / "index").iterdir()] == [".npy"]
+    config = json.dumps(str(tmp_path / "run" / "config.toml"))
+    assert load(json.loads(config)).config.data.storage_options == {"auto_mkdir": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"source": "raw", "files": "x.bin"}, 'source "raw" needs dtype: uint16 or uint32'),
+        ({"source": "megatron"}, 'source "megatron" needs path: the .bin'),
+        ({"eos_id": "0"}, 'eos_id: source "stdlib" does not look at it; it is for source "raw"'),
+        ({"storage_options": "{anon = true}"}, 'storage_options: source "stdlib" does not look at it'),
+        ({"storage_options": "3"}, "--data.storage_options is 3: expected table of text or int or float or true"),
+        ({"dtype": "int8"}, "--data.dtype is 'int8': expected one of uint16, uint32"),
+        ({"packing": "concat", "long_documents": "crop"}, 'long_documents: packing "concat" never crops'),
+        ({"stages": "[{from_step = 1}]"}, "stages, table 1: it changes nothing: give weights or seq_len"),
+        ({"sources": '[{weight = 1.0}, {source = "raw"}]'}, '[data.sources], table 2 source "raw" needs files'),
+        ({"source": "files", "files": "gone.jsonl"}, "data, source 'files': there is no file"),
+        ({"source": "raw", "files": "gone.bin", "dtype": "uint16"}, "data, source 'raw': cannot read gone.bin"),
+        (
+            {"sources": '[{}, {source = "megatron", path = "g.idx"}]'},
+            "data.sources, table 2, source 'megatron': cannot",
+        ),
+        ({"stages": "[{from_step = 1, seq_len = 2048}]"}, "data.stages, table 1: seq_len 2048 is over the model's"),
+        ({"stages": "[{from_step = 4, seq_len = 64}, {from_step = 4, seq_len = 32}]"}, "[data] stages must be in the"),
+    ],
+)
+def test_data_that_cannot_be_name_their_key(
+    settings: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {f"data.{key}": value for key, value in settings.items()}
+    assert train(tmp_path / "run", given) == ExitCode.BAD_CONFIG
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert "Traceback" not in shown
+
+
+def test_a_longer_stage_must_divide_among_tensor_parallel_ranks(tmp_path: Path) -> None:
+    stages = {"data.stages": "[{from_step = 1, seq_len = 33}]", "parallel.tp": "2"}
+    with pytest.raises(ConfigError, match="33"):
+        check(tiny_config({**stages, "model.vocab_size": "300"}), world=2)
 
 
 def test_changed_data_are_refused_until_allowed(

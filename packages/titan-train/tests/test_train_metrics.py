@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def test_line_is_plain_text_in_a_file_and_coloured_on_a_terminal() -> None:
     expected = "step  10/200  loss 2.5000  grad 1.250  lr 3.00e-04  5,120 tok/s  MFU 45.6%  mem 0.75 GiB  eta 01:01\n"
     assert plain.getvalue() == expected
     assert "\x1b[" in coloured.getvalue()
+
+
+def test_the_losses_of_some_sources_are_in_the_line_and_those_of_all_in_the_files(tmp_path: Path) -> None:
+    line = io.StringIO()
+    few, many = ({f"s[{i}]": {**COUNTS, "loss": 1.5 + i} for i in range(count)} for count in (2, 5))
+    sink = TerminalSink(Console(file=line), 200)
+    sink.write(replace(metrics(10), sources={**few, "unused": COUNTS}))
+    sink.write(replace(metrics(20), sources=many))
+    assert [text.split("  ")[2] for text in line.getvalue().splitlines()] == [
+        "loss 2.5000 (s[0] 1.500, s[1] 2.500)",
+        "loss 2.5000",
+    ]
+    assert scalars(replace(metrics(20), sources=many))["data/s[4]/loss"] == 5.5
 
 
 def test_what_the_model_says_is_reported_everywhere(tmp_path: Path) -> None:
@@ -65,19 +79,24 @@ def test_mfu_is_model_flops_over_the_peak_of_all_processes() -> None:
     meter = Meter(
         [recorder],
         total_steps=10,
-        tokens_per_step=1000,
-        flops_per_token=6e6,
+        flops_per_token=lambda seq_len: 1e6 * seq_len,
         peak=Peak(1e9, "test"),
         world=4,
         device=torch.device("cpu"),
     )
     meter.start(0)
+    meter.count(1000, 6)
+    meter.count(2000, 12)  # sequences have become longer, and a token costs more
     shown = meter.report(2, [3.0, 2.0], 1.0, 0.1, 2000, {"web": COUNTS})
     assert recorder.seen == [shown]
     assert (meter.first, meter.recent, shown.loss) == ((1, 3.0), [3.0, 2.0], 2.0)
     assert shown.sources == {"web": COUNTS}
-    assert shown.mfu == pytest.approx(shown.tokens_per_second * 6e6 / 4e9)
-    assert shown.seconds_left == pytest.approx(8 * 1000 / shown.tokens_per_second)
+    assert shown.mfu == pytest.approx(shown.tokens_per_second * 10e6 / 4e9)
+    assert shown.seconds_left == pytest.approx(8 * 1500 / shown.tokens_per_second)
+    assert meter.mfu(2.0) == pytest.approx(30e9 / 2 / 4e9)
+    meter.count(500, 4)
+    again = meter.report(3, [1.0], 1.0, 0.1, 2500, {})  # of what has come since the last report alone
+    assert again.mfu == pytest.approx(again.tokens_per_second * 4e6 / 4e9)
 
 
 def test_measured_peak_is_not_beaten_by_a_large_product() -> None:

@@ -49,8 +49,9 @@ def test_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "mine, stdlib; tokenizer tokenizer.model" in capsys.readouterr().out
     (metrics,) = (json.loads(line) for line in Path("runs/mixed/metrics.jsonl").read_text().splitlines()[-1:])
     rows = {name: (n["tokens"] + n["padding"]) / 64 for name, n in metrics["sources"].items()}
-    assert rows["mine"] + rows["stdlib"] == 80
+    assert rows["mine"] + rows["stdlib"] == 15 * 4 + 5 * 8 == metrics["tokens"] / 64  # twice as long from step 15 on
     assert abs(rows["stdlib"] - 10) <= 2
+    assert ["loss" in metrics["sources"][name] for name in ("mine", "stdlib")] == [True, False]  # since step 10
 
 
 def test_commands_have_valid_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,7 @@ def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
     meter = Meter(
         [recorder],
         total_steps=config.training.steps,
-        tokens_per_step=1,
-        flops_per_token=1,
+        flops_per_token=lambda seq_len: 1.0,
         peak=Peak(1.0, "none"),
         world=world,
         device=torch.device("cpu"),
@@ -66,6 +65,8 @@ def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
         "resumed": resumed.step if resumed else None,
         "losses": {m.step: m.loss for m in recorder.seen},
         "norms": {m.step: m.grad_norm for m in recorder.seen},
+        "tokens": {m.step: m.tokens for m in recorder.seen},
+        "sources": {m.step: m.sources for m in recorder.seen},
         "more": {m.step: m.more for m in recorder.seen},
         "buffers": {name: buffer.tolist() for name, buffer in run.model.state_dict().items() if name not in parameters},
     }

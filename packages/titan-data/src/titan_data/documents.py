@@ -14,6 +14,8 @@ from titan_data.sources import Tokens
 from titan_data.tokenizer import Tokenizer
 
 Cursor = tuple[int, ...]
+Encode = Callable[[Sequence[str]], list[npt.NDArray[np.int32]]]
+"""Turns documents into ids as `encode_documents` does."""
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.int32]:

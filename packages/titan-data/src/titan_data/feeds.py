@@ -5,12 +5,11 @@ from typing import Protocol
 
 import numpy as np
 
-from titan_data.documents import Block, Cursor
+from titan_data.documents import Block, Cursor, Encode
 from titan_data.errors import DataError
 from titan_data.order import Order
 from titan_data.sources import RandomAccessSource, Source, TokenSource
 from titan_data.text_feed import RandomAccessTexts, StreamTexts, TextFeed, Texts
-from titan_data.tokenizer import Tokenizer
 
 _BLOCK_DOCUMENTS = 1024  # whose lengths are looked up at once
 _BLOCKS_AHEAD = 2  # per worker
@@ -55,13 +54,13 @@ class Feed(Protocol):
 
 
 def open_feed(
-    source: Source, tokenizer: Tokenizer | None, *, seed: int, shuffle: bool, pool: Executor | None, workers: int
+    source: Source, encode: Encode | None, *, seed: int, shuffle: bool, pool: Executor | None, workers: int
 ) -> Feed:
     """Make the feed that suits a source.
 
     Args:
         source: where the documents come from.
-        tokenizer: turns texts into ids; may be None for a source of tokens.
+        encode: turns texts into ids; may be None for a source of tokens.
         seed: together with the source's name and the epoch, decides the order where documents are shuffled.
         shuffle: whether to shuffle; of no effect on a stream, which has only its own order.
         pool: threads that tokenize ahead, or None to tokenize when the tokens are asked for.
@@ -81,9 +80,9 @@ def open_feed(
         texts = RandomAccessTexts(source, Order(source.name, len(source), seed=seed, shuffle=shuffle))
     else:
         texts = StreamTexts(source)
-    if tokenizer is None:
+    if encode is None:
         raise DataError(f"source {source.name!r} gives text, so the loader needs a tokenizer")
-    return TextFeed(texts, tokenizer, pool, workers * _BLOCKS_AHEAD)
+    return TextFeed(texts, encode, pool, workers * _BLOCKS_AHEAD)
 
 
 class TokenFeed:

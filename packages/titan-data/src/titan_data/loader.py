@@ -1,8 +1,11 @@
 """The loader: global batch n is a function of (sources, tokenizer, settings, seed, n), and of nothing else."""
 
+import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -10,6 +13,8 @@ from torch import Tensor
 
 from titan_data.batch import Batch
 from titan_data.best_fit import BestFit
+from titan_data.checks import check_sizes, check_tokenizers
+from titan_data.documents import Encode, encode_documents
 from titan_data.errors import DataError
 from titan_data.feeds import Feed, open_feed
 from titan_data.mixing import Stage, Weighted, plan_phases
@@ -18,9 +23,13 @@ from titan_data.prefetch import Prefetcher
 from titan_data.reader import Position, Reader
 from titan_data.sources import Source, TokenSource
 from titan_data.state import Settings, dump_state, read_state
+from titan_data.token_share import TokenShare
 from titan_data.tokenizer import Tokenizer
 
-_CLOSE_SECONDS = 5.0  # a read that hangs (a network, say) is not waited for longer when the process ends
+_EXIT_SECONDS = 5.0  # a read that hangs (a network, say) is not waited for longer when the process ends …
+_CLOSE_SECONDS = 60.0  # … or when the loader is told to stop; making a large batch may take a while
+
+_log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -46,6 +55,9 @@ class Loader:
         prefetch: batches read ahead by a thread; 0 to read each when it is asked for.
         workers: threads that tokenize texts ahead; 0 to tokenize where the batch is made. Most tokenizers let other
             threads run meanwhile. Changes nothing in the batches.
+        share_folder: a folder on this machine's own disk through which the loaders of its ranks share what they
+            tokenize, so that each text is tokenized once and not by each of them. Of one job alone; made and cleared
+            by the loaders. Changes nothing in the batches.
         pin_memory: put the tensors into page-locked memory, from where a GPU copies them in the background.
 
     Raises:
@@ -67,9 +79,10 @@ class Loader:
         world: int = 1,
         prefetch: int = 2,
         workers: int = 0,
+        share_folder: str | Path | None = None,
         pin_memory: bool = False,
     ) -> None:
-        _check_sizes(global_batch_size, rank, world, prefetch, workers)
+        check_sizes(global_batch_size, rank, world, prefetch, workers)
         if pin_memory and not torch.accelerator.is_available():
             raise DataError("pin_memory=True needs an accelerator such as a CUDA GPU, and torch sees none")
         parts = _parts(sources)
@@ -78,9 +91,10 @@ class Loader:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="titan-data-tokenize") if workers > 0 else None
         if pool is not None:
             weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
-        _check_tokenizers([part.source for part in parts], tokenizer)
+        check_tokenizers([part.source for part in parts], tokenizer)
+        encode = _encoder(tokenizer, share_folder, [part.source for part in parts])
         self._feeds = [
-            open_feed(part.source, tokenizer, seed=seed, shuffle=shuffle, pool=pool, workers=workers) for part in parts
+            open_feed(part.source, encode, seed=seed, shuffle=shuffle, pool=pool, workers=workers) for part in parts
         ]
         rows = global_batch_size // world
         self._reader = Reader(
@@ -126,10 +140,12 @@ class Loader:
         if self._depth == 0:
             batch, self._position = _produce(self._reader, self._pin_memory)()
             return batch
+        if self._prefetcher is not None and self._prefetcher.closed:
+            self._stop_reading()
         if self._prefetcher is None or self._prefetcher.ended:
             self._prefetcher = Prefetcher(_produce(self._reader, self._pin_memory), self._depth)
             # When the loader is freed or Python goes down: the thread must be gone before numpy and torch are.
-            self._finalizer = weakref.finalize(self, self._prefetcher.close, _CLOSE_SECONDS)
+            self._finalizer = weakref.finalize(self, self._prefetcher.close, _EXIT_SECONDS)
         try:
             batch, self._position = self._prefetcher.get()
         finally:
@@ -138,10 +154,29 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """Stop reading ahead. Asking for another batch starts it again; nothing is skipped."""
+        """Stop reading ahead. Asking for another batch starts it again; nothing is skipped.
+
+        A read that hangs is waited for up to a minute and then left to itself, with a warning.
+        """
+        try:
+            self._stop_reading()
+        except DataError as error:
+            _log.warning("%s", error)
+
+    def _stop_reading(self) -> None:
+        """End the thread that reads ahead.
+
+        Raises:
+            DataError: a read hangs. Nothing can be read, as its source must not be read by two threads.
+        """
         if self._prefetcher is None:
             return
-        self._prefetcher.close()
+        if not self._prefetcher.close(_CLOSE_SECONDS):
+            raise DataError(
+                f"a read has been hanging for {_CLOSE_SECONDS:g} s, at {self._prefetcher.describe()}: is the storage "
+                "still there? Try again when it is, or start the process anew; the loader stands at step "
+                f"{self.step} as before"
+            )
         if self._finalizer is not None:
             self._finalizer.detach()
         self._prefetcher = self._finalizer = None
@@ -183,7 +218,7 @@ class Loader:
 
         Raises:
             ChangedDataError: a difference that is not allowed (all are listed).
-            DataError: a damaged state. The loader is in both cases as it was.
+            DataError: a damaged state, or a read under way that hangs. The loader is in all cases as it was.
         """
         starts = {feed.name: feed.start for feed in self._feeds}
         resume = read_state(state, self._settings, starts, allow_changes)
@@ -195,7 +230,7 @@ class Loader:
             )
             for number, (feed, standing) in enumerate(zip(self._feeds, resume.position.sources, strict=True))
         )
-        self.close()
+        self._stop_reading()
         self._position = resume.position._replace(sources=standings)
         self._reader.resume(self._position, resume.lenient)
 
@@ -224,6 +259,14 @@ def _parts(sources: Source | Sequence[Weighted]) -> list[Weighted]:
     return [Weighted(sources)]  # type: ignore[arg-type]  # whatever else it may be, Weighted tells
 
 
+def _encoder(tokenizer: Tokenizer | None, share_folder: str | Path | None, sources: Sequence[Source]) -> Encode | None:
+    if tokenizer is None:
+        return None
+    if share_folder is None or all(isinstance(source, TokenSource) for source in sources):
+        return partial(encode_documents, tokenizer)
+    return TokenShare(share_folder, tokenizer).encode
+
+
 def _open_packer(feed: Feed, max_epochs: int | None, packing: Packing) -> Packer:
     crop = packing.long_documents == "crop"
     if packing.kind == "concat":
@@ -233,44 +276,8 @@ def _open_packer(feed: Feed, max_epochs: int | None, packing: Packing) -> Packer
     return BestFit(feed, max_epochs, look_ahead=packing.look_ahead, crop=crop)
 
 
-def _check_tokenizers(sources: Sequence[Source], tokenizer: Tokenizer | None) -> None:
-    """Refuse tokens that another tokenizer made, or several of them."""
-    wanted, whose = (None, "") if tokenizer is None else (tokenizer.fingerprint, "the loader's")
-    for source in sources:
-        made_with = source.tokenizer_fingerprint if isinstance(source, TokenSource) else None
-        if made_with is None:
-            continue
-        if wanted is None:
-            wanted, whose = made_with, f"that of source {source.name!r}"
-        if made_with != wanted:
-            raise DataError(
-                f"source {source.name!r} was made with tokenizer {made_with!r}, but {whose} is {wanted!r}: prepare the "
-                "data again so that there is one tokenizer, or give the loader the one that made them"
-            )
-
-
 def _pad_id(tokenizer: Tokenizer | None) -> int:
     """Choose the token of padding; which one does not matter, as nothing scores it or attends to it."""
     if tokenizer is None:
         return 0
     return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
-
-
-def _check_sizes(global_batch_size: int, rank: int, world: int, prefetch: int, workers: int) -> None:
-    for name, value, least in (
-        ("global_batch_size", global_batch_size, 1),
-        ("world", world, 1),
-        ("prefetch", prefetch, 0),
-        ("workers", workers, 0),
-    ):
-        if value < least:
-            raise DataError(f"{name} must be at least {least}, not {value}")
-    if not 0 <= rank < world:
-        raise DataError(f"rank must be in 0..{world - 1} for world = {world}, not {rank}")
-    if global_batch_size % world != 0:
-        below = global_batch_size // world * world
-        nearby = [size for size in (below, below + world) if size > 0]
-        raise DataError(
-            f"global_batch_size = {global_batch_size} cannot be divided among world = {world} ranks; "
-            f"use global_batch_size = {' or '.join(map(str, nearby))}"
-        )

@@ -22,7 +22,8 @@ class Packing:
             documents, a little padding. "one_per_row" gives each document rows of its own.
         long_documents: what becomes of documents longer than a row, for the last two kinds: "split" them over several
             rows or "crop" them to the first S tokens (which are counted).
-        look_ahead: how many documents "best_fit" looks at together. More of them leave less padding.
+        look_ahead: how many documents "best_fit" looks at together. More of them leave less padding, and spread a long
+            document's rows over more batches, as the rows made of them come in an order of their own.
         cross_document: False: a row's documents know nothing of one another; the last token of each is not scored,
             document ids tell them apart. True: the row is one text; its tokens predict the next document's first
             token too, positions run through, and its document ids are all 0.

@@ -1,12 +1,16 @@
 """Reading ahead in a thread of its own, so that the next batch lies ready when it is asked for."""
 
+import os
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_FRAMES = 4  # that are shown of a thread that hangs
 _POLL_SECONDS = 0.5  # how often a thread that waits for room looks whether it is to stop
 
 
@@ -21,12 +25,13 @@ class Prefetcher(Generic[T]):
 
     Attributes:
         ended: whether an exception of the function has come out; there will be no more results.
+        closed: whether the thread was told to stop.
     """
 
     def __init__(self, produce: Callable[[], T], depth: int) -> None:
         self._results: queue.Queue[tuple[T, None] | tuple[None, BaseException]] = queue.Queue(depth)
         self._stop = threading.Event()
-        self.ended = False
+        self.ended = self.closed = False
         # A daemon, as a read that hangs must not keep the process alive; the owner closes it before Python goes down.
         self._thread = threading.Thread(
             target=_run, args=(produce, self._results, self._stop), name="titan-data-prefetch", daemon=True
@@ -41,21 +46,32 @@ class Prefetcher(Generic[T]):
             raise error
         return result  # type: ignore[return-value]  # there is a result where there is no error
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, timeout: float) -> bool:
         """Stop the thread; results that wait are lost. Safe to call more than once.
 
         Args:
-            timeout: seconds to wait for the call under way; None: as long as it takes.
+            timeout: seconds to wait for the call under way.
+
+        Returns:
+            Whether the thread has ended. If not, it may still use what the function uses.
         """
+        self.closed = True
         self._stop.set()
         if threading.current_thread() is self._thread:
-            return  # the garbage collector may free the owner from any thread, even from in the middle of a put
+            return False  # the garbage collector may free the owner from any thread, even from in the middle of a put
         while True:
             try:
                 self._results.get_nowait()  # so that a thread that waits for room sees the stop at once
             except queue.Empty:
                 break
         self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def describe(self) -> str:
+        """Say where the thread is, outermost call first."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        calls = traceback.extract_stack(frame)[-_FRAMES:] if frame is not None else []
+        return " > ".join(f"{call.name} ({os.path.basename(call.filename)}:{call.lineno})" for call in calls)
 
 
 def _run(

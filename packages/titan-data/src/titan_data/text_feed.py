@@ -7,11 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from titan_data.documents import Block, Cursor, encode_documents
+from titan_data.documents import Block, Cursor, Encode
 from titan_data.errors import DataError
 from titan_data.order import Order
 from titan_data.sources import RandomAccessSource, StreamSource
-from titan_data.tokenizer import Tokenizer
 
 _BLOCK_TEXTS = 16  # that are tokenized at once …
 _BLOCK_CHARACTERS = 1 << 18  # … or fewer where they are long
@@ -143,9 +142,9 @@ class StreamTexts:
 class TextFeed:
     """The queue of a source of texts, tokenized in blocks; with a pool, some blocks ahead and in their order."""
 
-    def __init__(self, texts: Texts, tokenizer: Tokenizer, pool: Executor | None, blocks_ahead: int) -> None:
+    def __init__(self, texts: Texts, encode: Encode, pool: Executor | None, blocks_ahead: int) -> None:
         self._texts = texts
-        self._tokenizer = tokenizer
+        self._encode = encode
         self._pool = pool
         self._blocks_ahead = blocks_ahead
         self._ahead: deque[Future[Block]] = deque()
@@ -208,7 +207,7 @@ class TextFeed:
 
     def _tokenize(self, texts: list[str], cursors: list[Cursor], after: Cursor) -> Block:
         try:
-            documents = encode_documents(self._tokenizer, texts) if texts else []
+            documents = self._encode(texts) if texts else []
         except DataError as error:
             raise DataError(f"source {self.name!r}, after place {list(cursors[0])}: {error}") from error
         return Block(

@@ -22,7 +22,7 @@ from titan_parallel import (
     parallelize,
 )
 from titan_train.config import Config
-from titan_train.data import DataState, load_tokenizer, open_loader
+from titan_train.data import DataState, load_tokenizer, open_loader, sequence_lengths
 from titan_train.errors import ConfigError
 from titan_train.optimizer import Optimizer
 from titan_train.process import Process
@@ -82,14 +82,15 @@ def check(config: Config, world: int) -> None:
     training, model = config.training, model_config(config)
     try:
         degrees = _degrees(config).resolve(world)
-        sequence = training.seq_len if config.parallel.sequence_parallel and degrees.tp > 1 else None
-        check_plan(titan_model.parallel_plan(model), degrees, sequence_length=sequence)
+        for length in sequence_lengths(config).values():
+            check_plan(titan_model.parallel_plan(model), degrees, sequence_length=length, options=_options(config))
     except LayoutError as error:
         raise ConfigError(f"[parallel] {error}") from None
     data_world = degrees.readers
     wrong = []
-    if training.seq_len > model.max_seq_len:
-        wrong.append(f"training.seq_len {training.seq_len} is over the model's max_seq_len {model.max_seq_len}")
+    for key, length in sequence_lengths(config).items():
+        if length > model.max_seq_len:
+            wrong.append(f"{key} {length} is over the model's max_seq_len {model.max_seq_len}")
     if training.global_batch_size % data_world:
         near = round(training.global_batch_size / data_world) * data_world or data_world
         wrong.append(

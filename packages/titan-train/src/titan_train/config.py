@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -85,16 +85,18 @@ class MoESection(Section):
 class SourceSection(Section):
     """Where text comes from."""
 
-    source: Literal["stdlib", "files", "shards", "huggingface"] = "stdlib"
-    """Python's own source code; JSON lines, Parquet or text; what `titan-data prepare` wrote; what `datasets` loads."""
+    source: Literal["stdlib", "files", "shards", "huggingface", "raw", "megatron"] = "stdlib"
+    """Python's library; JSON lines, Parquet, text; token shards; what `datasets` loads; bare ids; Megatron-LM files."""
     path: str | None = None
-    """For shards: their folder. For huggingface: a hub name, or json, parquet or text with `files`."""
+    """For shards: their folder. For huggingface: a hub name, or json, parquet or text. For megatron: .bin or .idx."""
     files: list[str] = []
-    """For files and huggingface: paths, globs or URLs."""
+    """For files and huggingface: paths, globs or URLs. For raw: paths, in order."""
     subset: str | None = None
     """For huggingface: configuration of the dataset."""
     split: str = "train"
     """For huggingface: which split."""
+    format: Literal["jsonl", "parquet", "text"] | None = None
+    """For files: what is in them; none tells it by their names."""
     text_key: str = "text"
     """For files and huggingface: key or column that holds the text."""
     text_unit: Literal["file", "line", "paragraph"] = "file"
@@ -103,18 +105,46 @@ class SourceSection(Section):
     """For files and huggingface: read documents as they come (and without shuffling)."""
     on_malformed: Literal["skip", "raise"] = "skip"
     """For files: count malformed records and pass over them, or stop."""
+    index_folder: str | None = None
+    """For files: a folder that keeps where records begin, so that a later start need not look through the files."""
+    storage_options: dict[str, str | int | float | bool] = {}
+    """For files: arguments of fsspec's file system, as {anon = true}. The run's folder records them: no secrets."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """For raw: type of the ids."""
+    eos_id: Whole | None = None
+    """For raw: the id that ends each document; none if each file is one document."""
     max_epochs: Count | None = None
     """How often the documents are used at most; none uses them as often as it takes."""
 
     @model_validator(mode="after")
-    def _where_it_lies(self) -> Self:
-        if self.source == "huggingface" and self.path is None:
-            raise ValueError('source "huggingface" needs a path (a hub name, or json, parquet or text with files)')
-        if self.source == "shards" and self.path is None:
-            raise ValueError('source "shards" needs a path (the folder that `titan-data prepare` wrote)')
-        if self.source == "files" and not self.files:
-            raise ValueError('source "files" needs files (paths, globs or URLs)')
+    def _fits_its_kind(self) -> Self:
+        for key, what in _NEEDED.get(self.source, {}).items():
+            if not getattr(self, key):
+                raise ValueError(f'source "{self.source}" needs {key}: {what}')
+        for key, kind in _ONLY_FOR.items():
+            if self.source != kind and getattr(self, key) != SourceSection.model_fields[key].default:
+                raise ValueError(f'{key}: source "{self.source}" does not look at it; it is for source "{kind}"')
         return self
+
+
+# What each kind of source cannot do without, and what would be ignored in silence if it were given to another kind.
+# (Not so for the settings of shipped configs: a flag may put another source in the place of theirs.)
+_NEEDED: Final = {
+    "files": {"files": "paths, globs or URLs"},
+    "shards": {"path": "the folder that `titan-data prepare` wrote"},
+    "huggingface": {"path": "a hub name, or json, parquet or text with files"},
+    "raw": {"files": "paths, in order", "dtype": "uint16 or uint32"},
+    "megatron": {"path": "the .bin or .idx file"},
+}
+_ONLY_FOR: Final = {
+    "format": "files",
+    "text_unit": "files",
+    "on_malformed": "files",
+    "index_folder": "files",
+    "storage_options": "files",
+    "dtype": "raw",
+    "eos_id": "raw",
+}
 
 
 class MixedSection(SourceSection):
@@ -129,12 +159,14 @@ class MixedSection(SourceSection):
 
 
 class StageSection(Section):
-    """New weights from a step on."""
+    """What changes from a step on."""
 
     from_step: Count
     """Steps that are done before."""
-    weights: dict[str, NotNegative]
-    """Weights by the sources' names; 0 for those not named."""
+    weights: dict[str, NotNegative] | None = None
+    """New weights by the sources' names, 0 for those not named; none leaves them as they were."""
+    seq_len: Count | None = None
+    """New tokens per sequence; none leaves them as they were."""
 
 
 class DataSection(SourceSection):
@@ -143,13 +175,15 @@ class DataSection(SourceSection):
     sources: list[MixedSection] = []
     """Several sources instead of one, as [[data.sources]] tables: the settings above, with name, weight, at_end."""
     stages: list[StageSection] = []
-    """Switches of the weights, as [[data.stages]] tables with from_step and weights."""
+    """Switches of weights or of training.seq_len, as [[data.stages]] tables with from_step, weights, seq_len."""
     shuffle: bool = True
     """Visit the documents of each epoch in an order drawn from the seed, where the source allows it."""
     tokenizer: str = "bytes"
     """A file or folder of tiktoken ranks, a SentencePiece model or a tokenizer.json; `bytes`: UTF-8 bytes."""
     packing: Literal["concat", "best_fit", "one_per_row"] = "concat"
     """How documents become sequences: end to end, whole ones where they fit best, or each by itself."""
+    long_documents: Literal["split", "crop"] = "split"
+    """For best_fit and one_per_row, documents longer than a sequence: several sequences, or only the first tokens."""
     look_ahead: Count = 1024
     """Documents that best_fit packs together, and over whose rows it spreads them."""
     mask_documents: bool = False
@@ -158,6 +192,8 @@ class DataSection(SourceSection):
     """Batches read ahead by a thread."""
     workers: Whole = 0
     """Threads that tokenize ahead."""
+    share_tokenizing: bool = True
+    """Of several ranks on one machine, let one tokenize each text for all of them."""
     allow_changes: list[
         Literal["data", "mixture", "tokenizer", "seed", "shuffle", "seq_len", "global_batch_size", "packing"]
     ] = []
@@ -169,8 +205,13 @@ class DataSection(SourceSection):
             own = [name for name, field in SourceSection.model_fields.items() if getattr(self, name) != field.default]
             if own:
                 raise ValueError(f"{', '.join(own)}: set this in each of [[data.sources]], or leave these out")
-        elif self.stages:
-            raise ValueError("stages switch between sources: give these as [[data.sources]]")
+        elif any(stage.weights is not None for stage in self.stages):
+            raise ValueError("stages: weights switch between sources: give these as [[data.sources]]")
+        for number, stage in enumerate(self.stages, start=1):
+            if stage.weights is None and stage.seq_len is None:
+                raise ValueError(f"stages, table {number}: it changes nothing: give weights or seq_len")
+        if self.packing == "concat" and self.long_documents == "crop":
+            raise ValueError('long_documents: packing "concat" never crops; use "best_fit" or "one_per_row"')
         return self
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import titan_data
@@ -66,45 +70,90 @@ def open_loader(
         ConfigError: If the data cannot be had.
     """
     data = config.data
+    # The sources first: what is wrong with one of them is said with the key that it belongs to.
+    sources = [_weighted(source, number, tokenizer) for number, source in enumerate(data.sources, start=1)]
     try:
         return titan_data.Loader(
-            [_weighted(source) for source in data.sources] or [Weighted(_open(data), max_epochs=data.max_epochs)],
+            sources or [Weighted(_open(data, None, "data", tokenizer), max_epochs=data.max_epochs)],
             tokenizer,
             seq_len=config.training.seq_len,
             global_batch_size=config.training.global_batch_size,
             seed=config.run.seed,
             shuffle=data.shuffle,
-            packing=Packing(data.packing, look_ahead=data.look_ahead),
-            stages=[Stage(stage.from_step, stage.weights) for stage in data.stages],
+            packing=Packing(data.packing, long_documents=data.long_documents, look_ahead=data.look_ahead),
+            stages=[Stage(stage.from_step, stage.weights, stage.seq_len) for stage in data.stages],
             rank=place.rank,
             world=place.world,
             prefetch=data.prefetch,
             workers=data.workers,
+            share_folder=_share_folder(config) if data.share_tokenizing else None,
             pin_memory=pin_memory,
         )
     except DataError as error:
         raise ConfigError(f"[data] {error}") from None
 
 
-def _weighted(source: MixedSection) -> Weighted:
-    return Weighted(_open(source, source.name), source.weight, source.max_epochs, source.at_end)
+def _share_folder(config: Config) -> Path | None:
+    """Name a folder of this run on this machine's own disk, where several ranks are on it."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        return None
+    run = sha256(os.path.abspath(config.run.folder).encode()).hexdigest()[:16]
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return Path(tempfile.gettempdir()) / f"titan-data-{user}-{run}"
 
 
-def _open(source: SourceSection, name: str | None = None) -> titan_data.Source:
-    if source.source == "stdlib":
-        return titan_data.StdlibSource(name or "stdlib")
-    if source.source == "files":
-        return titan_data.load_files(
-            source.files,
-            text_key=source.text_key,
-            text_unit=source.text_unit,
-            streaming=source.streaming,
-            on_malformed=source.on_malformed,
-            name=name,
-        )
+def sequence_lengths(config: Config) -> dict[str, int]:
+    """Return every number of tokens per sequence that the run will come to, by the key that asks for it."""
+    lengths = {"training.seq_len": config.training.seq_len}
+    for number, stage in enumerate(config.data.stages, start=1):
+        if stage.seq_len is not None:
+            lengths[f"data.stages, table {number}: seq_len"] = stage.seq_len
+    return lengths
+
+
+def _weighted(source: MixedSection, number: int, tokenizer: titan_data.Tokenizer) -> Weighted:
+    opened = _open(source, source.name, f"data.sources, table {number}", tokenizer)
+    return Weighted(opened, source.weight, source.max_epochs, source.at_end)
+
+
+def _open(source: SourceSection, name: str | None, where: str, tokenizer: titan_data.Tokenizer) -> titan_data.Source:
+    try:
+        match source.source:
+            case "stdlib":
+                return titan_data.StdlibSource(name or "stdlib")
+            case "files":
+                return _open_files(source, name)
+            case "huggingface":
+                return _open_huggingface(source, name)
+            case "shards":
+                return titan_data.TokenShards(str(source.path), name=name)
+            case "megatron":
+                return titan_data.MegatronTokens(str(source.path), name=name)
+            case "raw":
+                assert source.dtype is not None
+                return titan_data.RawTokens(
+                    source.files, dtype=source.dtype, eos_id=source.eos_id, vocab_size=tokenizer.vocab_size, name=name
+                )
+    except DataError as error:
+        raise ConfigError(f"{where}, source {source.source!r}: {error}") from None
+
+
+def _open_files(source: SourceSection, name: str | None) -> titan_data.Source:
+    return titan_data.load_files(
+        source.files,
+        text_key=source.text_key,
+        format=source.format,
+        text_unit=source.text_unit,
+        streaming=source.streaming,
+        on_malformed=source.on_malformed,
+        name=name,
+        storage_options=source.storage_options,
+        index_folder=source.index_folder,
+    )
+
+
+def _open_huggingface(source: SourceSection, name: str | None) -> titan_data.Source:
     assert source.path is not None
-    if source.source == "shards":
-        return titan_data.TokenShards(source.path, name=name)
     return titan_data.load_huggingface(
         source.path,
         name=source.subset,

@@ -11,7 +11,7 @@ from hashlib import sha256
 
 import torch
 
-from titan_model import LossSums, balance_experts, set_loss_normaliser
+from titan_model import balance_experts, set_loss_normaliser
 from titan_parallel import Microbatch, data_axis
 from titan_train.assembly import Run, microbatch_size
 from titan_train.errors import TrainingError
@@ -20,6 +20,7 @@ from titan_train.process import sum_over_ranks
 from titan_train.schedule import lr_factor
 from titan_train.seams import Batch
 from titan_train.signals import StopSignal
+from titan_train.source_loss import SourceLosses
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
     """
     config, progress = run.config, run.progress
     total = config.training.steps
-    tokens_per_step = config.training.global_batch_size * config.training.seq_len
+    by_source = SourceLosses([*run.loader.accounting()], run.process.device)
     healthy = torch.ones((), dtype=torch.bool, device=run.process.device)
     losses: list[torch.Tensor] = []  # of the steps since the last report, on the device
-    started, first_step, saved_step = time.perf_counter(), progress.step, progress.step
+    started, first_tokens, saved_step = time.perf_counter(), progress.tokens, progress.step
     stopped = False
     meter.start(progress.step)
 
@@ -71,11 +72,14 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
         scored = _scored_tokens(run, batch)
         for part in run.model.parts:
             set_loss_normaliser(part, scored)
-        loss = run.model.forward_backward(_microbatches(run, batch), _total, scored)
+        loss = run.model.forward_backward(_microbatches(run, batch, by_source), by_source.add, scored)
         experts = balance_experts(run.model.parts[0], partial(_sum_over_data, run))
         norm = run.model.clip_grad_norm(config.training.max_norm)
         lr = run.optimizer.step(lr_factor(step, total, config.schedule))
-        progress.step, progress.tokens = step, progress.tokens + tokens_per_step
+        seq_len = batch["tokens"].shape[1]  # of this step: stages may switch it
+        tokens = config.training.global_batch_size * seq_len
+        progress.step, progress.tokens = step, progress.tokens + tokens
+        meter.count(tokens, seq_len)
         healthy &= torch.isfinite(norm) & torch.isfinite(loss)
         losses.append(loss)
 
@@ -89,7 +93,7 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
                 float(norm),
                 lr,
                 progress.tokens,
-                run.loader.accounting(),
+                _sources(run, by_source),
                 _numbers(experts),
             )
             losses.clear()
@@ -105,7 +109,7 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
             f"the data came to its end after step {progress.step} of {total}, which is saved: raise max_epochs of "
             f"the data, or be content with --training.steps {progress.step}"
         )
-    return Outcome(stopped, time.perf_counter() - started, (progress.step - first_step) * tokens_per_step)
+    return Outcome(stopped, time.perf_counter() - started, progress.tokens - first_tokens)
 
 
 def _save(run: Run) -> None:
@@ -126,7 +130,7 @@ def _scored_tokens(run: Run, batch: Batch) -> int:
     return max(1, sum_over_ranks(int((batch["labels"] != -100).sum()) if leads else 0))
 
 
-def _microbatches(run: Run, batch: Batch) -> list[Microbatch]:
+def _microbatches(run: Run, batch: Batch, by_source: SourceLosses) -> list[Microbatch]:
     device, masked = run.process.device, run.config.data.mask_documents
     rows = microbatch_size(run)
 
@@ -138,6 +142,7 @@ def _microbatches(run: Run, batch: Batch) -> list[Microbatch]:
         "labels": pieces(batch["labels"]),
         "positions": pieces(batch["positions"]),
         "document_ids": pieces(batch["document_ids"]),
+        "source_ids": pieces(by_source.ids(batch["sources"])),
     }
     return [
         Microbatch(
@@ -146,6 +151,8 @@ def _microbatches(run: Run, batch: Batch) -> list[Microbatch]:
                 "labels": moved["labels"][i],
                 "positions": moved["positions"][i] if masked else None,
                 "document_ids": moved["document_ids"][i] if masked else None,
+                "source_ids": moved["source_ids"][i] if by_source.count > 1 else None,
+                "n_sources": by_source.count,
                 "z_loss": run.config.training.z_loss,
             },
             target=None,
@@ -154,13 +161,18 @@ def _microbatches(run: Run, batch: Batch) -> list[Microbatch]:
     ]
 
 
-def _total(sums: LossSums, _: None) -> torch.Tensor:
-    return sums.total
-
-
 def _sum_over_data(run: Run, values: torch.Tensor) -> None:
     """Sum in place over the ranks that had other tokens."""
     values.copy_(run.model.sum_parts(values))
+
+
+def _sources(run: Run, by_source: SourceLosses) -> dict[str, dict[str, float]]:
+    """Return counts by source and, of several, each one's loss since the last report."""
+    losses = by_source.take(partial(_sum_over_data, run))
+    return {
+        name: {**counts, **({"loss": losses[name]} if name in losses else {})}
+        for name, counts in run.loader.accounting().items()
+    }
 
 
 def _numbers(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:

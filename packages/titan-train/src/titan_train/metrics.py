@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from titan_train.hardware import Peak, memory_in_use
 
@@ -29,7 +30,8 @@ class StepMetrics:
         mfu: Share of the peak that the model's own FLOPs make up.
         memory_gib: Peak memory of the reporting process.
         seconds_left: Expected time to the last step.
-        sources: Counts by source since the run began: tokens, documents, epoch and what the loader counts besides.
+        sources: By source, counts since the run began (tokens, documents, epoch and what the loader counts besides)
+            and, where there are several, `loss`: the mean over its scored tokens since the last report, without z-loss.
         more: What the model says of the step besides, by tag (`experts/max_load`).
     """
 
@@ -42,8 +44,11 @@ class StepMetrics:
     mfu: float
     memory_gib: float
     seconds_left: float
-    sources: Mapping[str, Mapping[str, int]]
+    sources: Mapping[str, Mapping[str, float]]
     more: Mapping[str, float] = field(default_factory=dict)
+
+
+_SHOWN = 4  # sources whose losses a line has room for; files have all
 
 
 class Sink(Protocol):
@@ -64,8 +69,7 @@ class Meter:
     Args:
         sinks: Where reports go.
         total_steps: Last step.
-        tokens_per_step: Over all ranks.
-        flops_per_token: Model FLOPs of training, forward and backward.
+        flops_per_token: Model FLOPs of training, forward and backward, for a number of tokens per sequence.
         peak: Of one process's device.
         world: Number of processes.
         device: Whose memory is reported.
@@ -80,8 +84,7 @@ class Meter:
         sinks: list[Sink],
         *,
         total_steps: int,
-        tokens_per_step: int,
-        flops_per_token: float,
+        flops_per_token: Callable[[int], float],
         peak: Peak,
         world: int,
         device: torch.device,
@@ -90,16 +93,23 @@ class Meter:
         self.recent: list[float] = []
         self._sinks = sinks
         self._total_steps = total_steps
-        self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak_of_all = peak.flops * world
         self._device = device
-        self._last_step = 0
-        self._last_time = 0.0
+        self._flops = 0.0  # of all steps that were counted
+        self.start(0)
 
     def start(self, step: int) -> None:
         """Start the clock at a step that is done."""
         self._last_step, self._last_time = step, time.perf_counter()
+        self._new_tokens, self._new_flops = 0, 0.0  # since then
+
+    def count(self, tokens: int, seq_len: int) -> None:
+        """Count a step's tokens, over all ranks, that were trained in sequences of `seq_len`."""
+        flops = tokens * self._flops_per_token(seq_len)
+        self._new_tokens += tokens
+        self._new_flops += flops
+        self._flops += flops
 
     def report(
         self,
@@ -108,7 +118,7 @@ class Meter:
         grad_norm: float,
         lr: float,
         tokens: int,
-        sources: Mapping[str, Mapping[str, int]],
+        sources: Mapping[str, Mapping[str, float]],
         more: Mapping[str, float] | None = None,
     ) -> StepMetrics:
         """Compute and write the figures of `step`.
@@ -119,12 +129,11 @@ class Meter:
             grad_norm: Of this step.
             lr: Of this step.
             tokens: Trained since the run began.
-            sources: Counts by source since then.
+            sources: Counts by source since then, and the loss of each.
             more: What else is known of this step, by tag.
         """
         now = time.perf_counter()
-        per_step = (now - self._last_time) / (step - self._last_step)
-        speed = self._tokens_per_step / per_step
+        seconds = now - self._last_time
         self.first = self.first or (step - len(losses) + 1, losses[0])
         self.recent = losses
         metrics = StepMetrics(
@@ -133,10 +142,10 @@ class Meter:
             grad_norm=grad_norm,
             lr=lr,
             tokens=tokens,
-            tokens_per_second=speed,
-            mfu=self.mfu(speed),
+            tokens_per_second=self._new_tokens / seconds,
+            mfu=self._new_flops / seconds / self._peak_of_all,
             memory_gib=memory_in_use(self._device) / 2**30,
-            seconds_left=(self._total_steps - step) * per_step,
+            seconds_left=(self._total_steps - step) * seconds / (step - self._last_step),
             sources=sources,
             more=more or {},
         )
@@ -145,9 +154,9 @@ class Meter:
         self.start(step)
         return metrics
 
-    def mfu(self, tokens_per_second: float) -> float:
-        """Return model FLOPs per second over the devices' peak."""
-        return tokens_per_second * self._flops_per_token / self._peak_of_all
+    def mfu(self, seconds: float) -> float:
+        """Return the model FLOPs of all steps that were counted, over what the devices' peak allows in that time."""
+        return self._flops / seconds / self._peak_of_all
 
     def close(self) -> None:
         """Close the sinks."""
@@ -165,10 +174,13 @@ class TerminalSink:
     def write(self, metrics: StepMetrics) -> None:
         """Print the line."""
         width = len(str(self._total_steps))
+        losses = {name: figures["loss"] for name, figures in metrics.sources.items() if "loss" in figures}
+        shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        by_source = f" ({escape(shown)})" if 0 < len(losses) <= _SHOWN else ""
         more = "".join(f"  {tag.rpartition('/')[2]} {value:.3g}" for tag, value in metrics.more.items())
         self._console.print(
             f"[bold]step {metrics.step:>{width}}/{self._total_steps}[/]  "
-            f"loss [bold green]{metrics.loss:.4f}[/]  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
+            f"loss [bold green]{metrics.loss:.4f}[/]{by_source}  grad {metrics.grad_norm:.3f}  lr {metrics.lr:.2e}  "
             f"[cyan]{metrics.tokens_per_second:,.0f} tok/s[/]  MFU {metrics.mfu:.1%}  "
             f"mem {metrics.memory_gib:.2f} GiB{more}  eta {clock(metrics.seconds_left)}",
             highlight=False,

@@ -27,12 +27,12 @@ def print_start(console: Console, settings: Settings, run: Run, resumed_from: st
     split = "".join(f", {name} {size}" for name, size in sizes.items() if size > 1)
     rows, length = config.training.global_batch_size, config.training.seq_len
     sources = ", ".join(run.loader.accounting())
+    switches = "".join(f", {rows} x {s.seq_len} after step {s.from_step}" for s in config.data.stages if s.seq_len)
     lines = {
         "config": settings.name,
         "model": f"{config.model.preset}, {titan_model.count_parameters(shape):,} parameters, {config.training.dtype}",
-        "data": f"{sources}; tokenizer {config.data.tokenizer}; {rows} x {length} tokens per step",
-        "layout": f"{run.process.world} process(es) on {run.process.device.type}"
-        + "".join(f", {one}" for one in split),
+        "data": f"{sources}; tokenizer {config.data.tokenizer}; {rows} x {length} tokens per step{switches}",
+        "layout": f"{run.process.world} process(es) on {run.process.device.type}{split}",
         "folder": config.run.folder,
     }
     _print_table(console, lines)
@@ -88,7 +88,7 @@ def print_summary(
             {
                 "final loss": f"{mean:.4f} nats per token ({of}), from {first_loss:.4f} at step {first_step}",
                 "speed": f"{speed:,.0f} tokens/s, {speed / world:,.0f} per process, saving included",
-                "MFU": f"{meter.mfu(speed):.1%} of {peak.flops * world / 1e9:,.0f} GFLOP/s ({peak.source}); "
+                "MFU": f"{meter.mfu(outcome.seconds):.1%} of {peak.flops * world / 1e9:,.0f} GFLOP/s ({peak.source}); "
                 "6 FLOPs per weight and causal pair, attention's causal half counted once",
             },
         )

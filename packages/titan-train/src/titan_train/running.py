@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -72,8 +73,7 @@ def _meter(parts: Run, peak: Peak, console: Console) -> Meter:
     return Meter(
         _sinks(parts, console, resumed) if process.is_first else [],
         total_steps=config.training.steps,
-        tokens_per_step=config.training.global_batch_size * config.training.seq_len,
-        flops_per_token=flops_per_token(parts.model_config, config.training.seq_len),
+        flops_per_token=cache(partial(flops_per_token, parts.model_config)),
         peak=peak,
         world=process.world,
         device=process.device,

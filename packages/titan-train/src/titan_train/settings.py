@@ -145,11 +145,11 @@ def _read_nones(values: dict[str, Any]) -> None:
 
 def _parse(text: str, field: FieldInfo) -> object:
     """Give the text of a flag the type that the same value has in a TOML file."""
-    is_list = get_origin(field.annotation) is list
+    is_list, is_table = (get_origin(field.annotation) is kind for kind in (list, dict))
     options = get_args(field.annotation) or (field.annotation,)
     if text == "none" and type(None) in options:
         return None
-    if not is_list and (str in options or all(isinstance(option, str) for option in options)):
+    if not is_list and not is_table and (str in options or all(isinstance(option, str) for option in options)):
         return text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -176,7 +176,8 @@ def _explain(item: Mapping[str, Any], origins: Mapping[str, str], where: str) ->
     if item["type"] == "missing":
         return f"{at} is missing"
     if item["type"] == "value_error":
-        return f"{where}: [{key}] {item['ctx']['error']}"
+        table_number = f", table {int(loc[2]) + 1}" if len(loc) == 3 else ""
+        return f"{where}: [{key}]{table_number} {item['ctx']['error']}"
     field = valid.get(key)
     if field is None:
         return f"{where}: {key} must be a table of settings ([{key}]), not {item['input']!r}"
@@ -206,6 +207,8 @@ def _type_name(annotation: Any) -> str:
     options = get_args(annotation)
     if get_origin(annotation) is list:
         return f"list of {_type_name(options[0])}"
+    if get_origin(annotation) is dict:
+        return f"table of {_type_name(options[1])}"
     if all(isinstance(option, str) for option in options):
         return f"one of {', '.join(options)}"
     if hasattr(annotation, "__metadata__"):

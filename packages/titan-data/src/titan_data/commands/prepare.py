@@ -1,6 +1,10 @@
 """`titan-data prepare`: text to token shards."""
 
 import argparse
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +49,11 @@ def run(options: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar, _interrupted_between_batches() as check_interrupt:
         task = bar.add_task("prepare", total=None, what="starting")
 
         def report(progress: engine.Progress) -> None:
+            check_interrupt()
             seconds = bar.tasks[0].elapsed or 1e-9
             what = (
                 f"{progress.documents:,} documents, {progress.tokens:,} tokens, {progress.shards} shards, "
@@ -71,3 +76,31 @@ def run(options: argparse.Namespace) -> int:
     if malformed := getattr(source, "malformed", 0):
         print(f"{malformed:,} malformed records were met in this run")
     return 0
+
+
+@contextlib.contextmanager
+def _interrupted_between_batches() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until what is given here is called; a second one ends at once.
+
+    Python would raise KeyboardInterrupt at any instruction: amid the drawing of the bar, or where it is lost because a
+    destructor is at work.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    asked = threading.Event()
+
+    def remember(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+        check()  # it came after the last batch
+    finally:
+        signal.signal(signal.SIGINT, before)
