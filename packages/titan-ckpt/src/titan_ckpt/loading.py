@@ -154,8 +154,10 @@ def _load_one(
     if isinstance(seen, list):
         raise _DamagedError(seen, touched=False)
     manifest, text = seen
-    content = ranks.together(f"read the index of {name}", lambda: read_content(text, manifest))
-    tensors, values = ranks.together("collect the state to load into", lambda: split(state))
+    content, (tensors, values) = ranks.together(
+        f"read the index of {name} and collect the state to load into",
+        lambda: (read_content(text, manifest), split(state)),
+    )
     takes = request.selection.takes
     wanted = describe(ranks, tensors)
 

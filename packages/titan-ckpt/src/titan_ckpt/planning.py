@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from titan_ckpt.boxes import Box, flaw_in_cover, whole
+from titan_ckpt.checksum import checksum
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.tensorfile import is_storable
 
@@ -33,12 +34,14 @@ class Part(NamedTuple):
         dtype: its type.
         shape: its whole shape.
         box: which part of it this is.
+        cut: over which ranks and how the tensor is cut into such parts; "" where it is not cut.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     box: Box
+    cut: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +66,7 @@ class Layouts:
     """Finds where shards lie; remembers, for models have few kinds of shards and many tensors."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, list[Box]] = {}
+        self._known: dict[Any, tuple[str, list[Box]]] = {}
 
     def parts_of(self, name: str, tensor: torch.Tensor) -> list[tuple[Part, torch.Tensor]]:
         """Return the parts of a tensor that this rank holds, each with the plain tensor that holds it.
@@ -87,7 +90,7 @@ class Layouts:
         if math.prod(shape) == 0:
             empty = local.new_empty(shape)
             return [(Part(name, tensor.dtype, shape, whole(shape)), empty)]
-        boxes = self._boxes_of(tensor)
+        cut, boxes = self._cut_of(tensor)
         if len(boxes) == 1:
             shards = [local]
         else:  # a local tensor that is itself made of several shards
@@ -99,15 +102,17 @@ class Layouts:
                     f"{tensor.placements} says {list(box.lengths)}"
                 )
         held = zip(boxes, shards, strict=True)
-        return [(Part(name, tensor.dtype, shape, box), shard) for box, shard in held if box.volume]
+        return [(Part(name, tensor.dtype, shape, box, cut), shard) for box, shard in held if box.volume]
 
-    def _boxes_of(self, tensor: "DTensor") -> list[Box]:
-        if tensor.device_mesh.get_coordinate() is None:  # this rank is not on the mesh
-            return []
-        kind = (tensor.device_mesh, tensor.placements, tensor.shape)
+    def _cut_of(self, tensor: "DTensor") -> tuple[str, list[Box]]:
+        mesh = tensor.device_mesh
+        if mesh.get_coordinate() is None:  # this rank is not on the mesh
+            return "", []
+        kind = (mesh, tensor.placements, tensor.shape)
         if kind not in self._known:
             chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-            self._known[kind] = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+            boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+            self._known[kind] = checksum(repr((mesh.mesh.tolist(), tensor.placements)).encode())[:16], boxes
         return self._known[kind]
 
 
@@ -133,29 +138,31 @@ def divide(held: Sequence[Sequence[Part]], file_bytes: int) -> list[list[Planned
     Raises:
         CheckpointError: when the ranks' tensors do not fit together.
     """
-    _refuse_misfits(held)
-    holders: dict[Part, list[int]] = {}
+    chosen = _boxes_to_write(held)
+    holders: dict[tuple[str, Box], dict[int, Part]] = {}
     for rank, parts in enumerate(held):
         for part in parts:
-            holders.setdefault(part, []).append(rank)
+            if part.box in chosen[part.name]:
+                holders.setdefault((part.name, part.box), {})[rank] = part
     load = [0] * len(held)
     own: list[list[Part]] = [[] for _ in held]
     # Those that only one rank can write first, then the largest: the rest evens out what differs.
-    for part in sorted(holders, key=lambda part: (len(holders[part]) > 1, -part.nbytes)):
-        rank = min(holders[part], key=lambda rank: load[rank])
-        load[rank] += part.nbytes
-        own[rank].append(part)
-    order = {part: place for place, part in enumerate(holders)}
+    for ranks in sorted(holders.values(), key=lambda ranks: (len(ranks) > 1, -next(iter(ranks.values())).nbytes)):
+        rank = min(ranks, key=lambda rank: load[rank])
+        load[rank] += ranks[rank].nbytes
+        own[rank].append(ranks[rank])
+    order = {at: place for place, at in enumerate(holders)}
     # Wider types first, so that every chunk is aligned; else as the state has them.
-    cut = [list(_cut(sorted(parts, key=lambda part: (-part.dtype.itemsize, order[part])), file_bytes)) for parts in own]
-    total, number = sum(len(files) for files in cut), itertools.count()
+    own = [sorted(parts, key=lambda part: (-part.dtype.itemsize, order[part.name, part.box])) for parts in own]
+    split = [list(_filed(parts, file_bytes)) for parts in own]
+    total, number = sum(len(files) for files in split), itertools.count()
     return [
         [PlannedFile(f"tensors-{next(number):05d}-of-{total:05d}.safetensors", tuple(parts)) for parts in files]
-        for files in cut
+        for files in split
     ]
 
 
-def _cut(parts: Sequence[Part], file_bytes: int) -> Iterator[list[Part]]:
+def _filed(parts: Sequence[Part], file_bytes: int) -> Iterator[list[Part]]:
     file: list[Part] = []
     size = 0
     for part in parts:
@@ -168,9 +175,10 @@ def _cut(parts: Sequence[Part], file_bytes: int) -> Iterator[list[Part]]:
         yield file
 
 
-def _refuse_misfits(held: Sequence[Sequence[Part]]) -> None:
+def _boxes_to_write(held: Sequence[Sequence[Part]]) -> dict[str, set[Box]]:
+    """Return, for each tensor, the parts that make it up; refuse what makes up none."""
     kinds: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
-    boxes: dict[str, set[Box]] = {}
+    cuts: dict[str, dict[str, set[Box]]] = {}
     for rank, parts in enumerate(held):
         for part in parts:
             dtype, shape, first = kinds.setdefault(part.name, (part.dtype, part.shape, rank))
@@ -179,14 +187,21 @@ def _refuse_misfits(held: Sequence[Sequence[Part]]) -> None:
                     f"the tensor {part.name} is {part.dtype} {list(part.shape)} on rank {rank} and {dtype} "
                     f"{list(shape)} on rank {first}: a name means one tensor on all ranks"
                 )
-            boxes.setdefault(part.name, set()).add(part.box)
+            cuts.setdefault(part.name, {}).setdefault(part.cut, set()).add(part.box)
+    chosen = {}
     for name, (_, shape, _) in kinds.items():
-        flaw = flaw_in_cover(shape, list(boxes[name]))
-        if flaw is not None:
+        chosen[name] = set().union(*cuts[name].values())
+        flaw = flaw_in_cover(shape, list(chosen[name]))
+        if flaw is None:
+            continue
+        # A weight tied across pipeline stages may be cut otherwise in each: then one cut is written, the finest.
+        if any(flaw_in_cover(shape, list(boxes)) for boxes in cuts[name].values()):
             raise CheckpointError(
                 f"the ranks' parts do not make up the tensor {name}, which {flaw}. Is it a DTensor on some ranks and "
                 "plain on others, or does a rank that holds a part of it not save?"
             )
+        chosen[name] = max(cuts[name].values(), key=len)
+    return chosen
 
 
 def _refuse_unfit(name: str, tensor: torch.Tensor) -> None:
