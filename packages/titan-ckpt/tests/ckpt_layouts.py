@@ -20,7 +20,6 @@ from ckpt_states import Held
 from titan_ckpt import Checkpointer
 
 STEP = 7
-LAYERS = 4
 DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
 # What a layout is made of on so many ranks: its degrees; those left out are 1, and the product is the world.
 Layout = tuple[str, int]
@@ -43,17 +42,18 @@ KINDS: dict[str, dict[int, dict[str, int]]] = {
     # The first stage is one rank, the second is sharded over all others: they hold the tied weight in different cuts.
     "uneven stages": {4: {}},
 }
-# Shape, and which axis FSDP, EP and TP split (None: TP leaves it whole); sizes that most degrees do not divide.
-# Where two split the same axis, FSDP's shards lie within the other's.
-WEIGHTS: dict[str, tuple[tuple[int, ...], int, int | None, int | None]] = {
-    "attention.in": ((10, 7), 0, None, 0),
-    "attention.out": ((7, 10), 0, None, 1),
-    "norm.scale": ((10,), 0, None, None),
-    "experts.gate": ((6, 5, 7), 2, 0, 1),
-    "experts.down": ((6, 7, 5), 1, 0, 2),
-    "experts.scale": ((6, 5), 0, 0, 1),
-    "experts.up": ((6, 9, 3), 1, 0, 1),
-    "tied": ((11, 5), 0, None, 0),
+# Of which block, the shape, and which axis FSDP, EP and TP split (None: leaves it whole); sizes that most degrees do
+# not divide. Where two split the same axis, FSDP's shards lie within the other's. Of no block is what the first and the
+# last pipeline stage tie.
+WEIGHTS: dict[str, tuple[int | None, tuple[int, ...], int, int | None, int | None]] = {
+    "tied": (None, (11, 5), 0, None, 0),
+    "attention.in": (0, (9, 7), 0, None, 0),
+    "norm.scale": (0, (10,), 0, None, None),
+    "experts.gate": (1, (6, 5, 7), 2, 0, 1),
+    "experts.up": (1, (6, 9, 3), 1, 0, 1),
+    "attention.out": (2, (7, 10), 0, None, 1),
+    "experts.down": (3, (6, 7, 5), 1, 0, 2),
+    "experts.scale": (3, (6, 5), 0, 0, 1),
 }
 
 
@@ -62,22 +62,12 @@ def layouts(*worlds: int) -> list[Layout]:
     return [(kind, world) for kind, degrees in KINDS.items() for world in degrees if world in worlds]
 
 
-def weights() -> dict[str, str]:
-    """The names of all weights, and which kind each is of. Every second block has experts."""
-    kinds = [kind for kind in WEIGHTS if kind != "tied"]
-    blocks = {
-        f"layers.{layer}.{kind}": kind for layer in range(LAYERS) for kind in kinds if layer % 2 or "expert" not in kind
-    }
-    return {"tied.weight": "tied", **blocks}
-
-
 @functools.lru_cache
 def whole_state() -> dict[str, torch.Tensor]:
     """The whole tensors, the same on every rank: weights, and what AdamW keeps of them."""
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for number, (name, kind) in enumerate(weights().items()):
-        shape = WEIGHTS[kind][0]
+    for number, (name, (_, shape, *_)) in enumerate(WEIGHTS.items()):
         state[f"model/{name}"] = torch.randn(shape, generator=generator).to(torch.bfloat16)
         for moment in ("exp_avg", "exp_avg_sq"):
             state[f"optimizer/{name}.{moment}"] = torch.randn(shape, generator=generator)
@@ -104,22 +94,19 @@ class Laid:
     def state(self) -> dict[str, Held]:
         """Cut the whole state into what this rank has of it."""
         parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
-        kinds = weights()
         for key, tensor in whole_state().items():
             entry, name = key.split("/")
-            weight = name if name in kinds else name.rpartition(".")[0]
-            if self._owns(weight):
-                parts[entry][name] = self._sharded(kinds[weight], tensor) if tensor.ndim else tensor.clone()
+            weight = name if name in WEIGHTS else name.rpartition(".")[0]
+            if self._owns(WEIGHTS[weight][0]):
+                parts[entry][name] = self._sharded(weight, tensor) if tensor.ndim else tensor.clone()
         return {entry: Held(**tensors) for entry, tensors in parts.items()}
 
-    def _owns(self, weight: str) -> bool:
+    def _owns(self, block: int | None) -> bool:
         """Stages own whole blocks, which others do not have at all; the first and the last have the tied weight."""
-        if weight.startswith("tied"):
-            return self._stage in (0, self._stages - 1)
-        return int(weight.split(".")[1]) % self._stages == self._stage
+        return self._stage in (0, self._stages - 1) if block is None else block % self._stages == self._stage
 
-    def _sharded(self, kind: str, whole: torch.Tensor) -> torch.Tensor:
-        _, fsdp_axis, ep_axis, tp_axis = WEIGHTS[kind]
+    def _sharded(self, weight: str, whole: torch.Tensor) -> torch.Tensor:
+        _, _, fsdp_axis, ep_axis, tp_axis = WEIGHTS[weight]
         expert = ep_axis is not None
         joint = self._joint[expert]
         if joint is None:  # nothing splits it

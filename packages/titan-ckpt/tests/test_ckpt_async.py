@@ -11,6 +11,7 @@ import torch
 
 from ckpt_group import CONTEXT
 from ckpt_states import Held, blank_state, holds_step, make_state
+from ckpt_victim import own_a_writer
 from titan_ckpt import Checkpointer, CheckpointError, checkpointer, list_checkpoints
 
 
@@ -194,7 +195,7 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_writing_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     pipe, theirs = CONTEXT.Pipe()
-    owner = CONTEXT.Process(target=_own_a_writer, args=(tmp_path, theirs))
+    owner = CONTEXT.Process(target=own_a_writer, args=(tmp_path, theirs))
     owner.start()
     assert pipe.poll(120)
     writer = pipe.recv()
@@ -205,15 +206,6 @@ def test_the_writing_process_ends_with_the_one_that_started_it(tmp_path: Path) -
             break
         time.sleep(0.1)
     assert not _runs(writer)
-
-
-def _own_a_writer(folder: Path, pipe: Any) -> None:
-    ckpt = Checkpointer(folder, asynchronous="process")
-    ckpt.save(1, make_state(1))
-    ckpt.wait()
-    assert ckpt._process is not None
-    pipe.send(ckpt._process.pid)
-    time.sleep(600)
 
 
 def _runs(pid: int) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ckpt_cases import save_fsdp_over_tp
 from ckpt_group import WorkerGroup
 from ckpt_layouts import STEP, Layout, layouts, load_laid_out, save_laid_out, whole_state
 from titan_ckpt import open_checkpoint, verify
@@ -51,3 +52,12 @@ def test_any_to_any_on_one_to_eight_ranks(
 ) -> None:
     groups = {1: group1, 2: group2, 4: group4, 8: group8}
     every_pair(groups, tmp_path, layouts(1, 2, 4, 8), layouts(1, 2, 4, 8))
+
+
+@pytest.mark.slow
+def test_what_fsdp_shards_within_tensor_parallel_shards(group8: WorkerGroup, tmp_path: Path) -> None:
+    """The matrix cuts by hand what does not divide; this is FSDP2's own cut."""
+    whole = group8.run(save_fsdp_over_tp, tmp_path, timeout=120)[0]
+    with open_checkpoint(str(tmp_path / "step-00000001")) as opened:
+        for name, weight in whole.items():
+            assert torch.equal(opened.read(f"model/{name}"), weight), name

@@ -1,11 +1,17 @@
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_ckpt import CheckpointError
 from titan_ckpt.boxes import Box, flaw_in_cover, whole
-from titan_ckpt.planning import Part, divide
+from titan_ckpt.parts import Part, box_within_shards
+from titan_ckpt.planning import divide
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])
 
@@ -77,3 +83,38 @@ def test_who_alone_has_much_gets_no_replicas() -> None:
     first, second = divide([[own, both], [both]], 1 << 30)
     assert [part.name for file in first for part in file.parts] == ["own"]
     assert [part.name for file in second for part in file.parts] == ["both"]
+
+
+@given(
+    st.lists(st.integers(0, 12), min_size=2, max_size=2),
+    st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+    st.integers(0, 1),
+    st.tuples(st.none() | st.integers(0, 1), st.none() | st.integers(0, 1)),
+)
+@settings(deadline=None)
+def test_a_shard_within_shards_is_where_chunk_puts_it(
+    shape: list[int], sizes: tuple[int, int, int], fsdp_axis: int, axes: tuple[int | None, int | None]
+) -> None:
+    """FSDP2 over expert and tensor parallelism: each cuts what the one before left, FSDP last."""
+    beside = [size for size, axis in zip(sizes[1:], axes, strict=True) if axis == fsdp_axis]
+    fsdp = _StridedShard(fsdp_axis, split_factor=math.prod(beside))
+    placements = [fsdp, *(Replicate() if axis is None else Shard(axis) for axis in axes)]
+    whole_tensor = torch.arange(math.prod(shape)).reshape(shape)
+    for coordinate in itertools.product(*map(range, sizes)):
+        local = whole_tensor
+        for dim, axis in ((1, axes[0]), (2, axes[1]), (0, fsdp_axis)):
+            if axis is not None:
+                chunks, place = local.chunk(sizes[dim], axis), coordinate[dim]
+                local = chunks[place] if place < len(chunks) else local.narrow(axis, 0, 0)
+        box = box_within_shards(shape, placements, sizes, coordinate)
+        assert box is not None
+        assert torch.equal(whole_tensor[box.slices], local)
+
+
+def test_what_fsdp_does_not_make_is_left_to_dtensor() -> None:
+    for placements in (
+        [Shard(0), Shard(0)],
+        [_StridedShard(0, split_factor=3), Shard(0)],
+        [Shard(0), _StridedShard(0, split_factor=2)],
+    ):
+        assert box_within_shards((8, 2), placements, (2, 2), (0, 1)) is None

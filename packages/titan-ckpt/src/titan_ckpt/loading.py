@@ -12,7 +12,7 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filling import TensorFiles, Wanted, fill
 from titan_ckpt.index import Content, read_content
 from titan_ckpt.manifest import Manifest, folder_name, read_manifest
-from titan_ckpt.planning import Layouts
+from titan_ckpt.parts import Layouts
 from titan_ckpt.reader import read_state
 from titan_ckpt.selection import Comparison, Selection, compare, describe, overlaid, value_names
 from titan_ckpt.storage import Storage
