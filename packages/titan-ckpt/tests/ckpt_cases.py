@@ -92,6 +92,20 @@ def load_laid_out(folder: Path, layout: str) -> dict[str, Any]:
     return loaded if dist.get_rank() == 0 else {}
 
 
+def save_fsdp_over_tp(folder: Path) -> dict[str, torch.Tensor]:
+    """FSDP2 itself over TP, of 9 rows on 4 x 2 ranks; return the whole weights, from before they were sharded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 9))
+    whole = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    both = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("shard", "tp"))
+    parallelize_module(model, both["tp"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=both["shard"])
+    ckpt = Checkpointer(folder)
+    ckpt.save(1, {"model": Held(**dict(model.named_parameters()))})
+    ckpt.close()
+    return whole
+
+
 def own_weights_per_rank(folder: Path) -> list[str]:
     """As pipeline stages: each rank has tensors of its own, and loads those of another rank."""
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -146,6 +146,16 @@ def save_once_and_die_at(pipe: Connection | None, folder: Path, step: int, insta
     os._exit(0)
 
 
+def own_a_writer(folder: Path, pipe: Connection) -> None:
+    """Save by a process of its own, tell which that is, and do nothing more."""
+    ckpt = Checkpointer(folder, asynchronous="process")
+    ckpt.save(1, state_of(1))
+    ckpt.wait()
+    assert ckpt._process is not None
+    pipe.send(ckpt._process.pid)
+    time.sleep(600)
+
+
 def kill_at_random(victims: Victims, delays: random.Random, longest: float) -> bool:
     """Kill one rank or all at a random instant; tell whether it was all."""
     time.sleep(delays.uniform(0.0, longest))

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from titan_ckpt import verify
+from titan_ckpt import list_checkpoints, verify
 from titan_train.cli import main
 from titan_train.errors import ExitCode
 from train_cases import TINY
@@ -105,16 +106,76 @@ def test_damaged_checkpoints_are_no_fresh_start(tmp_path: Path, capsys: pytest.C
     assert main(flags(tmp_path, checkpoint__interval="5")) == ExitCode.DONE
     folders = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [folder.name for folder in folders] == ["step-00000005", "step-00000010"]
-    victim = max(folders[1].glob("tensors-*.safetensors"), key=lambda path: path.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
+    damage_newest(tmp_path)
     assert main(flags(tmp_path, checkpoint__interval="5", training__steps="11")) == ExitCode.DONE
     assert "step 5 of 11" in capsys.readouterr().out  # passed over for the one before
     for manifest in (tmp_path / "checkpoints").glob("step-*/manifest.json"):
         manifest.write_text("{}")
     assert main(flags(tmp_path, training__steps="12")) == ExitCode.FAILED
     assert "Traceback" not in capsys.readouterr().err
+
+
+def damage_newest(folder: Path) -> None:
+    newest = max((folder / "checkpoints").glob("step-*"))
+    victim = max(newest.glob("tensors-*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+
+
+def test_a_resume_that_is_required_is_never_a_fresh_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    required = {"checkpoint__resume": "required", "checkpoint__interval": "5"}
+    assert main(flags(tmp_path, **required)) == ExitCode.FAILED
+    shown = capsys.readouterr()
+    assert f"there is no checkpoint in {tmp_path / 'checkpoints'}" in shown.err
+    assert "--checkpoint.resume auto" in shown.err
+    assert "Traceback" not in shown.err
+    assert "starting" not in shown.out
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert main(flags(tmp_path, checkpoint__interval="5")) == ExitCode.DONE
+    assert main(flags(tmp_path, training__steps="11", **required)) == ExitCode.DONE
+    assert "step 10 of 11" in capsys.readouterr().out
+
+
+def test_damage_may_end_a_run_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags(tmp_path, checkpoint__interval="5")) == ExitCode.DONE
+    damage_newest(tmp_path)
+    refused = flags(tmp_path, training__steps="11", checkpoint__on_damage="raise")
+    assert main(refused) == ExitCode.FAILED
+    shown = capsys.readouterr().err
+    assert "step-00000010 is damaged" in shown
+    assert "Traceback" not in shown
+
+
+def test_the_best_checkpoints_stay(tmp_path: Path) -> None:
+    settings = {"checkpoint__interval": "2", "checkpoint__keep_last": "1", "checkpoint__keep_best": "2"}
+    # The learning rate makes the loss rise again after its first steps.
+    settings |= {"optimizer__lr": "0.5", "schedule__warmup_steps": "0", "metrics__log_interval": "1"}
+    assert main(flags(tmp_path, training__steps="12", **settings)) == ExitCode.DONE
+    losses = {step: loss for step, (loss, _) in curve(tmp_path).items() if step % 2 == 0}
+    kept = {info.step: info.manifest.metrics["loss"] for info in list_checkpoints(str(tmp_path / "checkpoints"))}
+    assert kept == {step: losses[step] for step in {*sorted(losses, key=lambda step: losses[step])[:2], 12}}
+
+
+def test_lineage_tells_the_data_apart(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("one text and another\n" * 200)
+    second.write_text("something else\n" * 300)
+
+    def lineage(folder: str, **changes: str) -> dict[str, Any]:
+        settings = {"data__source": "files", "checkpoint__keep_last": "none", **changes}
+        assert main(flags(tmp_path / folder, **settings)) == ExitCode.DONE
+        (info,) = list_checkpoints(str(tmp_path / folder / "checkpoints"))[-1:]
+        return info.manifest.lineage
+
+    of_first = lineage("a", data__files=json.dumps([str(first)]))
+    again = lineage("b", data__files=json.dumps([str(first)]), run__seed="7", training__global_batch_size="2")
+    of_second = lineage("c", data__files=json.dumps([str(second)]))
+    assert of_first["data_fingerprint"] == again["data_fingerprint"] != of_second["data_fingerprint"]
+    assert of_first["config_digest"] != again["config_digest"]
+    resumed = lineage("a", data__files=json.dumps([str(first)]), training__steps="11")
+    assert resumed["data_fingerprint"] == of_first["data_fingerprint"]
+    assert resumed["parent"]["step"] == 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -12,7 +12,7 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filling import TensorFiles, Wanted, fill
 from titan_ckpt.index import Content, read_content
 from titan_ckpt.manifest import Manifest, folder_name, read_manifest
-from titan_ckpt.planning import Layouts
+from titan_ckpt.parts import Layouts
 from titan_ckpt.reader import read_state
 from titan_ckpt.selection import Comparison, Selection, compare, describe, overlaid, value_names
 from titan_ckpt.storage import Storage
@@ -154,8 +154,10 @@ def _load_one(
     if isinstance(seen, list):
         raise _DamagedError(seen, touched=False)
     manifest, text = seen
-    content = ranks.together(f"read the index of {name}", lambda: read_content(text, manifest))
-    tensors, values = ranks.together("collect the state to load into", lambda: split(state))
+    content, (tensors, values) = ranks.together(
+        f"read the index of {name} and collect the state to load into",
+        lambda: (read_content(text, manifest), split(state)),
+    )
     takes = request.selection.takes
     wanted = describe(ranks, tensors)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from titan_ckpt.planning import Part, PlannedFile
+from titan_ckpt.parts import Part
+from titan_ckpt.planning import PlannedFile
 
 _ALIGNMENT = 64
 

@@ -31,7 +31,8 @@ from titan_ckpt.manifest import (
     manifest_text,
     read_manifest,
 )
-from titan_ckpt.planning import Part, PlannedFile
+from titan_ckpt.parts import Part
+from titan_ckpt.planning import PlannedFile
 from titan_ckpt.retention import Retention, plan_prune, prune
 from titan_ckpt.storage import Staged, Storage
 from titan_ckpt.tensorfile import make_header

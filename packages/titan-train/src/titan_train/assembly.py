@@ -9,7 +9,7 @@ import torch
 
 import titan_data
 import titan_model
-from titan_ckpt import Checkpointer, HuggingFaceExport
+from titan_ckpt import Checkpointer, HuggingFaceExport, KeepBest
 from titan_model import DecoderConfig
 from titan_parallel import (
     Degrees,
@@ -147,6 +147,7 @@ def _checkpointer(config: Config, shape: DecoderConfig) -> Checkpointer:
         f"{folder}/checkpoints",
         keep_last=saving.keep_last,
         keep_every=saving.keep_every,
+        keep_best=KeepBest("loss", count=saving.keep_best) if saving.keep_best else None,
         asynchronous=saving.asynchronous,
         on_save_error=saving.on_error,
         also=also,

@@ -290,10 +290,16 @@ class CheckpointSection(Section):
 
     interval: Whole = 500
     """Steps between checkpoints; 0 saves only at the end."""
+    resume: Literal["auto", "required"] = "auto"
+    """Go on from the newest sound checkpoint in the run's folder; where there is none, begin, or refuse to."""
+    on_damage: Literal["previous", "raise"] = "previous"
+    """When the newest checkpoint is damaged, go on from the one before, with a warning, or refuse to."""
     keep_last: Count | None = 3
-    """Checkpoints to keep; none keeps all."""
+    """Checkpoints to keep; none keeps all, or with keep_best those and the newest alone."""
     keep_every: Count | None = None
     """Keep checkpoints of steps that are multiples of this for good, besides."""
+    keep_best: Count | None = None
+    """Keep so many checkpoints of the lowest training loss, a mean over the steps of the last report, besides."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
     on_error: Literal["raise", "warn"] = "raise"

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -98,11 +100,11 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
             )
             losses.clear()
         if save:
-            _save(run)
+            _save(run, meter)
             saved_step = step
     if progress.step != saved_step or stopped:
         _refuse_unhealthy(run, healthy)
-        _save(run)
+        _save(run, meter)
     run.checkpointer.wait()
     if progress.step < total and not stopped:
         raise TrainingError(
@@ -112,16 +114,29 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
     return Outcome(stopped, time.perf_counter() - started, progress.tokens - first_tokens)
 
 
-def _save(run: Run) -> None:
+def _save(run: Run, meter: Meter) -> None:
     config = run.config.model_dump()
     mesh = run.model.mesh
     metadata = {
         "config": config,
         "tokens_seen": run.progress.tokens,
-        "config_digest": sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "config_digest": _digest(config),
+        "data_fingerprint": _data_fingerprint(run.loader.state_dict()),
         "layout": {name: mesh[name].size() for name in mesh.mesh_dim_names or ()},
     }
-    run.checkpointer.save(run.progress.step, run.state(), metadata=metadata)
+    metrics = {"loss": fmean(meter.recent)} if meter.recent else {}
+    run.checkpointer.save(run.progress.step, run.state(), metadata=metadata, metrics=metrics)
+
+
+def _data_fingerprint(state: Mapping[str, Any]) -> str:
+    """Return one word for all of a run's data: its sources' fingerprints, which the loader's state holds, and the
+    tokenizer's. Order, mixture and packing are settings, of which the digest of the config tells."""
+    sources = {name: source["fingerprint"]["digest"] for name, source in state["sources"].items()}
+    return _digest({"sources": sources, "tokenizer": state["settings"]["tokenizer"]})
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _scored_tokens(run: Run, batch: Batch) -> int:

@@ -51,13 +51,13 @@ def _run(settings: Settings, process: Process, stop: StopSignal) -> int:
     # Closed also when training fails: a save still in flight is a good one, from before.
     with closing(parts.loader), closing(parts.checkpointer):
         parts.checkpointer.claim()  # another job in this folder is found out now, not at the first save
-        found = parts.checkpointer.load(parts.state())
+        resumed_from = _resume(parts)
         peak = find_peak(process.device, _dtype(parts))
         if process.is_first:
             folder = Path(config.run.folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.toml").write_text(to_toml(config, settings.origins), "utf-8")
-        report.print_start(console, settings, parts, found.path if found else None)
+        report.print_start(console, settings, parts, resumed_from)
         with closing(_meter(parts, peak, console)) as meter:
             outcome = train(parts, meter, stop)
     if outcome.stopped:
@@ -66,6 +66,18 @@ def _run(settings: Settings, process: Process, stop: StopSignal) -> int:
     sample = report.sample(parts)  # on every rank: a sharded model needs all of them
     report.print_summary(console, settings, parts, meter, peak, outcome, sample)
     return ExitCode.DONE
+
+
+def _resume(parts: Run) -> str | None:
+    """Go on from what lies in the run's folder; return which checkpoint that was, None to begin."""
+    config = parts.config
+    found = parts.checkpointer.load(parts.state(), on_damage=config.checkpoint.on_damage)
+    if found is None and config.checkpoint.resume == "required":
+        raise TrainingError(
+            f'checkpoint.resume is "required", and there is no checkpoint in {parts.checkpointer.folder}: give the '
+            "run.folder of the run to go on with, or begin one with --checkpoint.resume auto"
+        )
+    return found.path if found else None
 
 
 def _meter(parts: Run, peak: Peak, console: Console) -> Meter:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from titan_ckpt.planning import Layouts, Part
+from titan_ckpt.parts import Layouts, Part
 from titan_ckpt.source import TensorSource, Without
 from titan_ckpt.weight_map import WeightMap, apply, probe, refuse_unfit, renames
 

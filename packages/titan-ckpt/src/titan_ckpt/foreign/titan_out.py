@@ -13,7 +13,8 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filewriter import WrittenFile, bytes_of, write_file
 from titan_ckpt.lock import FolderLock
 from titan_ckpt.manifest import folder_name
-from titan_ckpt.planning import FILE_BYTES, Part, PlannedFile, divide
+from titan_ckpt.parts import Part
+from titan_ckpt.planning import FILE_BYTES, PlannedFile, divide
 from titan_ckpt.source import Cast, TensorSource, Without
 from titan_ckpt.storage import open_storage
 from titan_ckpt.tensorfile import is_storable
