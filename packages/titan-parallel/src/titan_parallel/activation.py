@@ -60,9 +60,9 @@ def _selective_over_units() -> tuple[Any, Any]:
     return _OnlyNamed(forward), _OnlyNamed(recompute)
 
 
-class _OnlyNamed(TorchDispatchMode):
+class _OnlyNamed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, mode: TorchDispatchMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
 
     @classmethod
@@ -71,7 +71,7 @@ class _OnlyNamed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() in _ALWAYS | _EVERY_SECOND:
-            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 

@@ -34,7 +34,7 @@ def _compile_around(module: nn.Module, apart: Collection[nn.Module], backend: st
             _compile_around(child, apart, backend)
         else:
             # Not its call, which has the hooks: torch keeps one small set of graphs for the calls of all modules.
-            child.forward = torch.compile(child.forward, backend=backend, fullgraph=True)  # type: ignore[method-assign]
+            child.forward = torch.compile(child.forward, backend=backend, fullgraph=True)
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called

@@ -132,7 +132,10 @@ def _scale_gradients(
     factor: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Let what flows back out of a module, which is the same on all ranks, be parts of a sum again."""
-    return tree_map_only(Tensor, lambda x: _Scaled.apply(x, factor), (args, kwargs))  # type: ignore[no-any-return]
+    scaled: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
+        Tensor, lambda x: _Scaled.apply(x, factor) if x.is_floating_point() else x, (args, kwargs)
+    )
+    return scaled
 
 
 def _sum_gradients(group_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -142,7 +145,7 @@ def _sum_gradients(group_name: str, module: nn.Module, args: tuple[Any, ...], ou
 
 def _arrived(x: Tensor) -> Tensor:
     """Return `x` once it is here: compiled code cannot be given what is still on its way."""
-    return _Arrived.apply(x) if isinstance(x, AsyncCollectiveTensor) else x  # type: ignore[no-any-return]
+    return _Arrived.apply(x) if isinstance(x, AsyncCollectiveTensor) else x
 
 
 class _Arrived(torch.autograd.Function):
