@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from model_experts import chosen_of, gradients, random_input, random_mixture, randomise, scores_of, with_moe
 from model_group import run_ranks
 from titan_model import Decoder, DecoderConfig, build
-from titan_model.balancing import balance_experts, set_loss_normaliser
+from titan_model.balancing import balance_experts, set_loss_normaliser, set_sequence_sum
 from titan_model.moe import MoE
 
 
@@ -68,6 +68,39 @@ def test_loss_adds_the_gradient_of_its_formula(
     torch.testing.assert_close(found["router.weight"], without["router.weight"] + of_router, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["experts.up_proj"], without["experts.up_proj"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(balance_experts(balanced)["experts/balance_loss"].float(), by_hand / math.prod(shape))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_parts_of_a_sequence_add_up_to_its_loss(score: str) -> None:
+    options = {"score": score, "balance_loss": 2.0}
+    whole, x = random_mixture(**options), random_input(3, 8)
+    set_loss_normaliser(whole, 1)
+    out_grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    whole(x).backward(out_grad)
+    recorded = whole.router.load.clone()
+    assert x.grad is not None
+    for together in (True, False):
+        parts = random_mixture(**options)
+        set_loss_normaliser(parts, 1)
+        # Each part sees what all of them would have counted, in the way in which ranks would tell one another.
+        halves = [half.detach().requires_grad_() for half in x.split([3, 5], dim=1)]
+        counted: list[Tensor] = []
+        set_sequence_sum(parts, lambda counts, counted=counted: counted.append(counts) or counts)
+        for half in halves:
+            parts(half)
+        if together:
+            set_sequence_sum(parts, lambda _, counted=counted: counted[0] + counted[1])
+        else:
+            set_sequence_sum(parts, None)
+        for half, grad in zip(halves, out_grad.split([3, 5], dim=1), strict=True):
+            parts(half).backward(grad)
+        found = torch.cat([half.grad for half in halves if half.grad is not None], 1)
+        router_grad, expected = parts.router.weight.grad, whole.router.weight.grad
+        assert router_grad is not None
+        assert expected is not None
+        same = torch.allclose(found, x.grad, atol=1e-5) and torch.allclose(router_grad, expected, atol=1e-5)
+        assert same is together
+        assert torch.allclose(parts.router.load, recorded, rtol=1e-5) is together
 
 
 def test_loss_is_one_per_token_where_load_is_even_and_more_elsewhere() -> None:

@@ -68,8 +68,8 @@ class Experts(nn.Module):
         return torch.cat([F.linear(F.gelu(F.linear(rows, w, b)), n, c) for rows, w, b, n, c in parts if len(rows)])
 
 
-class GroupedExperts(nn.Module):
-    """Experts in grouped products."""
+class GatheredExperts(nn.Module):
+    """Experts of which each row takes the weights that it needs, in one graph whatever the counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,16 +77,16 @@ class GroupedExperts(nn.Module):
         self.narrow = nn.Parameter(torch.empty(EXPERTS, DIM, INNER))
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0, dtype=torch.int32)
-        inner = F.grouped_mm(x, self.wide.transpose(1, 2), offs=ends)
-        return F.grouped_mm(F.gelu(inner), self.narrow.transpose(1, 2), offs=ends) * 1.0
+        of = torch.searchsorted(counts.cumsum(0), torch.arange(len(x)), right=True)
+        inner = F.gelu(torch.bmm(self.wide[of], x[..., None]))
+        return torch.bmm(self.narrow[of], inner)[..., 0]
 
 
 class Mixture(nn.Module):
-    def __init__(self, grouped: bool) -> None:
+    def __init__(self, gathered: bool) -> None:
         super().__init__()
         self.gate = Gate()
-        self.experts = GroupedExperts() if grouped else Experts()
+        self.experts = GatheredExperts() if gathered else Experts()
         self.beside = nn.Sequential(nn.Linear(DIM, INNER), nn.GELU(), nn.Linear(INNER, DIM))
         self.scale = nn.Parameter(torch.empty(DIM))
 
@@ -102,11 +102,11 @@ class Mixture(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, grouped: bool) -> None:
+    def __init__(self, gathered: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
         self.dense = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
-        self.mixture = Mixture(grouped)
+        self.mixture = Mixture(gathered)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dense(self.norm1(x))
@@ -114,10 +114,10 @@ class Layer(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, grouped: bool) -> None:
+    def __init__(self, gathered: bool) -> None:
         super().__init__()
         self.table = nn.Embedding(VOCAB, DIM)
-        self.stack = nn.ModuleList([Layer(grouped) for _ in range(2)])
+        self.stack = nn.ModuleList([Layer(gathered) for _ in range(2)])
         self.last = nn.LayerNorm(DIM)
         self.vocab_out = nn.Linear(DIM, VOCAB, bias=False)
 
@@ -131,7 +131,7 @@ class Net(nn.Module):
 BIASES = {"stack.*.mixture.experts.wide_bias": "colwise", "stack.*.mixture.experts.narrow_bias": "rowwise"}
 
 
-def plan(grouped: bool = False) -> ParallelPlan:
+def plan(gathered: bool = False) -> ParallelPlan:
     return {
         "blocks": ["stack.*"],
         "before": ["table"],
@@ -151,7 +151,7 @@ def plan(grouped: bool = False) -> ParallelPlan:
             "stack.*.mixture.beside.2": "rowwise",
             "last": "sequence",
             "vocab_out": "logits",
-            **({} if grouped else BIASES),
+            **({} if gathered else BIASES),
         },
         "divisible": {"inner width of experts": INNER, "vocabulary": VOCAB},
         "experts": ["stack.*.mixture.experts"],
@@ -159,9 +159,9 @@ def plan(grouped: bool = False) -> ParallelPlan:
     }
 
 
-def build(grouped: bool = False, one_expert: bool = False) -> Net:
+def build(gathered: bool = False, one_expert: bool = False) -> Net:
     torch.manual_seed(1)
-    net = Net(grouped)
+    net = Net(gathered)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(0, 0.3)
@@ -172,9 +172,9 @@ def build(grouped: bool = False, one_expert: bool = False) -> Net:
     return net
 
 
-def reference(grouped: bool = False, one_expert: bool = False) -> dict[str, Any]:
+def reference(gathered: bool = False, one_expert: bool = False) -> dict[str, Any]:
     """Train in one process with nothing but torch."""
-    net = build(grouped, one_expert)
+    net = build(gathered, one_expert)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2, eps=1e-5)
     losses, norms = [], []
     for step in range(STEPS):
@@ -194,12 +194,12 @@ def train(
     degrees: Degrees,
     options: ParallelOptions | None = None,
     microbatches: int = 1,
-    grouped: bool = False,
+    gathered: bool = False,
     one_expert: bool = False,
 ) -> dict[str, Any]:
     """Train the same steps laid out over the group."""
     torch._dynamo.reset()
-    model = parallel_model(degrees, options, grouped, one_expert)
+    model = parallel_model(degrees, options, gathered, one_expert)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, eps=1e-5)
     losses, norms = [], []
     for step in range(STEPS):
@@ -213,9 +213,9 @@ def train(
 
 
 def parallel_model(
-    degrees: Degrees, options: ParallelOptions | None = None, grouped: bool = False, one_expert: bool = False
+    degrees: Degrees, options: ParallelOptions | None = None, gathered: bool = False, one_expert: bool = False
 ) -> ParallelModel:
-    return parallelize(build(grouped, one_expert), build_mesh(degrees, "cpu"), plan(grouped), options)
+    return parallelize(build(gathered, one_expert), build_mesh(degrees, "cpu"), plan(gathered), options)
 
 
 def share(model: ParallelModel, step: int, microbatches: int = 1) -> tuple[list[Microbatch], int]:

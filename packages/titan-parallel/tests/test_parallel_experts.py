@@ -24,7 +24,7 @@ def alone() -> dict:
 
 @pytest.fixture(scope="module")
 def together() -> dict:
-    return cases.reference(grouped=True)
+    return cases.reference(gathered=True)
 
 
 def without(*names: str) -> dict:

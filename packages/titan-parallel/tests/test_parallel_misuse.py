@@ -23,7 +23,7 @@ WITHOUT_INNER = {name: style for name, style in plan(False)["tensor"].items() if
         ({"tensor": {"tabel": "vocab", "lost": "sequence"}}, "'tabel' (nearest: table"),
         (
             {"experts": ["stack.*.mlp"]},
-            "experts (stack.*.mlp): a mixture of experts cannot be split by tensor paralleli",
+            "the plan names experts (stack.*.mlp), but under 'tensor' no module is a 'mixture'",
         ),
         ({"tensor": {"stack.*.norm1": "colwise"}}, "'stack.0.norm1' is a LayerNorm, but 'colwise' splits nn.Linear"),
         ({"tensor": {"last.weight": "sequence"}}, "'last.weight' is a parameter, for which there is only 'replicate'"),

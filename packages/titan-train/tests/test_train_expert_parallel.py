@@ -9,6 +9,7 @@ import pytest
 from titan_train.assembly import check
 from titan_train.config import Config
 from titan_train.errors import ConfigError
+from train_balance import router_of_parts
 from train_cases import run_here, tiny
 from train_group import Group
 
@@ -84,3 +85,9 @@ def test_refused_before_anything_runs(tmp_path: Path) -> None:
         check(tiny(parallel__ep="2"), world=2)
     with pytest.raises(ConfigError, match=r"tp 8 does not divide .*eighths of an expert's width \(moe.ffn_dim / 8\) 4"):
         check(config(tmp_path, parallel__tp="8"), world=8)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_balance_of_sequences_that_ranks_share(two: Group, tmp_path: Path, compiled: bool) -> None:
+    for off in two.run(router_of_parts, config(tmp_path), compiled):
+        assert max(off) < 1e-5

@@ -1,6 +1,6 @@
 """Decoder language models as plain PyTorch modules: families, weights in and out, initialisation, loss, cost."""
 
-from titan_model.balancing import balance_experts, set_loss_normaliser
+from titan_model.balancing import balance_experts, set_loss_normaliser, set_sequence_sum
 from titan_model.cache import KVCache
 from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
 from titan_model.cost import count_active_parameters, count_parameters, flops_per_token
@@ -48,4 +48,5 @@ __all__ = [
     "sample",
     "save_huggingface",
     "set_loss_normaliser",
+    "set_sequence_sum",
 ]

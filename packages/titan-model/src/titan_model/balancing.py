@@ -31,6 +31,20 @@ def set_loss_normaliser(model: nn.Module, normaliser: float | Tensor) -> None:
         router.normaliser.copy_(torch.as_tensor(normaliser))
 
 
+def set_sequence_sum(model: nn.Module, sum_over_sequence: Callable[[Tensor], Tensor] | None) -> None:
+    """Tell the routers how to sum over the ranks that hold parts of the same sequences (context parallelism).
+
+    The balancing loss is that of whole sequences. Which share of a sequence went to which expert takes all its parts.
+
+    Args:
+        model: The model or a part of it, however wrapped.
+        sum_over_sequence: Returns the sum of a tensor `[B, E]` over those ranks, in which no gradient flows. It is
+            called once in each router's forward. None: every rank holds whole sequences.
+    """
+    for router in _routers(model):
+        router.sum_over_sequence = sum_over_sequence
+
+
 @torch.no_grad()
 def balance_experts(model: nn.Module, all_reduce: Callable[[Tensor], None] | None = None) -> dict[str, Tensor]:
     """Move the routers' biases against the load of the step that was, and say how even it was. Once per step.

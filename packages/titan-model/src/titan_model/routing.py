@@ -41,6 +41,8 @@ class Router(nn.Module):
             expert for each expert, the sum over tokens of the entropy of their scores, and the sum over tokens of the
             balancing loss. A buffer that is in no state dict.
         normaliser: Scalar, what the caller divides the summed loss by; see `set_loss_normaliser`.
+        sum_over_sequence: Sums counts over the ranks that hold parts of the same sequences; see
+            `set_sequence_sum`. None where every rank holds whole ones.
     """
 
     bias: Tensor | None
@@ -55,6 +57,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(moe.n_experts, dtype=torch.float32) if has_bias else None)
         self.register_buffer("load", torch.zeros(moe.n_experts + 2, dtype=torch.float32), persistent=False)
         self.normaliser: Tensor | None = None
+        self.sum_over_sequence: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -86,11 +89,13 @@ class Router(nn.Module):
         over each sequence by itself (as by DeepSeek-V2, arXiv:2405.04434), so that it does not depend on how a batch
         is cut into microbatches and ranks.
         """
-        n_experts, (length, k) = scores.shape[-1], chosen.shape[-2:]
+        n_experts = scores.shape[-1]
         pairs = chosen.flatten(-2)  # [..., S * k]
         counts = scores.new_zeros(*pairs.shape[:-1], n_experts)
         counts = counts.scatter_add(-1, pairs, torch.ones_like(pairs, dtype=scores.dtype))  # [..., E]
-        shares = counts / max(length * k, 1)
+        # The loss is linear in the probabilities: given the shares of whole sequences, its parts add up.
+        whole = counts if self.sum_over_sequence is None else self.sum_over_sequence(counts)
+        shares = whole / whole.sum(-1, keepdim=True).clamp_min(1)
         probabilities = scores if self.moe.score == "softmax" else scores / scores.sum(-1, keepdim=True)
         balance = n_experts * (shares * probabilities.sum(-2)).sum()
         entropy = torch.special.entr(probabilities.detach()).sum()

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
-from titan_parallel.tensor_parallel import settle_gradients, to_full
+from titan_parallel.tensor_parallel import settle_gradients
 
 
 @torch.no_grad()
@@ -72,5 +72,8 @@ def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
     if sharding is None:
         return total
     mesh, sharded = sharding
-    placements = [Partial() if is_sharded else Replicate() for is_sharded in sharded]
-    return to_full(DTensor.from_local(total, mesh, placements, run_check=False))
+    # Dim by dim: torch 2.11 cannot sum a DTensor over the three dims that experts may lie on.
+    for dim, is_sharded in enumerate(sharded):
+        if is_sharded and mesh.size(dim) > 1:
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+    return total

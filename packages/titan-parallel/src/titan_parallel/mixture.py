@@ -132,7 +132,10 @@ def _scale_gradients(
     factor: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Let what flows back out of a module, which is the same on all ranks, be parts of a sum again."""
-    return tree_map_only(Tensor, lambda x: _Scaled.apply(x, factor), (args, kwargs))  # type: ignore[no-any-return]
+    scaled: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
+        Tensor, lambda x: _Scaled.apply(x, factor) if x.is_floating_point() else x, (args, kwargs)
+    )
+    return scaled
 
 
 def _sum_gradients(group_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

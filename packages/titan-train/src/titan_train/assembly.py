@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 import titan_data
 import titan_model
@@ -174,6 +179,7 @@ def assemble(config: Config, process: Process) -> Run:
     shape = model_config(config)
     mesh = build_mesh(_degrees(config), process.device.type)
     model = parallelize(titan_model.build(shape), mesh, titan_model.parallel_plan(shape), _options(config))
+    share_sequences(model.parts, mesh["cp"])
     model.materialize(process.device)
     titan_model.init_parameters(model.named_parameters(), shape, config.run.seed)
 
@@ -190,6 +196,19 @@ def assemble(config: Config, process: Process) -> Run:
         checkpointer=_checkpointer(config, shape),
         progress=Progress(),
     )
+
+
+def share_sequences(parts: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+    """Tell a model's parts that the ranks of the context-parallel `mesh` hold parts of the same sequences."""
+    if mesh.size() > 1:
+        for part in parts:
+            titan_model.set_sequence_sum(part, partial(_sum_over, mesh.get_group()))
+
+
+def _sum_over(group: ProcessGroup, values: Tensor) -> Tensor:
+    total = values.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
 
 
 def microbatch_size(run: Run) -> int:
