@@ -1,4 +1,4 @@
-"""titan-model's decoder keeps what its plan says of attention, sequence and positions: titan-parallel can share them."""
+"""titan-model's decoder keeps what its plan says of attention, sequence and positions: ranks can share sequences."""
 
 from __future__ import annotations
 

@@ -64,9 +64,7 @@ def reference(family: str) -> dict[str, Any]:
 def train(rank: int, world: int, family: str, degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
     torch._dynamo.reset()
     model = build(family)
-    laid_out = parallelize(
-        model, build_mesh(degrees, "cpu"), titan_model.parallel_plan(model.config), options
-    )
+    laid_out = parallelize(model, build_mesh(degrees, "cpu"), titan_model.parallel_plan(model.config), options)
     optimizer = torch.optim.AdamW(laid_out.parameters(), lr=1e-2, eps=1e-5)
     place = data_axis(laid_out.mesh)
     losses, norms = [], []

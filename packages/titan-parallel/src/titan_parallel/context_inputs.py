@@ -100,9 +100,7 @@ class SequenceCut:
         def gathered(x: Tensor) -> Tensor:
             if x.ndim <= dim or x.shape[dim] != length:
                 return x
-            whole: Tensor = gather_sequence(
-                x, dim % x.ndim, self.peers.group, self.peers.size, is_balanced(self.kind)
-            )
+            whole: Tensor = gather_sequence(x, dim % x.ndim, self.peers.group, self.peers.size, is_balanced(self.kind))
             return whole
 
         return tree_map_only(Tensor, gathered, output)
@@ -157,7 +155,8 @@ def sequence_cut(
         if wrong:
             said = "; ".join(f"{name!r} (nearest: {', '.join(close) or 'none'})" for name, close in near.items())
             raise LayoutError(
-                f"the plan names inputs under 'sequence' that the forward of {type(model).__name__} does not take: {said}"
+                f"the plan names inputs under 'sequence' that the forward of {type(model).__name__} does not take: "
+                f"{said}"
             )
     by_position = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     return SequenceCut(peers, kind, split_over, by_position, dict(sequence), positions)

@@ -170,21 +170,21 @@ def check_plan(
         raise LayoutError(f"tp {tp} does not divide {', '.join(wrong)}; these degrees would: {fits}")
 
 
-def _check_context(
-    plan: ParallelPlan, degrees: Degrees, options: ParallelOptions, sequence_length: int | None
-) -> None:
+def _check_context(plan: ParallelPlan, degrees: Degrees, options: ParallelOptions, sequence_length: int | None) -> None:
     cp, kind = degrees.cp, options.context
     if kind not in get_args(ContextKind):
         raise LayoutError(f"unknown kind of context parallelism {kind!r}; there are {list(get_args(ContextKind))}")
     if "attention" not in plan or not plan.get("sequence"):
         lacking = [entry for entry in ("attention", "sequence") if not plan.get(entry)]
         raise LayoutError(
-            f"cp is {cp}, but the plan does not say {' and '.join(map(repr, lacking))}: context parallelism has to know "
-            "which modules compute attention and which inputs hold the sequence, by name and dim; or take cp 1"
+            f"cp is {cp}, but the plan does not say {' and '.join(map(repr, lacking))}: context parallelism has to "
+            "know which modules compute attention and which inputs hold the sequence, by name and dim; or take cp 1"
         )
     positions = plan.get("positions")
     if positions is not None and positions not in plan["sequence"]:
-        raise LayoutError(f"the plan's 'positions', {positions!r}, is not among its 'sequence', {dict(plan['sequence'])}")
+        raise LayoutError(
+            f"the plan's 'positions', {positions!r}, is not among its 'sequence', {dict(plan['sequence'])}"
+        )
     if kind == "ulysses" and "heads" in plan:
         check_heads(plan["heads"][0], cp, degrees.tp)
     if sequence_length is not None:
