@@ -194,6 +194,7 @@ def test_what_no_kernel_takes_is_computed_plainly() -> None:
     assert kernel_for(torch.zeros(1, 1, 1, 8, device="meta")) is PLAIN
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("length", [384, 336])  # of whole blocks, and not
 def test_flex_masks(length: int) -> None:
     # Its backward runs on CUDA only, where test_one_device_plays_all_ranks takes it.

@@ -33,7 +33,7 @@ def test_refusals(two: Group, changed: dict, says: str) -> None:
 def test_a_plan_without_attention() -> None:
     plan = {name: entry for name, entry in PLAN.items() if name not in ("attention", "sequence", "positions")}
     check_plan(plan, Degrees(dp_shard=2))
-    with pytest.raises(LayoutError, match="does not say 'attention' and 'sequence'.* or take cp 1"):
+    with pytest.raises(LayoutError, match=r"does not say 'attention' and 'sequence'.* or take cp 1"):
         check_plan(plan, Degrees(dp_shard=1, cp=2))
 
 
@@ -67,8 +67,8 @@ def test_heads(kind: str, degrees: Degrees, says: str | None) -> None:
             "allgather",
             Degrees(cp=4),
             20,
-            "into 8 chunks, two for each rank of cp 4: its length must be a multiple of 8, which 20 is not; the nearest "
-            "are 16 and 24; of cp, these degrees would do for it: [1, 2, 5, 10]",
+            "into 8 chunks, two for each rank of cp 4: its length must be a multiple of 8, which 20 is not; the "
+            "nearest are 16 and 24; of cp, these degrees would do for it: [1, 2, 5, 10]",
         ),
         ("ulysses", Degrees(cp=4), 20, ""),
         ("ulysses", Degrees(cp=4), 18, "into cp 4 parts: its length must be a multiple of 4, which 18 is not"),

@@ -12,6 +12,7 @@ import pytest
 
 import titan_parallel
 from titan_parallel import Degrees, ParallelOptions, ParallelPlan
+from titan_parallel.options import ContextKind
 from titan_parallel.plan import TensorStyle
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -47,4 +48,4 @@ def test_tables() -> None:
     listed = re.findall(r"^\| `([A-Za-z_]+)", README, flags=re.MULTILINE)
     entries, degrees = ParallelPlan.__annotations__, Degrees.__dataclass_fields__
     words = [*entries, *TensorStyle.__args__, *degrees, *ParallelOptions.__dataclass_fields__, *titan_parallel.__all__]
-    assert sorted(listed) == sorted(words)
+    assert sorted(listed) == sorted([*words, *ContextKind.__args__])

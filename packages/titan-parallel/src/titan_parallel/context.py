@@ -141,9 +141,9 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, peers: Pee
     if repeated > 1:
         k, v = k.repeat_interleave(repeated, 1), v.repeat_interleave(repeated, 1)
     each = [x.shape[1] // size for x in (q, k, v)]
-    packed = torch.cat([x.unflatten(1, (size, -1)) for x in (q, k, v)], 2).movedim(1, 0)  # [n, B, heads, S, Dh]
+    packed = torch.cat([torch.unflatten(x, 1, (size, -1)) for x in (q, k, v)], 2).movedim(1, 0)  # [n, B, heads, S, Dh]
     whole = all_to_all(packed, peers.group).movedim(0, 2).flatten(2, 3)  # [B, heads, n * S, Dh]
     q, k, v = whole.split(each, 1)
     out = _to_whole(q, k, v, starts, [Span(0, 0, q.shape[2])], scale)  # [B, H / n, n * S, Dh]
-    parts = all_to_all(out.unflatten(2, (size, -1)).movedim(2, 0), peers.group)  # [n, B, H / n, S, Dh]
+    parts: Tensor = all_to_all(torch.unflatten(out, 2, (size, -1)).movedim(2, 0), peers.group)  # [n, B, H / n, S, Dh]
     return parts.movedim(0, 1).flatten(1, 2)

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import P2POp, ProcessGroup, Work
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import P2POp, ProcessGroup, Work, distributed_c10d
 
 from titan_parallel.context_layout import by_rank, in_order
 
@@ -28,6 +27,12 @@ class Peers(NamedTuple):
     group: str
     rank: int
     size: int
+
+
+def _group(name: str) -> ProcessGroup:
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    found: ProcessGroup = resolve(name)
+    return found
 
 
 def peers_of(group: ProcessGroup) -> Peers:
@@ -47,8 +52,8 @@ def gather_sequence(x: Tensor, dim: int, group: str, size: int, balanced: bool) 
         balanced: Whether a part is an early and a late chunk.
     """
     parts = x.new_empty(size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=_resolve_process_group(group))
-    return in_order(parts.unflatten(0, (size, -1)), dim, balanced=balanced)
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=_group(group))
+    return in_order(parts.view(size, *x.shape), dim, balanced=balanced)
 
 
 @torch.library.custom_op("titan_parallel::context_scatter", mutates_args=())
@@ -56,7 +61,7 @@ def scatter_sequence(x: Tensor, dim: int, group: str, size: int, balanced: bool)
     """Return this rank's part of the sum of all ranks' `x`; arguments are those of `gather_sequence`."""
     parts = by_rank(x, dim, size, balanced=balanced)
     out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=_resolve_process_group(group))
+    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=_group(group))
     return out
 
 
@@ -64,7 +69,7 @@ def scatter_sequence(x: Tensor, dim: int, group: str, size: int, balanced: bool)
 def all_to_all(x: Tensor, group: str) -> Tensor:
     """Send entry `i` of dim 0 to rank `i`; return what came from each, in the order of ranks."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, x.contiguous(), group=_resolve_process_group(group))
+    dist.all_to_all_single(out, x.contiguous(), group=_group(group))
     return out
 
 
@@ -107,7 +112,7 @@ class Passing:
     """Tensors on their way around the ring: to the next rank, and others like them from the one before."""
 
     def __init__(self, x: Tensor, group: str) -> None:
-        process_group = _resolve_process_group(group)
+        process_group = _group(group)
         rank, size = process_group.rank(), process_group.size()
         self._sent = x  # has to stay until it is sent
         self._received = torch.empty_like(x)

@@ -78,7 +78,7 @@ def _blocks(places: Tensor, starts: Tensor, keys: int) -> BlockMask:
 def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the least and the greatest of each block of `[B, S]`."""
     missing = -x.shape[1] % _BLOCK
-    blocks = torch.cat([x, x[:, -1:].expand(-1, missing)], 1).unflatten(1, (-1, _BLOCK))
+    blocks = torch.unflatten(torch.cat([x, x[:, -1:].expand(-1, missing)], 1), 1, (-1, _BLOCK))
     return blocks.amin(2), blocks.amax(2)
 
 

@@ -155,7 +155,8 @@ def sequence_cut(
         if wrong:
             said = "; ".join(f"{name!r} (nearest: {', '.join(close) or 'none'})" for name, close in near.items())
             raise LayoutError(
-                f"the plan names inputs under 'sequence' that the forward of {type(model).__name__} does not take: {said}"
+                f"the plan names inputs under 'sequence' that the forward of {type(model).__name__} does not take: "
+                f"{said}"
             )
     by_position = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     return SequenceCut(peers, kind, split_over, by_position, dict(sequence), positions)

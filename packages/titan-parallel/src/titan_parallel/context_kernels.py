@@ -111,7 +111,7 @@ def _efficient_backward(
     state = torch.zeros((), dtype=torch.int64, device=q.device)
     wanted = [True, True, True, False]  # no gradient of a bias
     dq, dk, dv, _ = efficient(grad, q, k, v, None, out, logs, state, state, 0.0, wanted, causal, scale=scale)
-    return dq, *(x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
+    return dq, *(torch.unflatten(x, 1, (heads, -1)).sum(2) for x in (dk, dv))
 
 
 def _expanded(x: Tensor, heads: int) -> Tensor:
@@ -130,9 +130,9 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores = _scores(q, k, causal, scale)
     heads = (k.shape[1], -1)
-    q_, grad_, out_ = (x.unflatten(1, heads).to(scores.dtype) for x in (q, grad, out))
+    q_, grad_, out_ = (torch.unflatten(x, 1, heads).to(scores.dtype) for x in (q, grad, out))
     k_, v_ = (x[:, :, None].to(scores.dtype) for x in (k, v))
-    shares = (scores - logs.unflatten(1, heads)[..., None]).exp()
+    shares = (scores - torch.unflatten(logs, 1, heads)[..., None]).exp()
     dv = (shares.mT @ grad_).sum(2)
     shares = shares * (grad_ @ v_.mT - (grad_ * out_).sum(-1, keepdim=True)) * scale
     return (shares @ k_).flatten(1, 2).to(q.dtype), (shares.mT @ q_).sum(2).to(k.dtype), dv.to(v.dtype)
@@ -140,7 +140,7 @@ def _plain_backward(
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = q.unflatten(1, (k.shape[1], -1)).to(dtype) @ k[:, :, None].to(dtype).mT * scale
+    scores: Tensor = torch.unflatten(q, 1, (k.shape[1], -1)).to(dtype) @ k[:, :, None].to(dtype).mT * scale
     if causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -torch.inf)

@@ -1,8 +1,8 @@
 """Which part of a sequence each rank of context parallelism has.
 
-Under causal attention the last tokens see the most keys. So the sequence is cut into twice as many chunks as there are
-ranks, and rank `r` of `n` has chunk `r` and chunk `2 n - 1 - r`: all ranks then have the same work. Where each rank sees
-the whole sequence, for some of the heads, rank `r` has simply the `r`-th of `n` chunks.
+Under causal attention the last tokens see the most keys. So the sequence is cut into twice as many chunks as there
+are ranks, and rank `r` of `n` has chunk `r` and chunk `2 n - 1 - r`: all ranks then have the same work. Where each rank
+sees the whole sequence, for some of the heads, rank `r` has simply the `r`-th of `n` chunks.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def check_length(length: int, size: int, kind: ContextKind, split_over: int = 1)
     more = f", each part split over tp {split_over} (sequence parallelism)" if split_over > 1 else ""
     degrees = f"of cp, these degrees would do for it: {fits}" if fits else "no degree of cp would do for it"
     raise LayoutError(
-        f"context parallelism ({kind}) cuts a sequence into {why}{more}: its length must be a multiple of {unit}, which "
-        f"{length} is not; the nearest are {' and '.join(map(str, near))}; {degrees}"
+        f"context parallelism ({kind}) cuts a sequence into {why}{more}: its length must be a multiple of {unit}, "
+        f"which {length} is not; the nearest are {' and '.join(map(str, near))}; {degrees}"
     )
 
 
@@ -110,6 +110,6 @@ def check_heads(heads: int, size: int, tp: int) -> None:
     fits = [d for d in range(1, heads + 1) if heads % (d * tp) == 0]
     could = f"these degrees of cp would: {fits}" if fits else "no degree of cp would"
     raise LayoutError(
-        f"context parallelism by ulysses gives each rank whole heads, but cp {size}{split} does not divide {heads} query "
-        f"heads; {could}; or take another kind of context parallelism, 'allgather' or 'ring'"
+        f"context parallelism by ulysses gives each rank whole heads, but cp {size}{split} does not divide {heads} "
+        f"query heads; {could}; or take another kind of context parallelism, 'allgather' or 'ring'"
     )

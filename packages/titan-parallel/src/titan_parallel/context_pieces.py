@@ -1,7 +1,7 @@
 """Attention of parts of a sequence to parts of it, piece by piece, with no mask in any of them.
 
-A document is a run of successive tokens. So the keys that a chunk of queries sees are, for each document in the chunk, a
-square of itself, seen causally, and for the first document, which may have begun before the chunk, a rectangle of
+A document is a run of successive tokens. So the keys that a chunk of queries sees are, for each document in the chunk,
+a square of itself, seen causally, and for the first document, which may have begun before the chunk, a rectangle of
 earlier keys, seen as a whole. Nothing of the size of a mask is ever made, and what is not seen is not computed.
 
 Shapes: `B` batch, `H` query heads, `Hkv` key/value heads, `S` queries, `T` keys, `Dh` head dim.
@@ -70,7 +70,7 @@ def _row_pieces(rows: slice, query: Span, key: Span, before: int, first: int, en
 
 
 def _cuts(starts: Tensor, span: Span) -> list[tuple[int, list[int]]]:
-    """Return for each row where the span's first document begins, and between which tokens of the span documents end."""
+    """Return for each row where the span's first document begins, and where in the span documents begin and end."""
     own = starts[:, span.local : span.local + span.length]
     begins = own == torch.arange(span.place, span.place + span.length, device=own.device)
     begins[:, 0] = True
@@ -111,9 +111,9 @@ def add_gradients(
     kernel = kernel_for(inputs[0])
     for rows, queries, keys, causal in some:
         places = queries, keys, keys
-        own = (x[rows, :, place] for x, place in zip(inputs, places, strict=True))
-        of_all = (x[rows, :, queries] for x in results)
-        parts = kernel.backward(grad[rows, :, queries], *own, *of_all, causal, scale)
+        q, k, v = (x[rows, :, place] for x, place in zip(inputs, places, strict=True))
+        out, logs = (x[rows, :, queries] for x in results)
+        parts = kernel.backward(grad[rows, :, queries], q, k, v, out, logs, causal, scale)
         for whole, place, part in zip(gradients, places, parts, strict=True):
             whole[rows, :, place] += part
 

@@ -258,8 +258,8 @@ def _check_context(plan: ParallelPlan, degrees: Degrees, options: ParallelOption
     if "attention" not in plan or not plan.get("sequence"):
         lacking = [entry for entry in ("attention", "sequence") if not plan.get(entry)]
         raise LayoutError(
-            f"cp is {cp}, but the plan does not say {' and '.join(map(repr, lacking))}: context parallelism has to know "
-            "which modules compute attention and which inputs hold the sequence, by name and dim; or take cp 1"
+            f"cp is {cp}, but the plan does not say {' and '.join(map(repr, lacking))}: context parallelism has to "
+            "know which modules compute attention and which inputs hold the sequence, by name and dim; or take cp 1"
         )
     positions = plan.get("positions")
     if positions is not None and positions not in plan["sequence"]:

@@ -1,0 +1,26 @@
+"""Sequences shared by a model that computes attention in a function, and knows nothing of titan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import parallel_context_function as cases
+import parallel_transformers
+from parallel_group import Group
+from titan_parallel import Degrees, ParallelOptions
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("kind", ["allgather", "ring", "ulysses"])
+def test_llama(two: Group, kind: str) -> None:
+    expected, weights = parallel_transformers.reference("Llama")
+    # Importing transformers takes its time on a busy machine.
+    answers = two.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), timeout=240.0)
+    for losses, trained, logits in answers:
+        assert losses == pytest.approx(expected, abs=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, answers[0][2])
+        assert logits.shape == (parallel_transformers.ROWS, parallel_transformers.SEQ, parallel_transformers.VOCAB)

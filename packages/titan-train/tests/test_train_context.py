@@ -1,0 +1,54 @@
+"""titan-model's decoder keeps what its plan says of attention, sequence and positions: ranks can share sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import train_context as cases
+from titan_parallel import Degrees, ParallelOptions
+from train_group import Group
+
+KINDS = ["allgather", "ring", "ulysses"]
+
+
+@pytest.fixture(scope="module", params=cases.FAMILIES)
+def single(request: pytest.FixtureRequest) -> tuple[str, dict]:
+    return request.param, cases.reference(request.param)
+
+
+def same(group: Group, single: tuple[str, dict], degrees: Degrees, options: ParallelOptions) -> None:
+    family, expected = single
+    assert expected["losses"][0] - expected["losses"][-1] > 0.05  # a curve to follow
+    for result in group.run(cases.train, family, degrees, options):
+        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert result["norms"] == pytest.approx(expected["norms"], abs=1e-5, rel=1e-5)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes(two: Group, single: tuple[str, dict], kind: str) -> None:
+    same(two, single, Degrees(cp=2), ParallelOptions(context=kind))
+
+
+@pytest.mark.parametrize("degrees", [Degrees(cp=2, tp=2), Degrees(cp=2, dp_shard=2)], ids=["cp-tp", "cp-fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_processes(four: Group, single: tuple[str, dict], kind: str, degrees: Degrees) -> None:
+    same(four, single, degrees, ParallelOptions(context=kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled(four: Group, kind: str) -> None:
+    options = ParallelOptions(
+        context=kind, compile_blocks=True, compile_backend="aot_eager", activation_checkpointing="selective"
+    )
+    same(four, ("qwen3", cases.reference("qwen3")), Degrees(cp=2, tp=2), options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits(two: Group, kind: str) -> None:
+    expected = cases.build("llama")(cases.batch(0)["tokens"])
+    for found in two.run(cases.logits, "llama", Degrees(cp=2), ParallelOptions(context=kind)):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
