@@ -273,13 +273,3 @@ def one_rank_dies(folder: Path, tale: Path) -> None:
 
     with mock.patch.object(checkpointer, "write_file", die if dist.get_rank() == 1 else checkpointer.write_file):
         tale.write_text(told_by(lambda: (ckpt.save(2, make_state(2)), ckpt.wait())))
-
-
-def own_a_writer(folder: Path, pipe: Any) -> None:
-    """Save once by a writing process, tell which one it is, and stay until killed."""
-    ckpt = Checkpointer(folder, asynchronous="process")
-    ckpt.save(1, make_state(1))
-    ckpt.wait()
-    assert ckpt._process is not None
-    pipe.send(ckpt._process.pid)
-    time.sleep(600)

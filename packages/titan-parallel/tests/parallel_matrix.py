@@ -6,7 +6,9 @@ Each case is a layout, what is trained on it, and how. The README's table of wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -14,7 +16,17 @@ from torch.distributed.tensor import DTensor
 
 import parallel_net as net
 from parallel_net import Shape
-from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, build_mesh, data_axis, parallelize
+from titan_parallel import (
+    SCHEDULES,
+    Degrees,
+    Microbatch,
+    ParallelOptions,
+    ParallelPlan,
+    PipelineOptions,
+    build_mesh,
+    data_axis,
+    parallelize,
+)
 
 DENSE, MOE = Shape(), Shape(moe=True)
 
@@ -42,17 +54,89 @@ class Case:
         d = self.degrees
         return d.dp_replicate * d.dp_shard * d.ep * d.cp * d.tp * d.pp
 
+    def __str__(self) -> str:
+        parts = [" x ".join(f"{kind}{getattr(self.degrees, KINDS[kind])}" for kind in self.kinds)]
+        changed = [f for f in fields(self.options) if getattr(self.options, f.name) != f.default]
+        parts += [f"{f.name}={getattr(self.options, f.name)}" for f in changed if f.name not in _BESIDE]
+        if self.degrees.pp > 1:
+            parts.append(self.options.pipeline.schedule)
+        parts += ["MoE"] * self.shape.moe + ["tied"] * self.shape.tied
+        parts += [f"{self.microbatches} microbatches"] * (self.microbatches > 1 and self.degrees.pp == 1)
+        return " ".join(parts)
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of parallelism that take part, in one order."""
         return tuple(kind for kind, name in KINDS.items() if getattr(self.degrees, name) > 1)
 
 
-KINDS = {"replicate": "dp_replicate", "FSDP": "dp_shard", "TP": "tp", "PP": "pp", "CP": "cp", "EP": "ep"}
+KINDS = {"DDP": "dp_replicate", "FSDP": "dp_shard", "TP": "tp", "PP": "pp", "CP": "cp", "EP": "ep"}
+
+
+_BESIDE = ("pipeline", "compile_backend")  # said otherwise, or not worth a word
+
+
+def layout(*, shape: Shape | None = None, microbatches: int = 0, slow: bool = False, **given: Any) -> Case:
+    """Make a case of degrees, which default to 1, and options; pipelines take four microbatches, others one."""
+    degrees = Degrees(**{"dp_shard": 1, **{name: n for name, n in given.items() if name in KINDS.values()}})
+    options = ParallelOptions(**{name: value for name, value in given.items() if name not in KINDS.values()})
+    shape = shape or (MOE if degrees.ep > 1 else DENSE)
+    return Case(degrees, shape, options, microbatches or (4 if degrees.pp > 1 else 1), slow)
+
+
+def cases() -> Iterator[Case]:
+    """Yield the matrix."""
+    yield from (layout(**{degree: 2}) for degree in KINDS.values())
+    for first, second in combinations(KINDS.values(), 2):
+        yield layout(**{first: 2, second: 2})
+    # Each kind's own variety.
+    yield from (layout(cp=2, context=kind) for kind in ("ring", "ulysses"))
+    yield from (layout(cp=4, context=kind, slow=True) for kind in ("allgather", "ring", "ulysses"))
+    for schedule in SCHEDULES:
+        if schedule != "1F1B":
+            fast = schedule in ("Interleaved1F1B", "ZBVZeroBubble")
+            yield layout(pp=2, pipeline=PipelineOptions(schedule=schedule), slow=not fast)
+    yield layout(pp=4, slow=True)
+    yield layout(tp=4, slow=True)
+    yield layout(tp=2, sequence_parallel=False, slow=True)
+    yield layout(ep=4, slow=True)
+    # With what else there is to choose.
+    both = {"tp": 2, "cp": 2}
+    yield from (layout(**{degree: 2}, shape=Shape(tied=True)) for degree in ("dp_shard", "tp", "pp"))
+    yield layout(dp_shard=2, microbatches=4)
+    yield from (layout(**both, microbatches=2, context=kind, slow=True) for kind in ("ring", "ulysses"))
+    yield from (layout(**both, activation_checkpointing=mode, slow=True) for mode in ("full", "selective"))
+    yield from (layout(ep=2, tp=2, activation_checkpointing=mode, slow=True) for mode in ("full", "selective"))
+    yield from (layout(pp=2, dp_shard=2, activation_checkpointing=mode, slow=True) for mode in ("full", "selective"))
+    compiled = {"compile_blocks": True, "compile_backend": "aot_eager", "slow": True}
+    yield from (layout(**{degree: 2, "dp_shard": 2}, **compiled) for degree in ("tp", "pp", "cp", "ep"))
+    yield layout(pp=2, dp_shard=2, shape=Shape(tied=True), slow=True)
+    yield layout(pp=2, tp=2, shape=Shape(tied=True), slow=True)
+    # Products of three, on eight processes.
+    for degrees in (
+        ("dp_shard", "tp", "pp"),
+        ("dp_replicate", "dp_shard", "tp"),
+        ("dp_shard", "cp", "tp"),
+        ("dp_shard", "pp", "cp"),
+        ("dp_shard", "ep", "pp"),
+        ("dp_replicate", "dp_shard", "ep"),
+        ("dp_shard", "ep", "tp"),
+        ("tp", "pp", "cp"),
+    ):
+        yield layout(**dict.fromkeys(degrees, 2), slow=True)
 
 
 def plan(shape: Shape) -> ParallelPlan:
-    mlp = {"stack.*.mlp.gate": "colwise", "stack.*.mlp.up": "colwise", "stack.*.mlp.down": "rowwise"}
+    inner = {"stack.*.mlp.gate": "colwise", "stack.*.mlp.up": "colwise", "stack.*.mlp.down": "rowwise"}
+    mlp = {"stack.*.mlp": "gather", **inner}
+    if shape.moe:
+        mlp = {
+            "stack.*.mlp": "mixture",
+            "stack.*.mlp.router": "router",
+            "stack.*.mlp.experts.up": "colwise",
+            "stack.*.mlp.experts.down": "rowwise",
+            **{name.replace(".mlp.", ".mlp.shared."): style for name, style in inner.items()},
+        }
     return {
         "blocks": ["stack.*"],
         "before": ["table"],
@@ -66,7 +150,6 @@ def plan(shape: Shape) -> ParallelPlan:
             "stack.*.attention.v": "colwise",
             "stack.*.attention.head_norm": "local",
             "stack.*.attention.out": "rowwise",
-            "stack.*.mlp": "gather",
             **mlp,
             "last": "sequence",
             "unembed": "logits",
@@ -77,7 +160,7 @@ def plan(shape: Shape) -> ParallelPlan:
         "sequence": {"tokens": 1, "positions": 1, "document_ids": 1, "target": 1},
         "positions": "positions",
         "heads": (net.HEADS, net.KV_HEADS),
-        "experts": ["stack.*.mlp.experts"] if shape.moe else [],
+        **({"experts": ["stack.*.mlp.experts"], "n_experts": net.EXPERTS} if shape.moe else {}),
     }
 
 
