@@ -49,7 +49,7 @@ def test_two_processes(two: Group, alone: dict, degrees: Degrees) -> None:
     [
         ParallelOptions(activation_checkpointing="full"),
         ParallelOptions(activation_checkpointing="selective"),
-        ParallelOptions(sequence_parallel=False, reshard_after_forward=False),
+        ParallelOptions(sequence_parallel=False, reshard_after_forward="never"),
     ],
     ids=["ac", "sac", "no-sp-no-reshard"],
 )

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from titan_parallel.clipping import clip_grad_norm
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import fsdp_mesh
-from titan_parallel.options import ParallelOptions
+from titan_parallel.options import ParallelOptions, reshard_blocks
 from titan_parallel.pipeline_schedule import BuiltSchedule, ScheduledStage
 from titan_parallel.pipeline_ties import TiedStages
 from titan_parallel.plan import ParallelPlan, Roles, match_names
@@ -271,10 +271,10 @@ def make_stages(
     check_divisible(model, roles)
     check_pipeline(pp, options.pipeline, blocks=roles.blocks)
     placed = place_stages(options.pipeline, pp)
-    if options.reshard_after_forward and placed.splits_backward:
+    if reshard_blocks(options, pp) is not False and placed.splits_backward:
         raise LayoutError(
             f"pipeline schedule {options.pipeline.schedule} computes gradients of weights long after those of inputs, "
-            "so gathered weights have to stay: leave reshard_after_forward None or False, or take 1F1B"
+            "so gathered weights have to stay: leave reshard_after_forward at 'default' or 'never', or take 1F1B"
         )
     blocks = split_blocks(model, roles, len(placed.ranks), options.pipeline)
     tied = list(plan.get("tied", ()))
