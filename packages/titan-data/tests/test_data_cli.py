@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -222,18 +221,34 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, capsys, monkeypatch):
     assert (code, err.splitlines()[-1]) == (130, "titan-data: stopped")
 
 
-def test_ctrl_c_on_a_real_command_leaves_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("pipe.jsonl").write_text("".join(json.dumps({"text": "some words " * 2000}) + "\n" for _ in range(2000)))
-    words = ["prepare", "pipe.jsonl", "--tokenizer", "bytes", "--shard-tokens", "400_000", "--out", "out"]
-    command = [sys.executable, "-m", "titan_data", *words, "--workers", "1"]
+PRESSED = """
+import os, signal, sys
+from titan_data import cli
+from titan_data.shards.writer import ShardWriter
+
+publish = ShardWriter.publish
+
+
+def and_press(self, source_end):
+    header = publish(self, source_end)
+    os.kill(os.getpid(), signal.SIGINT)
+    ShardWriter.publish = publish
+    return header
+
+
+ShardWriter.publish = and_press
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_on_a_real_command_leaves_one_line(corpus):
+    words = ["prepare", "part-*.jsonl", "--tokenizer", "bytes", "--shard-tokens", "500", "--out", "out"]
+    command = [sys.executable, "-c", PRESSED, *words, "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while not Path("out/shard-000001.tokens").exists() and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        err = process.stderr.read()
-    assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "titan-data: stopped"
-    assert "Traceback" not in err
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr.splitlines()[-1] == "titan-data: stopped"
+    assert "Traceback" not in ended.stderr
+    assert Path("out/shard-000000.tokens").exists()
+    assert not Path("out/index.json").exists()
     assert not list(Path("out").glob("*.part"))

@@ -1,5 +1,6 @@
 """load_files: every format and compression, in order and in any order, from any place on."""
 
+import gc
 import json
 import os
 import pickle
@@ -353,6 +354,7 @@ def test_files_are_closed_and_few_are_open_at_a_time(tmp_path):
     for number in range(100):
         write_jsonl(tmp_path / f"{number}.jsonl", ["a", "b"])
     opened = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
+    gc.collect()  # what other tests left behind
     before = opened()
     rows = load_files(tmp_path / "*.jsonl")
     read_rows(rows)
@@ -363,7 +365,7 @@ def test_files_are_closed_and_few_are_open_at_a_time(tmp_path):
     assert [next(iterator) for iterator in iterators] == ["b"] * 32
     for iterator in iterators:
         iterator.close()
-    assert opened() == before
+    assert opened() <= before
 
 
 def test_an_index_folder_spares_the_second_look(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ class Encoders:
             try:
                 result = connection.recv()
             except (EOFError, OSError):
-                process.join(timeout=10)
+                process.join(timeout=60)  # its end of the connection is closed: it is about to end
                 raise _died(process.exitcode) from None
             if isinstance(result, str):
                 raise DataError(result)
