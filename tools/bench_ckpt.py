@@ -2,20 +2,23 @@
 
 Every comparison is made within one run on one disk, in rounds that take turns, so that whatever else slows the machine
 slows all; the figures are medians over the rounds, the ratios medians of the rounds' ratios. Before a read, the
-kernel is asked to drop the files from its memory (unless `--warm`), so that the disk is read.
+kernel is asked to drop the files from its memory (unless `--warm`), so that the disk is read. What is written is synced
+to the disk within the time that is measured, by all contestants.
 
     python tools/bench_ckpt.py --folder /disk/bench --gib 4 --rounds 5
+
+needs twice the size in memory and three times on the disk. The resume has a size of its own, `--resume-gib`.
 """
 
 import argparse
 import gc
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -126,62 +129,70 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
-def bench_save_and_load(folder: Path, tensors: dict[str, torch.Tensor], count: int, warm: bool) -> list[list[str]]:
-    """Compare a save and a load with the plain file and with DCP."""
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    plain, titan, other = folder / "plain", folder / "titan", folder / "dcp"
+class Contest:
+    """The same tensors saved and loaded by a plain file, by titan-ckpt and by DCP."""
 
-    def cleared(path: Path, save: Callable[[], Any]) -> float:
+    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], warm: bool) -> None:
+        self.tensors, self.warm = tensors, warm
+        self.into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        self.plain, self.titan, self.dcp = folder / "plain", folder / "titan", folder / "dcp"
+
+    def saves(self) -> dict[str, Callable[[], float]]:
+        """Return who takes part in saving: each saves once and tells how long it took."""
+        return {
+            "plain": lambda: self._save(self.plain, lambda: plain_write(self.plain / "file", self.tensors.values())),
+            "titan": lambda: self._save(self.titan, self._titan_save),
+            "DCP": lambda: self._save(self.dcp, lambda: dcp_save(self.dcp, self.tensors)),
+        }
+
+    def loads(self) -> dict[str, Callable[[], float]]:
+        """Return who takes part in loading what was saved last."""
+        return {
+            "plain": lambda: self._load(self.plain, lambda: plain_read(self.plain / "file", self.into.values())),
+            "titan": lambda: self._load(self.titan, self._titan_load),
+            "DCP": lambda: self._load(self.dcp, lambda: dcp_load(self.dcp, self.into)),
+        }
+
+    def _titan_save(self) -> None:
+        ckpt = Checkpointer(self.titan)
+        ckpt.save(1, {"model": Held(self.tensors)})
+        ckpt.close()
+
+    def _titan_load(self) -> None:
+        assert Checkpointer(self.titan).load({"model": Held(self.into)}) is not None
+
+    def _save(self, path: Path, save: Callable[[], Any]) -> float:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         taken = timed(save)
         assert any(path.iterdir())
         return taken
 
-    def read(path: Path, load: Callable[[], Any]) -> float:
-        forget(path, warm)
-        for tensor in into.values():
+    def _load(self, path: Path, load: Callable[[], Any]) -> float:
+        forget(path, self.warm)
+        for tensor in self.into.values():
             tensor.zero_()
         taken = timed(load)
-        assert all(torch.equal(tensor, into[name]) for name, tensor in tensors.items())
+        assert all(torch.equal(tensor, self.into[name]) for name, tensor in self.tensors.items())
         return taken
 
-    def titan_save() -> None:
-        ckpt = Checkpointer(titan)
-        ckpt.save(1, {"model": Held(tensors)})
-        ckpt.close()
 
-    def titan_load() -> None:
-        assert Checkpointer(titan).load({"model": Held(into)}) is not None
-
-    saves = rounds_of(
-        count,
-        {
-            "plain": lambda: cleared(plain, lambda: plain_write(plain / "file", tensors.values())),
-            "titan": lambda: cleared(titan, titan_save),
-            "DCP": lambda: cleared(other, lambda: dcp_save(other, tensors)),
-        },
-    )
-    loads = rounds_of(
-        count,
-        {
-            "plain": lambda: read(plain, lambda: plain_read(plain / "file", into.values())),
-            "titan": lambda: read(titan, titan_load),
-            "DCP": lambda: read(other, lambda: dcp_load(other, into)),
-        },
-    )
-    rows = []
-    for what, times in (("save", saves), ("load", loads)):
-        speeds = {name: nbytes / GIB / statistics.median(taken) for name, taken in times.items()}
+def bench_save_and_load(folder: Path, tensors: dict[str, torch.Tensor], count: int, warm: bool) -> list[list[str]]:
+    """Compare a save and a load with the plain file and with DCP."""
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    contest, rows = Contest(folder, tensors, warm), []
+    for what, contestants in (("save", contest.saves()), ("load", contest.loads())):
+        times = rounds_of(count, contestants)
+        medians = {name: statistics.median(taken) for name, taken in times.items()}
         rows.append(
             [
                 f"{what}, {len(tensors):,} tensors, {nbytes / GIB:.2f} GiB",
-                *(f"{speeds[name]:.2f} GiB/s ({statistics.median(times[name]):.2f} s)" for name in times),
-                f"{1 / ratio(times['titan'], times['plain']):.2f}",
+                *(f"{nbytes / GIB / seconds:.2f} GiB/s ({seconds:.2f} s)" for seconds in medians.values()),
+                f"{ratio(times['plain'], times['titan']):.2f}",
                 f"{ratio(times['DCP'], times['titan']):.2f}",
             ]
         )
+    shutil.rmtree(folder)
     return rows
 
 
@@ -189,59 +200,69 @@ def bench_async(folder: Path, nbytes: int, count: int, mode: str) -> list[str]:
     """Compare the time that training is blocked with a copy of the bytes, and steps during a save with others."""
     tensors = make_tensors(nbytes)
     copies = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    ckpt = Checkpointer(folder / f"async-{mode}", keep_last=1, asynchronous=mode)  # type: ignore[arg-type]
+    published = threading.Event()
+    ckpt = Checkpointer(
+        folder / f"async-{mode}",
+        keep_last=1,
+        asynchronous=mode,  # type: ignore[arg-type]
+        also=[lambda _: published.set()],
+    )
     a = torch.randn(1024, 1024)
-    steps = [0]
 
     def step() -> None:
         torch.mm(a, a)
 
-    def blocked() -> float:
-        steps[0] += 1
-        return timed(lambda: ckpt.save(steps[0], {"model": Held(tensors)}))
+    def copy() -> None:
+        for name, tensor in tensors.items():
+            copies[name].copy_(tensor)
 
-    def copied() -> float:
-        return timed(lambda: [copies[name].copy_(tensor) for name, tensor in tensors.items()])
-
-    ratios, slow = [], []
+    blocked, memcpy, slow, whole = [], [], [], []
     for turn in range(count + 1):
-        memcpy = copied()
+        copied = timed(copy)
         quiet = statistics.median(timed(step) for _ in range(20))
-        taken = blocked()
-        in_flight = ckpt._in_flight
+        published.clear()
+        started = time.perf_counter()
+        taken = timed(lambda turn=turn: ckpt.save(turn, {"model": Held(tensors)}))  # type: ignore[misc]
         busy = [timed(step)]
-        while in_flight is not None and not in_flight.done():
+        while not published.is_set():
             busy.append(timed(step))
-        ckpt.wait()
-        if turn:
-            ratios.append((taken, memcpy))
+        if turn:  # the first takes the memory
+            blocked.append(taken)
+            memcpy.append(copied)
             slow.append(statistics.mean(busy) / quiet)
+            whole.append(time.perf_counter() - started)
+        ckpt.wait()
     ckpt.close()
     return [
         f"async ({mode}), {nbytes / GIB:.2f} GiB",
-        f"{statistics.median(taken for taken, _ in ratios):.3f} s",
-        f"{statistics.median(memcpy for _, memcpy in ratios):.3f} s",
-        f"{statistics.median(taken / memcpy for taken, memcpy in ratios):.2f}",
+        f"{statistics.median(blocked):.3f} s",
+        f"{statistics.median(memcpy):.3f} s",
+        f"{ratio(blocked, memcpy):.2f}",
         f"{statistics.median(slow):.2f}",
+        f"{statistics.median(whole):.2f} s",
     ]
 
 
-def bench_resume(folder: Path, nbytes: int, ranks: int) -> list[str]:
+def bench_resume(folder: Path, nbytes: int, ranks: int, warm: bool) -> list[str]:
     """Save from so many ranks, and load into as many; each tells its time and its peak of memory."""
     folder = folder / "resume"
     told = {}
     for what in ("save", "load"):
+        forget(folder, warm)
         meeting = folder.parent / f"meeting-{time.monotonic_ns()}"
         command = [sys.executable, __file__, "--worker", what, str(folder), str(nbytes), str(meeting), str(ranks)]
         workers = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(ranks)]
         told[what] = [json.loads(worker.communicate()[0].splitlines()[-1]) for worker in workers]
     loads = told["load"]
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    shutil.rmtree(folder)
     return [
-        f"resume, {ranks} ranks, {nbytes / GIB:.2f} GiB",
+        f"{ranks} ranks, {size / GIB:.2f} GiB",
         f"{max(one['seconds'] for one in told['save']):.2f} s",
         f"{max(one['seconds'] for one in loads):.2f} s",
+        f"{size / ranks / GIB:.3f} GiB",
         f"{max(one['peak'] - one['before'] for one in loads) / GIB:.3f} GiB",
-        f"{nbytes / ranks / GIB:.3f} GiB",
+        f"{max(one['peak'] for one in loads) / GIB:.3f} GiB",
     ]
 
 
@@ -259,32 +280,40 @@ def worker(what: str, folder: str, nbytes: str, meeting: str, ranks: str, rank: 
         for tensor in tensors.values():
             tensor.to_local().zero_()
     ckpt = Checkpointer(folder)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
+    before = memory("VmRSS")
     dist.barrier()
     state = {"model": Held(dict(tensors))}
     seconds = timed(lambda: ckpt.save(1, state) if what == "save" else ckpt.load(state, required=True))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = memory("VmHWM")
     assert all((tensor.to_local() == place + 1).all() for place, tensor in enumerate(tensors.values()))
     ckpt.close()
     print(json.dumps({"seconds": seconds, "before": before, "peak": peak}))
     dist.destroy_process_group()
 
 
-def bench_start(folder: Path, count: int) -> list[str]:
-    """Find and load the newest of a thousand checkpoints."""
+def memory(which: str) -> int:
+    """Return this process's memory at present (VmRSS) or at its peak (VmHWM), in bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024
+
+
+def bench_start(folder: Path, checkpoints: int, count: int) -> list[str]:
+    """Find and load the newest of many checkpoints, list them, and save another one."""
     folder = folder / "many"
-    ckpt = Checkpointer(folder)
     state = {"model": Held({"w": torch.ones(1000)})}
-    for step in range(1000):
+    ckpt = Checkpointer(folder)
+    for step in range(checkpoints):
         ckpt.save(step, state)
     ckpt.close()
     loads = [timed(lambda: Checkpointer(folder).load(state)) for _ in range(count)]
     lists = [timed(lambda: list_checkpoints(str(folder))) for _ in range(count)]
-    return [
-        "start among 1,000 checkpoints",
-        f"{statistics.median(loads):.3f} s to load the newest",
-        f"{statistics.median(lists):.3f} s to list all",
-    ]
+    saving = Checkpointer(folder, keep_last=checkpoints)
+    saves = [timed(lambda step=step: saving.save(checkpoints + step, state)) for step in range(count)]  # type: ignore[misc]
+    saving.close()
+    shutil.rmtree(folder)
+    figures = (f"{statistics.median(taken):.3f} s" for taken in (loads, lists, saves))
+    return [f"{checkpoints:,} checkpoints", *figures]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -300,7 +329,9 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.0, help="how much to save, in GiB")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=8, help="of the resume")
+    parser.add_argument("--resume-gib", type=float, default=5.0, help="how much the resume is of, in GiB")
     parser.add_argument("--small", type=int, default=10_000, help="how many small tensors")
+    parser.add_argument("--checkpoints", type=int, default=1000, help="how many old checkpoints at start-up")
     parser.add_argument("--warm", action="store_true", help="read from the kernel's memory rather than from the disk")
     parser.add_argument("--only", nargs="+", choices=CASES, default=CASES)
     asked = parser.parse_args()
@@ -310,21 +341,31 @@ def main() -> None:
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {asked.rounds} rounds\n")
     compared = []
     if "sync" in asked.only:
-        compared += bench_save_and_load(folder, make_tensors(nbytes), asked.rounds, asked.warm)
+        compared += bench_save_and_load(folder / "sync", make_tensors(nbytes), asked.rounds, asked.warm)
     if "small" in asked.only:
         small = {f"layers.{place}.scale": torch.randn(256) for place in range(asked.small)}
-        compared += bench_save_and_load(folder, small, asked.rounds, asked.warm)
+        compared += bench_save_and_load(folder / "small", small, asked.rounds, asked.warm)
     if compared:
-        heads = ["", "plain file, fsync", "titan-ckpt", "DCP", "titan-ckpt / plain", "titan-ckpt / DCP"]
-        print(table(heads, compared))
+        heads = ["", "plain file, fsync", "titan-ckpt", "DCP", "speed / plain", "speed / DCP"]
+        print(table(heads, compared), flush=True)
     if "async" in asked.only:
-        heads = ["", "blocked", "memcpy of the bytes", "blocked / memcpy", "steps during the save, in times of others"]
-        print(table(heads, [bench_async(folder, nbytes, asked.rounds, mode) for mode in ("thread", "process")]))
+        heads = [
+            "",
+            "blocked",
+            "memcpy of the bytes",
+            "blocked / memcpy",
+            "steps meanwhile / others",
+            "until published",
+        ]
+        rows = [bench_async(folder, nbytes, asked.rounds, mode) for mode in ("thread", "process")]
+        print(table(heads, rows), flush=True)
     if "resume" in asked.only:
-        heads = ["", "save", "load", "peak memory over the state, per rank", "state per rank"]
-        print(table(heads, [bench_resume(folder, nbytes, asked.ranks)]))
+        heads = ["resume", "save", "load", "state per rank", "peak memory over it, per rank", "peak in all"]
+        rows = [bench_resume(folder, int(asked.resume_gib * GIB), asked.ranks, asked.warm)]
+        print(table(heads, rows), flush=True)
     if "start" in asked.only:
-        print(table(["", "newest", "all"], [bench_start(folder, asked.rounds)]))
+        heads = ["start-up among", "load the newest", "list all", "save one more"]
+        print(table(heads, [bench_start(folder, asked.checkpoints, asked.rounds)]))
     shutil.rmtree(folder)
 
 

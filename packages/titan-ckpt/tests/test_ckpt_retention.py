@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 
 from ckpt_states import blank_state, flip_bit, make_state
-from titan_ckpt import Checkpointer, CheckpointError, KeepBest, Retention, list_checkpoints, pin, plan_prune, unpin
+from titan_ckpt import (
+    Checkpointer,
+    CheckpointError,
+    KeepBest,
+    Manifest,
+    Retention,
+    list_checkpoints,
+    pin,
+    plan_prune,
+    retention,
+    unpin,
+)
+from titan_ckpt.manifest import read_manifest
 
 
 def save_each(folder: Path, keep_last: int | None, *steps: int) -> list[int]:
@@ -91,6 +103,20 @@ def save_losses(folder: Path, losses: dict[int, float], **settings: Any) -> list
 
 def test_every_nth_step_is_kept_for_good(tmp_path: Path) -> None:
     assert save_losses(tmp_path, dict.fromkeys(range(1, 11), 0.0), keep_last=2, keep_every=4) == [4, 8, 9, 10]
+
+
+def test_what_is_kept_for_good_is_not_read_at_each_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_each(tmp_path, None, *range(10, 90, 10), 95)
+    read: list[str] = []
+
+    def noted(storage: Any, name: str) -> Manifest:
+        read.append(name)
+        return read_manifest(storage, name)
+
+    monkeypatch.setattr(retention, "read_manifest", noted)
+    plan = plan_prune(str(tmp_path), Retention(keep_last=1, keep_every=20))
+    assert list(plan.remove) == [f"step-{step:08d}" for step in (10, 30, 50, 70)]
+    assert sorted(read) == [f"step-{step:08d}" for step in (10, 30, 50, 70, 95)]
 
 
 def test_the_best_are_kept(tmp_path: Path) -> None:

@@ -150,13 +150,14 @@ def _load_one(
     request: Request,
     passed_over: Mapping[str, Sequence[str]],
 ) -> Loaded:
-    seen = ranks.on_first(f"look at {storage.url}/{name}", lambda: _looked_at(storage, name))
+    parsed: list[Content] = []  # by rank 0, as it looked; the others get the text
+    seen = ranks.on_first(f"look at {storage.url}/{name}", lambda: _looked_at(storage, name, parsed))
     if isinstance(seen, list):
         raise _DamagedError(seen, touched=False)
     manifest, text = seen
     content, (tensors, values) = ranks.together(
         f"read the index of {name} and collect the state to load into",
-        lambda: (read_content(text, manifest), split(state)),
+        lambda: (parsed[0] if parsed else read_content(text, manifest), split(state)),
     )
     takes = request.selection.takes
     wanted = describe(ranks, tensors)
@@ -194,7 +195,7 @@ def _load_one(
     )
 
 
-def _looked_at(storage: Storage, name: str) -> tuple[Manifest, bytes] | list[str]:
+def _looked_at(storage: Storage, name: str, parsed: list[Content]) -> tuple[Manifest, bytes] | list[str]:
     """Look at all but the tensors: what a damaged checkpoint is usually known by, before anything is touched."""
     try:
         if not storage.has(name):
@@ -204,7 +205,7 @@ def _looked_at(storage: Storage, name: str) -> tuple[Manifest, bytes] | list[str
         if problems:
             return problems
         text = read_state(storage, name, manifest)
-        read_content(text, manifest)
+        parsed.append(read_content(text, manifest))
     except CheckpointError as error:
         return [str(error)]
     return manifest, text

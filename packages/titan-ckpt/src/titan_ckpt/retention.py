@@ -1,14 +1,14 @@
 """Which checkpoints to keep, decided from storage alone, so that it survives restarts. Deciding deletes nothing."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from titan_ckpt.catalog import latest_in, pins_in, step_names
 from titan_ckpt.checking import wrong_sizes
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.manifest import Manifest, read_manifest
+from titan_ckpt.manifest import Manifest, read_manifest, step_of
 from titan_ckpt.storage import Storage, open_storage
 
 
@@ -88,36 +88,36 @@ def plan_prune(folder: str | Storage, policy: Retention, newest: int | None = No
     storage = open_storage(folder) if isinstance(folder, str) else folder
     if policy.keeps_all:
         return PrunePlan({name: ["all are kept"] for name in step_names(storage)})
-    manifests = _manifests(storage)
-    names = sorted(manifests, key=lambda name: manifests[name].step, reverse=True)
+    found = _Found(storage)
     reasons: dict[str, list[str]] = {}
     considered = []
-    for name in names:
-        if newest is not None and manifests[name].step > newest:
+    for name, step in found.steps.items():
+        if newest is not None and step > newest:
             reasons[name] = [f"is newer than step {newest}"]
         else:
             considered.append(name)
-    for name in _sound(storage, manifests, considered, policy.keep_last or 1):
+    for name in found.sound(considered, policy.keep_last or 1):
         told = f"is among the last {policy.keep_last}" if policy.keep_last else "is the newest sound one"
         reasons.setdefault(name, []).append(told)
     for name in considered:
-        if policy.keep_every is not None and manifests[name].step % policy.keep_every == 0:
+        if policy.keep_every is not None and found.steps[name] % policy.keep_every == 0:
             reasons.setdefault(name, []).append(f"is of a step that {policy.keep_every} divides")
-    for name in _best(storage, manifests, policy.keep_best):
-        assert policy.keep_best is not None
-        reasons.setdefault(name, []).append(f"is best by {policy.keep_best.metric}")
+    if policy.keep_best is not None:
+        for name in _best(found, policy.keep_best):
+            reasons.setdefault(name, []).append(f"is best by {policy.keep_best.metric}")
     for pinned, name in pins_in(storage).items():
         reasons.setdefault(name, []).append(f"is pinned as {pinned!r}")
     if (latest := latest_in(storage)) is not None:
         reasons.setdefault(latest, []).append("is what `latest` points to")
-    doomed = [name for name in reversed(considered) if name not in reasons]
-    for name in doomed:
-        if wrong_sizes(storage, name, manifests[name]):
+    remove: dict[str, int] = {}
+    for name in reversed(considered):
+        if name in reasons or (manifest := found.manifest(name)) is None:
+            continue
+        if found.sound([name], 1):
+            remove[name] = manifest.nbytes
+        else:
             reasons[name] = ["is damaged"]
-    return PrunePlan(
-        {name: reasons[name] for name in reversed(names) if name in reasons},
-        {name: manifests[name].nbytes for name in doomed if name not in reasons},
-    )
+    return PrunePlan({name: reasons[name] for name in reversed(found.steps) if name in reasons}, remove)
 
 
 def prune(storage: Storage, plan: PrunePlan) -> None:
@@ -131,31 +131,41 @@ def prune(storage: Storage, plan: PrunePlan) -> None:
         storage.remove(name)
 
 
-def _manifests(storage: Storage) -> dict[str, Manifest]:
-    found = {}
-    for name in step_names(storage):
-        try:
-            found[name] = read_manifest(storage, name)
-        except CheckpointError:
-            continue
-    return found
+class _Found:
+    """What there is. No more manifests are read than the question needs: a run that keeps a thousand checkpoints for
+    good does not read them all after each save.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._manifests: dict[str, Manifest | None] = {}
+        # Newest first.
+        self.steps = {name: step for name in reversed(step_names(storage)) if (step := step_of(name)) is not None}
+
+    def manifest(self, name: str) -> Manifest | None:
+        """Return a checkpoint's manifest, or None where there is none that reads."""
+        if name not in self._manifests:
+            try:
+                self._manifests[name] = read_manifest(self._storage, name)
+            except CheckpointError:
+                self._manifests[name] = None
+        return self._manifests[name]
+
+    def sound(self, names: Iterable[str], count: int) -> list[str]:
+        """Return the first so many of which all files are there, as long as they should be."""
+        found: list[str] = []
+        for name in names:
+            if len(found) == count:
+                break
+            manifest = self.manifest(name)
+            if manifest is not None and not wrong_sizes(self._storage, name, manifest):
+                found.append(name)
+        return found
 
 
-def _sound(storage: Storage, manifests: Mapping[str, Manifest], names: list[str], count: int) -> list[str]:
-    found: list[str] = []
-    for name in names:
-        if len(found) == count:
-            break
-        if not wrong_sizes(storage, name, manifests[name]):
-            found.append(name)
-    return found
-
-
-def _best(storage: Storage, manifests: Mapping[str, Manifest], policy: KeepBest | None) -> list[str]:
-    if policy is None:
-        return []
-    told = {name: manifest.metrics.get(policy.metric) for name, manifest in manifests.items()}
+def _best(found: _Found, policy: KeepBest) -> list[str]:
+    told = {name: manifest.metrics.get(policy.metric) for name in found.steps if (manifest := found.manifest(name))}
     # NaN compares with nothing, so it would come out best or worst by chance.
     known = {name: value for name, value in told.items() if value is not None and not math.isnan(value)}
     sign = 1 if policy.mode == "min" else -1
-    return _sound(storage, manifests, sorted(known, key=lambda name: sign * known[name]), policy.count)
+    return found.sound(sorted(known, key=lambda name: sign * known[name]), policy.count)
