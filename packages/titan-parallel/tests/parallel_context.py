@@ -273,15 +273,15 @@ class Count:
         self.real, self.sent, self.calls = real, sent, []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append(sum(x.nbytes for x in self.sent(*args)))
+        self.calls.append(sum(x.nbytes for x in self.sent([*args, *kwargs.values()])))
         return self.real(*args, **kwargs)
 
 
 SENDERS = {
-    "all_gather_into_tensor": lambda out, x: [x],
-    "reduce_scatter_tensor": lambda out, x: [x],
-    "all_to_all_single": lambda out, x: [x],
-    "batch_isend_irecv": lambda steps: [step.tensor for step in steps if step.op is torch.distributed.isend],
+    "all_gather_into_tensor": lambda given: given[1:2],  # output, input
+    "reduce_scatter_tensor": lambda given: given[1:2],
+    "all_to_all_single": lambda given: given[1:2],
+    "batch_isend_irecv": lambda given: [step.tensor for step in given[0] if step.op is torch.distributed.isend],
 }
 
 
