@@ -30,3 +30,10 @@ def four() -> Iterator[Group]:
 @pytest.fixture(scope="session")
 def plain() -> dict:
     return parallel_cases.reference()
+
+
+@pytest.fixture(scope="session")
+def eight() -> Iterator[Group]:
+    group = Group(8)
+    yield group
+    group.close()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel_cases import DIM, HEADS, MAX_NORM, ROWS, SEQ, STEPS, VOCAB, batch, summed_loss, whole
 from titan_parallel import (
@@ -22,6 +25,8 @@ from titan_parallel import (
     data_axis,
     parallelize,
 )
+from titan_parallel.stages import Stage
+from titan_parallel.tensor_parallel import to_full
 
 
 class Mixer(nn.Module):
@@ -141,28 +146,37 @@ def microbatches(model: ParallelModel, step: int, count: int) -> tuple[list[Micr
     return made, int((labels != -100).sum())
 
 
-def train(
-    rank: int,
-    world: int,
-    degrees: Degrees,
-    pipeline: PipelineOptions,
-    count: int,
-    *,
-    tied: bool = False,
-    layers: int = 4,
-    wraps: bool = False,
-    options: ParallelOptions | None = None,
-    look: bool = False,
-) -> dict[str, Any]:
-    """Train the same steps in a pipeline; with `look`, evaluate and predict in between."""
+@dataclass(frozen=True)
+class Case:
+    """A way to train: layout, schedule, microbatches of a rank, which model, and whether to look in between."""
+
+    degrees: Degrees
+    pipeline: PipelineOptions
+    count: int = 4
+    tied: bool = False
+    layers: int = 4
+    wraps: bool = False
+    options: ParallelOptions = field(default_factory=ParallelOptions)
+    looks: bool = False
+
+    def model(self) -> ParallelModel:
+        options = replace(self.options, pipeline=self.pipeline)
+        mesh = build_mesh(self.degrees, "cpu")
+        return parallelize(build(self.tied, self.layers, self.wraps), mesh, plan(self.tied), options)
+
+    def expected(self) -> dict[str, Any]:
+        return reference(self.tied, self.layers, self.wraps)
+
+
+def train(rank: int, world: int, case: Case) -> dict[str, Any]:
+    """Train the same steps in a pipeline; evaluate and predict in between, if the case says so."""
     torch._dynamo.reset()
-    options = replace(options or ParallelOptions(), pipeline=pipeline)
-    model = parallelize(build(tied, layers, wraps), build_mesh(degrees, "cpu"), plan(tied), options)
+    model = case.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, eps=1e-5)
     losses, norms = [], []
     for step in range(STEPS):
-        mine, scored = microbatches(model, step, count)
-        if look and step in (0, 2):
+        mine, scored = microbatches(model, step, case.count)
+        if case.looks and step in (0, 2):
             model.evaluate(mine, summed_loss)
             model.predict(batch(step)[0][:3], document_ids=documents(step)[:3])
         part = model.forward_backward(mine, summed_loss, scored)
@@ -173,6 +187,165 @@ def train(
     return {"losses": losses, "norms": norms, "weights": whole(model)}
 
 
-def train_kw(rank: int, world: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`train` with keyword arguments, which a group does not pass."""
-    return train(rank, world, *args, **kwargs)
+def evaluate_and_predict(rank: int, world: int, case: Case) -> tuple[float, Tensor, list[bool]]:
+    """Evaluate in one microbatch more than the schedule may take, and predict."""
+    model = case.model()
+    mine, _ = microbatches(model, 0, case.count)
+    total = float(model.sum_parts(model.evaluate(mine, summed_loss)))
+    logits = model.predict(batch(0)[0], document_ids=documents(0))
+    return total, logits, [part.training for part in model.parts]
+
+
+def fill_from_meta(rank: int, world: int, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Build on meta, lay out, allocate, fill by name; return the parameters, the state after a load, and logits."""
+    with torch.device("meta"):
+        net = Documents(case.tied, case.layers, case.wraps)
+    options = replace(case.options, pipeline=case.pipeline)
+    model = parallelize(net, build_mesh(case.degrees, "cpu"), plan(case.tied), options)
+    model.materialize("cpu")
+    values = {**build(case.tied, case.layers).state_dict()}
+    _fill(model, values)
+    logits = model.predict(batch(0)[0], document_ids=documents(0))
+    parameters = whole(model)
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(model.predict(batch(0)[0], document_ids=documents(0)), logits)
+    return parameters, {name: to_full(value) for name, value in model.state_dict().items()}, logits
+
+
+def _fill(model: ParallelModel, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if isinstance(value, DTensor):
+                value.copy_(distribute_tensor(values[name], value.device_mesh, value.placements))
+            else:
+                value.copy_(values[name])
+
+
+def gradients(rank: int, world: int, case: Case, calls: int) -> dict[str, Tensor]:
+    """Return the gradients of so many calls for one step."""
+    model = case.model()
+    mine, scored = microbatches(model, 0, case.count)
+    for _ in range(calls):
+        model.forward_backward(mine, summed_loss, scored)
+    return {name: to_full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def halves(rank: int, world: int, case: Case) -> dict[int, bool | None]:
+    """Return for each stage here whether its backward was run in two halves."""
+    model = case.model()
+    model.forward_backward(*_step(model, case.count))
+    stages: dict[int, Stage] = model._run._stages
+    return {index: stage.splits_backward for index, stage in stages.items()}
+
+
+class Sent(TorchDispatchMode):
+    """Keeps the shapes of what is sent from rank to rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[list[int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "c10d::send":
+            self.shapes.append(list(args[0][0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def sent_shapes(rank: int, world: int, case: Case) -> list[list[int]]:
+    """Return the shapes of what this rank sent to other stages in one step, forth and back."""
+    model = case.model()
+    step = _step(model, case.count)
+    model.forward_backward(*step)
+    with Sent() as sent:
+        model.forward_backward(*step)
+    return sent.shapes
+
+
+def other_shapes(rank: int, world: int, case: Case) -> list[float]:
+    """Train on rows of other lengths in each step, which differ between data ranks too; return the losses."""
+    model = case.model()
+    place = data_axis(model.mesh)
+    losses = []
+    for lengths in ((16, 8), (8, 8), (16, 12), (8, 16)):
+        length = lengths[place.rank % 2]
+        tokens, labels = (x.chunk(place.world)[place.rank][:, :length] for x in batch(0))
+        ids = torch.zeros_like(tokens)
+        mine = [
+            Microbatch((t,), y, {"document_ids": d})
+            for t, y, d in zip(tokens.chunk(case.count), labels.chunk(case.count), ids.chunk(case.count), strict=True)
+        ]
+        losses.append(float(model.sum_parts(model.forward_backward(mine, summed_loss, 1.0))))
+    return losses
+
+
+def _step(model: ParallelModel, count: int) -> tuple[list[Microbatch], Callable[[Tensor, Tensor], Tensor], int]:
+    mine, scored = microbatches(model, 0, count)
+    return mine, summed_loss, scored
+
+
+class Shrinking(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(DIM, DIM)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x)[:, 1:]
+
+
+class Odd(Documents):
+    """What a pipeline cannot take, one `kind` at a time; or what it takes in another way."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(False, 4)
+        self.kind = kind
+        if kind == "stray":
+            self.shift = nn.Parameter(torch.zeros(DIM))
+        if kind == "twice":
+            for layer in self.stack:
+                layer.norm2 = layer.norm1
+        if kind == "shrinks":
+            self.stack[0] = Shrinking()
+
+    def forward(self, tokens: Tensor, *, document_ids: Tensor) -> Tensor:
+        if self.kind == "broken":
+            raise ValueError("no forward today")
+        same = (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()
+        x = self.table(tokens) + self.places(torch.arange(tokens.shape[1]))
+        mask = same + self.places.weight.sum() * 0 if self.kind == "second" else same
+        for layer in self.stack:
+            x = layer(x, mask)
+        return self.vocab_out(self.last(x))
+
+
+def refusal(rank: int, world: int, kind: str, changed: ParallelPlan, options: ParallelOptions, count: int) -> str:
+    """Return the message of what goes wrong, on every rank alike."""
+    torch.manual_seed(0)
+    net = Odd(kind)
+    try:
+        model = parallelize(net, build_mesh(Degrees(pp=2), "cpu"), {**plan(False), **changed}, options)
+        mine, scored = microbatches(model, 0, count)
+        if kind == "shapes":
+            mine[1] = Microbatch((mine[1].args[0][:, :4],), mine[1].target[:, :4], {"document_ids": mine[1].args[0]})
+            mine[1] = replace(mine[1], kwargs={"document_ids": torch.zeros_like(mine[1].args[0])})
+        model.forward_backward(mine, summed_loss, scored)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def shared_weights(rank: int, world: int, schedule: str) -> dict[str, Tensor]:
+    """Return gradients of a model whose blocks use one norm twice, in a pipeline or (no schedule) by plain torch."""
+    torch.manual_seed(4)
+    net = Odd("twice")
+    tokens, labels = batch(0)
+    if not schedule:
+        summed_loss(net(tokens, document_ids=documents(0)), labels).backward()
+        return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    options = ParallelOptions(pipeline=PipelineOptions(schedule=schedule))
+    model = parallelize(net, build_mesh(Degrees(pp=world), "cpu"), plan(False), options)
+    model.forward_backward(microbatches(model, 0, 4)[0], summed_loss, 1.0)
+    return {name: to_full(p.grad) for name, p in model.named_parameters() if p.grad is not None}

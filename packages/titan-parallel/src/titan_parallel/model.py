@@ -59,6 +59,7 @@ class ParallelModel:
             names = {clean_name(name) for name, _ in part.named_parameters(remove_duplicate=False)}
             # `to_empty` makes two tensors of a tied one
             tie_weights(part, [pair for pair in self._tied if names.issuperset(pair)])
+        _share_buffers(self.parts)
 
     def forward_backward(
         self, microbatches: Sequence[Microbatch], loss_function: LossFunction, normaliser: float
@@ -207,6 +208,16 @@ class ParallelModel:
                 module.training = training
             for part in self.parts:
                 reshard(part)
+
+
+def _share_buffers(parts: Sequence[nn.Module]) -> None:
+    """Let parts that have a buffer in common hold one tensor, which is filled once."""
+    first: dict[str, Tensor] = {}
+    for part in parts:
+        for name, buffer in list(part.named_buffers()):
+            kept = first.setdefault(clean_name(name), buffer)
+            module, _, key = name.rpartition(".")
+            setattr(part.get_submodule(module), key, kept)
 
 
 def _check_any(microbatches: Sequence[Microbatch]) -> None:

@@ -363,7 +363,7 @@ def _signature(microbatch: Microbatch) -> Hashable:
     def describe(leaf: Any) -> Hashable:
         if isinstance(leaf, Tensor):
             return tuple(leaf.shape), leaf.dtype
-        return leaf if isinstance(leaf, int | str) else type(leaf).__name__
+        return leaf if isinstance(leaf, int | str) else type(leaf).__qualname__
 
     keys = tuple(microbatch.kwargs)
     return keys, tuple(describe(leaf) for leaf in tree_leaves((microbatch.args, dict(microbatch.kwargs))))

@@ -1,0 +1,250 @@
+"""Pipelines train to the losses, norms and weights of one process: every schedule, and with all else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import parallel_pipeline as cases
+from parallel_cases import MAX_NORM, SEQ, bf16_options
+from parallel_group import Group
+from parallel_pipeline import Case
+from titan_parallel import SCHEDULES, Degrees, ParallelOptions, PipelineOptions
+
+HALVED = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+SOME = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
+
+
+def same(results: list[dict], expected: dict, tolerance: float = 1e-5) -> None:
+    names = set()
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+        assert result["norms"] == pytest.approx(expected["norms"], abs=tolerance, rel=tolerance)
+        names |= result["weights"].keys()
+        for name, weight in result["weights"].items():
+            torch.testing.assert_close(weight, expected["weights"][name], rtol=1e-4, atol=1e-4)
+    assert names == expected["weights"].keys()
+
+
+def on(schedule: str, degrees: Degrees | None = None, **more: object) -> Case:
+    return Case(degrees or Degrees(pp=2), PipelineOptions(schedule=schedule), **more)  # type: ignore[arg-type]
+
+
+def test_losses_move() -> None:
+    for tied in (False, True):
+        expected = cases.reference(tied)
+        assert expected["losses"][0] - expected["losses"][-1] > 0.05
+        assert min(expected["norms"]) > MAX_NORM  # clipping acts
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(two: Group, schedule: str) -> None:
+    for case in (on(schedule, wraps=True, looks=True), on(schedule, tied=True)):
+        same(two.run(cases.train, case), case.expected())
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+def test_four_stages_wide_uneven(four: Group, schedule: str) -> None:
+    case = on(schedule, Degrees(pp=4), tied=True, layers=9)
+    same(four.run(cases.train, case), case.expected())
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "LoopedBFS", *HALVED])
+def test_with_fsdp(four: Group, schedule: str) -> None:
+    case = on(schedule, tied=True, looks=True)
+    same(four.run(cases.train, case), case.expected())
+
+
+@pytest.mark.parametrize("schedule", SOME)
+def test_with_replicas(four: Group, schedule: str) -> None:
+    case = on(schedule, Degrees(pp=2, dp_replicate=2))
+    same(four.run(cases.train, case), case.expected())
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False], ids=["sp", "no-sp"])
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "DualPipeV"])
+def test_with_tensor_parallelism(four: Group, schedule: str, sequence_parallel: bool) -> None:
+    options = ParallelOptions(sequence_parallel=sequence_parallel)
+    case = on(schedule, Degrees(pp=2, tp=2), tied=True, wraps=True, looks=sequence_parallel, options=options)
+    same(four.run(cases.train, case), case.expected())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_with_fsdp_and_tensor_parallelism(eight: Group, schedule: str) -> None:
+    case = on(schedule, Degrees(pp=2, tp=2), tied=True)
+    same(eight.run(cases.train, case, timeout=400.0), case.expected())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ParallelOptions(activation_checkpointing="full"),
+        ParallelOptions(activation_checkpointing="selective"),
+        ParallelOptions(compile_blocks=True, compile_backend="aot_eager"),
+        ParallelOptions(reshard_after_forward=True),
+    ],
+    ids=["ac-full", "ac-selective", "compile", "reshard"],
+)
+def test_with_options(four: Group, options: ParallelOptions) -> None:
+    for schedule in ("1F1B", "Interleaved1F1B" if options.reshard_after_forward else "ZBVZeroBubble"):
+        case = on(schedule, options=options)
+        same(four.run(cases.train, case, timeout=200.0), case.expected())
+
+
+def test_bf16_stays_near(two: Group) -> None:
+    for schedule in ("1F1B", "InterleavedZeroBubble"):
+        case = on(schedule, options=bf16_options())
+        for result in two.run(cases.train, case):
+            assert result["losses"] == pytest.approx(case.expected()["losses"], abs=5e-2)
+            assert result["losses"] != case.expected()["losses"]  # it did compute in bf16
+            assert all(w.dtype == torch.float32 for w in result["weights"].values())
+
+
+def test_backward_is_run_in_halves(two: Group, four: Group) -> None:
+    # Not of the first stage, which has no input to hand a gradient on for, nor of the last, which has the loss.
+    for case in (on("InterleavedZeroBubble"), on("ZBVZeroBubble", tied=True)):
+        stages = {k: v for found in two.run(cases.halves, case) for k, v in found.items()}
+        assert stages == {0: None, 1: True, 2: True, 3: None}
+    for degrees in (Degrees(pp=2), Degrees(pp=2, tp=2)):
+        stages = {k: v for found in four.run(cases.halves, on("ZBVZeroBubble", degrees)) for k, v in found.items()}
+        assert stages == {0: None, 1: True, 2: True, 3: None}
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_module_that_is_called_twice(two: Group, schedule: str) -> None:
+    expected = cases.shared_weights(0, 1, "")
+    found = {name: grad for result in two.run(cases.shared_weights, schedule) for name, grad in result.items()}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_stages_exchange_their_share_of_the_hidden_state(two: Group, four: Group) -> None:
+    rows = cases.ROWS // 4
+    for result in two.run(cases.sent_shapes, on("1F1B")):
+        assert result == [[rows, SEQ, cases.DIM]] * 4
+    for result in four.run(cases.sent_shapes, on("1F1B", Degrees(pp=2, tp=2))):
+        assert result == [[rows, SEQ // 2, cases.DIM]] * 4
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
+def test_evaluate_and_predict(two: Group, four: Group, schedule: str) -> None:
+    net = cases.build(True, 4)
+    tokens, labels = cases.batch(0)
+    with torch.no_grad():
+        logits = net(tokens, document_ids=cases.documents(0))
+        expected = float(cases.summed_loss(logits, labels))
+    case = on(schedule, tied=True, count=1)  # less than some schedules take to train
+    for group in (two, four):
+        for loss, found, training in group.run(cases.evaluate_and_predict, case):
+            assert loss == pytest.approx(expected, rel=1e-5)
+            torch.testing.assert_close(found, logits)
+            assert all(training)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_from_meta(two: Group, four: Group, schedule: str, tied: bool) -> None:
+    net = cases.build(tied, 4)
+    expected = net.state_dict()
+    if tied:
+        del expected["vocab_out.weight"]
+    logits = net(cases.batch(0)[0], document_ids=cases.documents(0)).detach()
+    for group, degrees in ((two, Degrees(pp=2)), (four, Degrees(pp=2)), (four, Degrees(pp=2, tp=2))):
+        seen = {}
+        for parameters, state, found in group.run(cases.fill_from_meta, on(schedule, degrees, tied=tied)):
+            torch.testing.assert_close(found, logits)
+            assert parameters.keys() == state.keys() - {"scale"}
+            seen |= state
+        assert seen.keys() == expected.keys()
+        for name, value in seen.items():
+            assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+def test_gradients_add_up_over_calls(four: Group, schedule: str) -> None:
+    case = on(schedule, tied=True)
+    for once, twice in zip(*(four.run(cases.gradients, case, calls) for calls in (1, 2)), strict=True):
+        assert once.keys() == twice.keys()
+        for name, gradient in once.items():
+            torch.testing.assert_close(twice[name], 2 * gradient)
+
+
+def test_lengths_that_change(four: Group) -> None:
+    # Ranks that gather weights together look at new shapes together, whichever of them has one.
+    answers = four.run(cases.other_shapes, on("1F1B", count=2))
+    assert all(answer == pytest.approx(answers[0], rel=1e-6) for answer in answers)
+    assert len(set(answers[0])) == 4
+
+
+def test_explicit_split(two: Group) -> None:
+    pipeline = PipelineOptions(split=("stack.1",))
+    case = Case(Degrees(pp=2), pipeline, tied=True)
+    results = two.run(cases.train, case)
+    same(results, case.expected())
+    blocks = [{name.split(".")[1] for name in r["weights"] if name.startswith("stack.")} for r in results]
+    assert blocks == [{"0"}, {"1", "2", "3"}]
+
+
+@pytest.mark.parametrize("kind", ["loop", "v"])
+def test_schedule_from_a_file(four: Group, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "order.csv"
+    path.write_text(FILES[kind])
+    case = Case(Degrees(pp=2), PipelineOptions(schedule=str(path)), tied=True, looks=True, count=2)
+    same(four.run(cases.train, case), case.expected())
+
+
+FILES = {
+    "loop": "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n",
+    "v": "0F0,0F1,,3F0,3I0,3W0,3F1,3B1,0I0,0W0,0B1\n,1F0,2F0,1F1,2F1,,2I0,1I0,2W0,1W0,2B1,1B1\n",
+}
+NO = ParallelOptions()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "options", "count", "says"),
+    [
+        ("stray", {}, NO, 4, "LayoutError: pp is more than 1, but these parameters are in no module .*: shift$"),
+        ("", {"blocks": []}, NO, 4, "LayoutError: pp is more than 1, but the plan names no blocks"),
+        ("second", {}, NO, 4, "LayoutError: pipeline stages exchange the first argument of their blocks alone"),
+        (
+            "shrinks",
+            {},
+            NO,
+            4,
+            r"LayoutError: blocks have to keep .* float32 \[2, 16, 32\] becomes float32 \[2, 15, 32\]",
+        ),
+        ("broken", {}, NO, 4, "ValueError: no forward today|RuntimeError: ValueError: no forward today"),
+        ("shapes", {}, NO, 4, r"ValueError: .* float32 \[2, 16, 32\], float32 \[2, 4, 32\]: pad them"),
+        ("", {}, NO, 1, "LayoutError: pipeline schedule 1F1B on 2 ranks takes at least as many as ranks, 2, but there"),
+        (
+            "",
+            {},
+            ParallelOptions(reshard_after_forward=True, pipeline=PipelineOptions(schedule="DualPipeV")),
+            4,
+            "LayoutError: pipeline schedule DualPipeV computes gradients of weights long after",
+        ),
+        (
+            "",
+            {},
+            ParallelOptions(pipeline=PipelineOptions(schedule="LoopedBFS", stages_per_rank=3)),
+            4,
+            r"LayoutError: there are 6 pipeline stages \(pp 2 x 3 per rank\), but only 4 blocks",
+        ),
+        (
+            "",
+            {},
+            ParallelOptions(pipeline=PipelineOptions(split=("stack.9",))),
+            4,
+            r"LayoutError: split names what is no block: stack.9 \(nearest to the first: stack\.",
+        ),
+    ],
+    ids=["stray", "no-blocks", "second", "shrinks", "broken", "shapes", "few", "reshard", "stages", "split"],
+)
+def test_refusals(two: Group, kind: str, changed: dict, options: ParallelOptions, count: int, says: str) -> None:
+    for message in two.run(cases.refusal, kind, changed, options, count):
+        assert re.match(says, message), message
