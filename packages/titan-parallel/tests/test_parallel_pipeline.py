@@ -85,12 +85,12 @@ def test_with_fsdp_and_tensor_parallelism(eight: Group, schedule: str) -> None:
         ParallelOptions(activation_checkpointing="full"),
         ParallelOptions(activation_checkpointing="selective"),
         ParallelOptions(compile_blocks=True, compile_backend="aot_eager"),
-        ParallelOptions(reshard_after_forward=True),
+        ParallelOptions(reshard_after_forward="always"),
     ],
     ids=["ac-full", "ac-selective", "compile", "reshard"],
 )
 def test_with_options(four: Group, options: ParallelOptions) -> None:
-    for schedule in ("1F1B", "Interleaved1F1B" if options.reshard_after_forward else "ZBVZeroBubble"):
+    for schedule in ("1F1B", "Interleaved1F1B" if options.reshard_after_forward == "always" else "ZBVZeroBubble"):
         case = on(schedule, options=options)
         same(four.run(cases.train, case, timeout=200.0), case.expected())
 
@@ -224,7 +224,7 @@ NO = ParallelOptions()
         (
             "",
             {},
-            ParallelOptions(reshard_after_forward=True, pipeline=PipelineOptions(schedule="DualPipeV")),
+            ParallelOptions(reshard_after_forward="always", pipeline=PipelineOptions(schedule="DualPipeV")),
             4,
             "LayoutError: pipeline schedule DualPipeV computes gradients of weights long after",
         ),

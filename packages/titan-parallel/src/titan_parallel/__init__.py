@@ -10,6 +10,7 @@ from titan_parallel.parallelize import parallelize
 from titan_parallel.plan import ParallelPlan, check_plan
 from titan_parallel.schedules import SCHEDULES, bubble_share, check_pipeline, choose_microbatches
 from titan_parallel.sequential import Microbatch
+from titan_parallel.transformers_plan import plan_from_transformers
 
 __all__ = [
     "MESH_DIMS",
@@ -32,4 +33,5 @@ __all__ = [
     "context_attention",
     "data_axis",
     "parallelize",
+    "plan_from_transformers",
 ]
