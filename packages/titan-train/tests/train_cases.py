@@ -67,6 +67,9 @@ def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
         "losses": {m.step: m.loss for m in recorder.seen},
         "norms": {m.step: m.grad_norm for m in recorder.seen},
         "more": {m.step: m.more for m in recorder.seen},
+        "weights": {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in parameters.items()
+        },
         "buffers": {name: buffer.tolist() for name, buffer in run.model.state_dict().items() if name not in parameters},
     }
 
