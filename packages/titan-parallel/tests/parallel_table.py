@@ -1,6 +1,6 @@
 """The README's table of what works together, made of the cases that the matrix trains.
 
-    python packages/titan-parallel/tests/parallel_table.py     writes it into the README
+python packages/titan-parallel/tests/parallel_table.py     writes it into the README
 """
 
 from __future__ import annotations

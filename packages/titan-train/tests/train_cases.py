@@ -68,6 +68,9 @@ def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
         "tokens": {m.step: m.tokens for m in recorder.seen},
         "sources": {m.step: m.sources for m in recorder.seen},
         "more": {m.step: m.more for m in recorder.seen},
+        "weights": {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in parameters.items()
+        },
         "buffers": {name: buffer.tolist() for name, buffer in run.model.state_dict().items() if name not in parameters},
     }
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from titan_model.routing import Router
 
+EXPERT_FIGURES = ("experts/max_load", "experts/idle", "experts/entropy", "experts/balance_loss")
+
 
 def set_loss_normaliser(model: nn.Module, normaliser: float | Tensor) -> None:
     """Tell the routers what the summed loss is divided by, before the forward passes of a step.
@@ -60,7 +62,7 @@ def balance_experts(model: nn.Module, all_reduce: Callable[[Tensor], None] | Non
 
     Returns:
         Scalars on the model's device, equal on all ranks of the sum; empty if the model has no experts. Between the
-        ranks of a pipeline the first is to be reduced by its maximum, the others by their mean:
+        ranks of a pipeline the first is to be reduced by its maximum, the others by their mean over blocks:
 
         - `experts/max_load`: load of the busiest expert of any block, over the mean load;
         - `experts/idle`: share of experts that no token went to;
@@ -82,12 +84,8 @@ def balance_experts(model: nn.Module, all_reduce: Callable[[Tensor], None] | Non
     top_k = routers[0].moe.top_k
     tokens = (counts.sum(1, keepdim=True) / top_k).clamp_min(1)
     entropy, balance = (sums / tokens).mean(0)
-    return {
-        "experts/max_load": (counts / mean.clamp_min(1 / counts.shape[1])).max(),
-        "experts/idle": (counts == 0).double().mean(),
-        "experts/entropy": entropy,
-        "experts/balance_loss": balance,
-    }
+    highest = (counts / mean.clamp_min(1 / counts.shape[1])).max()
+    return dict(zip(EXPERT_FIGURES, (highest, (counts == 0).double().mean(), entropy, balance), strict=True))
 
 
 def _routers(model: nn.Module) -> list[Router]:

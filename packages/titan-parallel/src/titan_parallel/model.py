@@ -113,15 +113,17 @@ class ParallelModel:
             part = self._cut.take(args, kwargs)
             return self._cut.gather(self._run.predict(part.args, part.kwargs), part.length)
 
-    def sum_parts(self, values: Tensor) -> Tensor:
+    def sum_parts(self, values: Tensor, *, over_stages: bool = True) -> Tensor:
         """Return the sum of a tensor over all ranks that hold parts of it: all but those that `tp` made equal.
 
         Args:
-            values: Of equal shape on all ranks, such as what `forward_backward` returns.
+            values: Of equal shape on all ranks of the sum, such as what `forward_backward` returns.
+            over_stages: Whether to sum over the stages of a pipeline too. Without, it is the sum over the ranks that
+                have other tokens for the same parts of the model.
         """
         total = values.detach().clone()
         for name in MESH_DIMS:
-            if name != "tp" and self.mesh[name].size() > 1:
+            if name != "tp" and (name != "pp" or over_stages) and self.mesh[name].size() > 1:
                 torch.distributed.all_reduce(total, group=self.mesh[name].get_group())
         return total
 

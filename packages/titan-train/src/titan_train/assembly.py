@@ -17,12 +17,16 @@ import titan_model
 from titan_ckpt import Checkpointer, HuggingFaceExport, KeepBest
 from titan_model import DecoderConfig
 from titan_parallel import (
+    MESH_DIMS,
     Degrees,
     LayoutError,
     ParallelModel,
     ParallelOptions,
+    PipelineOptions,
     build_mesh,
+    check_pipeline,
     check_plan,
+    choose_microbatches,
     data_axis,
     parallelize,
 )
@@ -87,8 +91,11 @@ def check(config: Config, world: int) -> None:
     training, model = config.training, model_config(config)
     try:
         degrees = _degrees(config).resolve(world)
+        plan = titan_model.parallel_plan(model)
         for length in sequence_lengths(config).values():
-            check_plan(titan_model.parallel_plan(model), degrees, sequence_length=length, options=_options(config))
+            check_plan(plan, degrees, sequence_length=length, options=_options(config))
+        blocks = [name.replace("*", str(i)) for name in plan["blocks"] for i in range(model.n_layers)]
+        check_pipeline(degrees.pp, _options(config).pipeline, blocks=blocks)
     except LayoutError as error:
         raise ConfigError(f"[parallel] {error}") from None
     data_world = degrees.readers
@@ -102,9 +109,11 @@ def check(config: Config, world: int) -> None:
             f"training.global_batch_size {training.global_batch_size} cannot be split over {data_world} "
             f"data-parallel ranks; {near} could"
         )
-    elif (training.global_batch_size // data_world) % _microbatch_size(config, data_world):
+    elif training.microbatch_size and (training.global_batch_size // data_world) % training.microbatch_size:
         rows = training.global_batch_size // data_world
         wrong.append(f"training.microbatch_size {training.microbatch_size} does not divide the {rows} rows of a rank")
+    else:
+        wrong += _wrong_microbatches(config, data_world)
     if config.checkpoint.huggingface:
         try:
             titan_model.config_to_huggingface(model)
@@ -117,6 +126,18 @@ def check(config: Config, world: int) -> None:
         )
     if wrong:
         raise ConfigError("\n".join(wrong))
+
+
+def _wrong_microbatches(config: Config, data_world: int) -> list[str]:
+    """Return what is wrong with the number of microbatches for a pipeline, if anything."""
+    rows, pipeline = config.training.global_batch_size // data_world, _options(config).pipeline
+    try:
+        check_pipeline(config.parallel.pp, pipeline, microbatches=rows // _microbatch_size(config, data_world))
+    except LayoutError as error:
+        return [
+            f"[parallel] {error} (a rank has {rows} rows of training.global_batch_size, in training.microbatch_size)"
+        ]
+    return []
 
 
 def model_config(config: Config) -> DecoderConfig:
@@ -217,12 +238,14 @@ def microbatch_size(run: Run) -> int:
 
 
 def _microbatch_size(config: Config, data_world: int) -> int:
-    return config.training.microbatch_size or config.training.global_batch_size // data_world
+    rows = config.training.global_batch_size // data_world
+    return config.training.microbatch_size or rows // choose_microbatches(
+        _options(config).pipeline, config.parallel.pp, rows
+    )
 
 
 def _degrees(config: Config) -> Degrees:
-    layout = config.parallel
-    return Degrees(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard, ep=layout.ep, tp=layout.tp)
+    return Degrees(**{name: getattr(config.parallel, name) for name in MESH_DIMS})
 
 
 def _options(config: Config) -> ParallelOptions:
@@ -234,4 +257,11 @@ def _options(config: Config) -> ParallelOptions:
         activation_checkpointing=layout.activation_checkpointing,
         compile_blocks=layout.compile,
         compile_backend=layout.compile_backend,
+        pipeline=PipelineOptions(
+            schedule=layout.pipeline_schedule,
+            stages_per_rank=layout.stages_per_rank,
+            split=tuple(layout.pipeline_split),
+            first_stage_less=layout.first_stage_less,
+            last_stage_less=layout.last_stage_less,
+        ),
     )

@@ -225,7 +225,7 @@ class TrainingSection(Section):
     global_batch_size: Count = 32
     """Sequences per step, over all ranks."""
     microbatch_size: Count | None = None
-    """Sequences per forward and rank; none takes all of a rank's at once."""
+    """Sequences per forward and rank; none takes all of a rank's at once or, in a pipeline, as many as keep it busy."""
     max_norm: Positive | None = 1.0
     """Gradients are clipped to this global norm; none does not clip."""
     z_loss: NotNegative = 0.0
@@ -273,10 +273,23 @@ class ParallelSection(Section):
     """Ranks that share the experts of a mixture, each on its own part of the batch."""
     tp: Count = 1
     """Ranks that share every matrix product."""
+    pp: Count = 1
+    """Ranks that share the blocks, in stages."""
+    pipeline_schedule: str = "1F1B"
+    """Order of the stages' work: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble,
+    DualPipeV, or a CSV file."""
+    stages_per_rank: Count | None = None
+    """Stages on each rank of a pipeline; none is 1 for GPipe and 1F1B, and 2 for the others."""
+    pipeline_split: list[str] = []
+    """Blocks that begin a stage, without the first, such as `layers.4`; none balances the stages."""
+    first_stage_less: NotNegative | None = None
+    """Blocks' work that the modules before the blocks stand for; none counts their parameters."""
+    last_stage_less: NotNegative | None = None
+    """Blocks' work that the modules after the blocks stand for; none counts their parameters."""
     sequence_parallel: bool = True
     """Under tp, split activations between blocks over the sequence."""
-    reshard_after_forward: bool = True
-    """Free gathered weights after each block's forward: less memory, more communication."""
+    reshard_after_forward: bool | None = None
+    """Free gathered weights after each block's forward: less memory, more communication; none: not in a pipeline."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """What a block keeps for its backward: all, only its input, or also the costly results."""
     compile: bool = False

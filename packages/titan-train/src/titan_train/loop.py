@@ -12,8 +12,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from titan_model import balance_experts, set_loss_normaliser
+from titan_model.balancing import EXPERT_FIGURES
+from titan_model.routing import Router
 from titan_parallel import Microbatch, data_axis
 from titan_train.assembly import Run, microbatch_size
 from titan_train.errors import TrainingError
@@ -75,7 +78,7 @@ def train(run: Run, meter: Meter, stop: StopSignal) -> Outcome:
         for part in run.model.parts:
             set_loss_normaliser(part, scored)
         loss = run.model.forward_backward(_microbatches(run, batch, by_source), by_source.add, scored)
-        experts = balance_experts(run.model.parts[0], partial(_sum_over_data, run))
+        experts = _balance_experts(run)
         norm = run.model.clip_grad_norm(config.training.max_norm)
         lr = run.optimizer.step(lr_factor(step, total, config.schedule))
         seq_len = batch["tokens"].shape[1]  # of this step: stages may switch it
@@ -178,12 +181,28 @@ def _microbatches(run: Run, batch: Batch, by_source: SourceLosses) -> list[Micro
 
 def _sum_over_data(run: Run, values: torch.Tensor) -> None:
     """Sum in place over the ranks that had other tokens."""
-    values.copy_(run.model.sum_parts(values))
+    values.copy_(run.model.sum_parts(values, over_stages=False))
+
+
+def _balance_experts(run: Run) -> dict[str, torch.Tensor]:
+    """Even out the load of the experts, and return how even it was in all blocks, also those of other stages."""
+    parts = torch.nn.ModuleList(run.model.parts)
+    figures = balance_experts(parts, partial(_sum_over_data, run))
+    pipeline = run.model.mesh["pp"]
+    if pipeline.size() == 1 or run.model_config.moe is None:
+        return figures
+    blocks = sum(isinstance(module, Router) for module in parts.modules())
+    zero = torch.zeros((), dtype=torch.float64, device=run.process.device)
+    highest, *means = (figures.get(name, zero) for name in EXPERT_FIGURES)
+    sums = torch.stack([*(mean * blocks for mean in means), zero + blocks])
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=pipeline.get_group())
+    dist.all_reduce(sums, group=pipeline.get_group())
+    return dict(zip(EXPERT_FIGURES, [highest, *(sums[:-1] / sums[-1])], strict=True))
 
 
 def _sources(run: Run, by_source: SourceLosses) -> dict[str, dict[str, float]]:
     """Return counts by source and, of several, each one's loss since the last report."""
-    losses = by_source.take(partial(_sum_over_data, run))
+    losses = by_source.take(run.model.sum_parts)
     return {
         name: {**counts, **({"loss": losses[name]} if name in losses else {})}
         for name, counts in run.loader.accounting().items()

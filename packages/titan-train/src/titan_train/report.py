@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import titan_model
-from titan_parallel import MESH_DIMS
-from titan_train.assembly import Run
+from titan_parallel import MESH_DIMS, bubble_share, data_axis
+from titan_train.assembly import Run, microbatch_size
 from titan_train.hardware import Peak
 from titan_train.loop import Outcome
 from titan_train.metrics import Meter
@@ -33,6 +33,7 @@ def print_start(console: Console, settings: Settings, run: Run, resumed_from: st
         "model": f"{config.model.preset}, {titan_model.count_parameters(shape):,} parameters, {config.training.dtype}",
         "data": f"{sources}; tokenizer {config.data.tokenizer}; {rows} x {length} tokens per step{switches}",
         "layout": f"{run.process.world} process(es) on {run.process.device.type}{split}",
+        **_pipeline(run),
         "folder": config.run.folder,
     }
     _print_table(console, lines)
@@ -43,6 +44,21 @@ def print_start(console: Console, settings: Settings, run: Run, resumed_from: st
         _print(console, f"[bold]resumed[/] from {resumed_from}: step {step} of {total}, nothing is left to do")
     else:
         _print(console, f"[bold]resumed[/] from {resumed_from}: step {step} of {total}")
+
+
+def _pipeline(run: Run) -> dict[str, str]:
+    """Say how the stages run and what they leave idle, if there are any."""
+    options, pp = run.config.parallel, run.model.mesh["pp"].size()
+    if pp == 1:
+        return {}
+    rows = run.config.training.global_batch_size // data_axis(run.model.mesh).world
+    count = rows // microbatch_size(run)
+    stages = pp * len(run.model.parts)
+    idle = bubble_share(options.pipeline_schedule, pp, len(run.model.parts), count)
+    return {
+        "pipeline": f"{options.pipeline_schedule}, {stages} stages, {count} microbatches per step, idle at least "
+        f"{idle:.1%} of the time"
+    }
 
 
 def print_stopped(console: Console, settings: Settings, run: Run) -> None:

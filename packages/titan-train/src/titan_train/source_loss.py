@@ -38,11 +38,11 @@ class SourceLosses:
             self._sums[1] += sums.scored
         return sums.total
 
-    def take(self, sum_over_ranks: Callable[[Tensor], None]) -> dict[str, float]:
+    def take(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the mean over each source's scored tokens since the last call, over all ranks, and start anew.
 
         Args:
-            sum_over_ranks: Adds up in place over all ranks that had other tokens.
+            sum_over_ranks: Adds up over all ranks that hold parts of the loss.
 
         Returns:
             In nats per token, without z-loss, by name; without the sources that had no scored token. Nothing at all
@@ -50,7 +50,6 @@ class SourceLosses:
         """
         if self.count == 1:
             return {}
-        sum_over_ranks(self._sums)
-        losses, scored = self._sums.tolist()
+        losses, scored = sum_over_ranks(self._sums).tolist()
         self._sums.zero_()
         return {name: losses[i] / scored[i] for name, i in self._numbers.items() if scored[i]}

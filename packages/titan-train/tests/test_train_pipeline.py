@@ -1,0 +1,168 @@
+"""Pipelines of the real decoder: its own masks on every stage, its loss in the head, one loss with one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_train.assembly import assemble, check
+from titan_train.config import Config
+from titan_train.errors import ConfigError
+from titan_train.process import Process
+from titan_train.report import sample
+from train_cases import run_here, tiny
+from train_group import Group
+
+MODEL = {
+    "model__n_layers": "5",
+    "model__n_kv_heads": "2",
+    "data__mask_documents": "true",
+    "data__packing": "best_fit",
+    "training__z_loss": "1e-3",
+    "training__steps": "6",
+}
+EXPERTS = {
+    "model__preset": "debug_moe",
+    "moe__n_experts": "4",
+    "moe__ffn_dim": "32",
+    "moe__balance_loss": "0.3",
+    "moe__balance_bias_rate": "0.01",
+}
+SCHEDULES = ("1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
+
+
+def config(folder: Path, schedule: str = "1F1B", **changes: str) -> Config:
+    pipeline = {"parallel__pp": "2", "parallel__pipeline_schedule": schedule, "training__microbatch_size": "1"}
+    return tiny(**(MODEL | pipeline | {"run__folder": str(folder)} | changes))
+
+
+@pytest.fixture(scope="module")
+def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    alone = {"parallel__pp": "1", "training__microbatch_size": "8"}
+    return {
+        name: one.run(run_here, config(tmp_path_factory.mktemp("single"), **alone, **changes))[0]
+        for name, changes in (("untied", {}), ("tied", {"model__tied_embeddings": "true"}), ("experts", EXPERTS))
+    }
+
+
+def same(results: list[dict], expected: dict) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    for result in results:
+        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert result["more"].keys() == expected["more"].keys()
+        for step, figures in expected["more"].items():
+            assert result["more"][step] == pytest.approx(figures, rel=1e-4)
+        seen |= result["weights"]
+    assert seen.keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(seen[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_curves_move(single: dict[str, dict]) -> None:
+    for expected in single.values():
+        assert expected["losses"][1] - expected["losses"][6] > 0.1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(two: Group, single: dict[str, dict], tmp_path: Path, schedule: str) -> None:
+    same(two.run(run_here, config(tmp_path / "untied", schedule)), single["untied"])
+    tied = config(tmp_path / "tied", schedule, model__tied_embeddings="true")
+    same(two.run(run_here, tied), single["tied"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "layout"),
+    [
+        ("1F1B", {}),
+        ("ZBVZeroBubble", {"parallel__dp_replicate": "2"}),
+        ("InterleavedZeroBubble", {"parallel__tp": "2"}),
+        ("1F1B", {"parallel__activation_checkpointing": "selective", "parallel__pipeline_split": '["layers.1"]'}),
+    ],
+    ids=["fsdp", "ddp-zbv", "tp-zb", "fsdp-ac-split"],
+)
+def test_four_processes(
+    four: Group, single: dict[str, dict], tmp_path: Path, schedule: str, layout: dict[str, str]
+) -> None:
+    tied = config(tmp_path, schedule, model__tied_embeddings="true", **layout)
+    same(four.run(run_here, tied), single["tied"])
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
+def test_experts(two: Group, single: dict[str, dict], tmp_path: Path, schedule: str) -> None:
+    results = two.run(run_here, config(tmp_path, schedule, **EXPERTS))
+    same(results, single["experts"])
+    assert {k: v for r in results for k, v in r["buffers"].items()} == single["experts"]["buffers"]
+
+
+def test_compiled(two: Group, single: dict[str, dict], tmp_path: Path) -> None:
+    compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
+    same(two.run(run_here, config(tmp_path, "ZBVZeroBubble", **compiled), timeout=240.0), single["untied"])
+
+
+def test_resumed_on_other_layouts(one: Group, two: Group, single: dict[str, dict], tmp_path: Path) -> None:
+    constant, alone = {"schedule__decay": "none", "model__tied_embeddings": "true"}, {"parallel__pp": "1"}
+    expected = one.run(run_here, config(tmp_path / "once", **constant, **alone))[0]
+    rest = {step: loss for step, loss in expected["losses"].items() if step > 3}
+    for first, then in ((alone, {}), ({}, alone), ({"parallel__pipeline_schedule": "ZBVZeroBubble"}, {})):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        groups = [one if layout is alone else two for layout in (first, then)]
+        groups[0].run(run_here, config(folder, training__steps="3", **(constant | first)))
+        for result in groups[1].run(run_here, config(folder, **(constant | then))):
+            assert result["resumed"] == 3
+            assert result["losses"] == pytest.approx(rest, abs=1e-5)
+
+
+def sampled(rank: int, world: int, settings: Config) -> str | None:
+    check(settings, world)
+    run = assemble(settings, Process(rank, world, torch.device("cpu")))
+    text = sample(run)
+    run.checkpointer.close()
+    return text
+
+
+def test_text_comes_out(one: Group, two: Group, tmp_path: Path) -> None:
+    wanted = {"sample__tokens": "5", "sample__prompt": "def"}
+    (expected,) = one.run(sampled, config(tmp_path / "1", parallel__pp="1", **wanted))
+    assert expected
+    for schedule in ("1F1B", "ZBVZeroBubble"):
+        assert two.run(sampled, config(tmp_path / schedule, schedule, **wanted)) == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"parallel__pipeline_schedule": "1f1b"},
+            r"\[parallel\] unknown pipeline schedule '1f1b' \(did you mean '1F1B'",
+        ),
+        (
+            {"training__microbatch_size": "8"},
+            r"1F1B on 2 ranks takes at least as many as ranks, 2, but there are 1 .*\(a",
+        ),
+        (
+            {"parallel__stages_per_rank": "3", "parallel__pipeline_schedule": "LoopedBFS"},
+            "6 pipeline stages .* 5 blocks",
+        ),
+        ({"parallel__pipeline_split": '["layers.7"]'}, "split names what is no block: layers.7"),
+        (
+            {"training__global_batch_size": "1", "parallel__pipeline_schedule": "DualPipeV"},
+            "DualPipeV on 2 ranks takes",
+        ),
+    ],
+    ids=["schedule", "microbatches", "stages", "split", "rows"],
+)
+def test_misfits_are_told_before_anything_runs(tmp_path: Path, changes: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check(config(tmp_path, **changes), world=2)
+    check(config(tmp_path), world=2)
+
+
+def test_microbatches_are_chosen(tmp_path: Path) -> None:
+    from titan_train.assembly import _microbatch_size
+
+    chosen = {"training__global_batch_size": "64", "training__microbatch_size": "none"}
+    assert _microbatch_size(config(tmp_path, **chosen), 1) == 4  # 16 microbatches: idle for 1 of 17
+    assert _microbatch_size(config(tmp_path, **chosen, parallel__pp="1"), 1) == 64
