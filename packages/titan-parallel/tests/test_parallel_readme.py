@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import parallel_table
 import titan_parallel
 from titan_parallel import Degrees, Float8Options, ParallelOptions, ParallelPlan, PipelineOptions
 from titan_parallel.options import ContextKind
@@ -17,31 +18,44 @@ from titan_parallel.plan import TensorStyle
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SCRIPTS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-SAYS = [r"^loss (\d\.\d+) -> (\d\.\d+)$", r"^loss (\d\.\d+), as in one process$"]
+SAYS = [
+    r"^loss (\d\.\d+) -> (\d\.\d+)$",
+    r"tp=2, pp=1\): loss \d\.\d+, as in one process\n.*tp=1, pp=2\): loss .* one process$",
+]
+RANKS = [2, 4]
 
 
-def run(script: str, folder: Path, environment: dict[str, str]) -> str:
+def run(script: str, ranks: int, folder: Path, environment: dict[str, str]) -> str:
     path = folder / "example.py"
     path.write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize(("script", "says"), list(zip(SCRIPTS, SAYS, strict=True)), ids=["regressor", "transformer"])
-def test_scripts(tmp_path: Path, script: str, says: str) -> None:
+CASES = list(zip(SCRIPTS, RANKS, SAYS, strict=True))
+
+
+@pytest.mark.parametrize(("script", "ranks", "says"), CASES, ids=["diffusion transformer", "llama"])
+def test_scripts(tmp_path: Path, script: str, ranks: int, says: str) -> None:
+    if "transformers import" in script:
+        pytest.importorskip("transformers")
     # Compiling takes most of a minute on two cores; `slow` below does that.
-    out = run(script, tmp_path, {"TORCHDYNAMO_DISABLE": "1"})
+    out = run(script, ranks, tmp_path, {"TORCHDYNAMO_DISABLE": "1"})
     assert re.search(says, out, re.MULTILINE), out
 
 
 @pytest.mark.slow
 def test_script_compiled(tmp_path: Path) -> None:
-    found = re.search(SAYS[0], run(SCRIPTS[0], tmp_path, {}), re.MULTILINE)
+    found = re.search(SAYS[0], run(SCRIPTS[0], 2, tmp_path, {}), re.MULTILINE)
     assert found
     assert float(found[2]) < float(found[1]) / 2
+
+
+def test_what_works_together_is_what_the_matrix_trains() -> None:
+    assert parallel_table.written(README) == README, "run packages/titan-parallel/tests/parallel_table.py"
 
 
 def test_tables() -> None:
