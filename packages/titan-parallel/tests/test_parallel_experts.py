@@ -86,6 +86,10 @@ def test_four_processes(four: Group, alone: dict, degrees: Degrees, options: Par
     same(four.run(cases.train, degrees, options), alone)
 
 
+def test_four_processes_compiled(four: Group, together: dict) -> None:
+    same(four.run(cases.train, Degrees(ep=2, tp=2), COMPILED, 1, True, timeout=180.0), together)
+
+
 def test_bf16_stays_near(two: Group, alone: dict) -> None:
     for degrees in (Degrees(ep=2), Degrees(tp=2)):
         for result in two.run(cases.train, degrees, ParallelOptions(param_dtype=torch.bfloat16)):
