@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import parallel_heads
 from parallel_cases import batch, build, plan, summed_loss
-from titan_parallel import Degrees, Microbatch, ParallelOptions, build_mesh, parallelize
+from titan_parallel import Degrees, Microbatch, ParallelModel, ParallelOptions, build_mesh, parallelize
 
 KINDS = {
     "allgather": "all_gather",
@@ -21,9 +22,18 @@ def collectives(
     rank: int, world: int, degrees: Degrees, options: ParallelOptions, microbatches: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Count what a step's forward and backward send, and what clipping then sends."""
+    return _collectives(parallelize(build(False), build_mesh(degrees, "cpu"), plan(False), options), microbatches)
+
+
+def collectives_of_shared_heads(rank: int, world: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Count those of ranks that share one key/value head."""
+    mesh = build_mesh(Degrees(tp=world), "cpu")
+    return _collectives(parallelize(parallel_heads.build(1), mesh, parallel_heads.plan(1)), 1)
+
+
+def _collectives(model: ParallelModel, microbatches: int) -> tuple[dict[str, int], dict[str, int]]:
     from torch.distributed.tensor.debug import CommDebugMode  # imports numpy, which torch does not require
 
-    model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False), options)
     tokens, labels = batch(0)
     step = [Microbatch((tokens,), labels)] * microbatches
     with CommDebugMode() as training:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import titan_parallel
-from titan_parallel import Degrees, ParallelOptions, ParallelPlan
+from titan_parallel import Degrees, Float8Options, ParallelOptions, ParallelPlan
 from titan_parallel.plan import TensorStyle
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -44,7 +44,9 @@ def test_script_compiled(tmp_path: Path) -> None:
 
 
 def test_tables() -> None:
-    listed = re.findall(r"^\| `([A-Za-z_]+)", README, flags=re.MULTILINE)
+    cells = re.findall(r"^\| (`[^|]+) \|", README, flags=re.MULTILINE)
+    listed = [name for cell in cells for name in re.findall(r"`([A-Za-z_0-9]+)[^`]*`", cell)]
     entries, degrees = ParallelPlan.__annotations__, Degrees.__dataclass_fields__
-    words = [*entries, *TensorStyle.__args__, *degrees, *ParallelOptions.__dataclass_fields__, *titan_parallel.__all__]
+    options = [*ParallelOptions.__dataclass_fields__, *Float8Options.__dataclass_fields__]
+    words = [*entries, *TensorStyle.__args__, *degrees, *options, *titan_parallel.__all__]
     assert sorted(listed) == sorted(words)

@@ -76,6 +76,16 @@ def test_tensor_parallel_with_sequence_parallel(two: Group, checkpointing: str) 
     assert clipping == {"all_reduce": 1}
 
 
+def test_shared_heads(two: Group) -> None:
+    training, clipping = two.run(parallel_traffic.collectives_of_shared_heads)[0]
+    # The sequence is gathered and scattered as above. Beside what is copied on every rank, the ranks sum the gradients
+    # of the head that they share: weight and bias of keys, weight of values.
+    gathers = 4 * BLOCKS + 2
+    all_reduces = 2 * (2 * BLOCKS + 1) + BLOCKS + 3 + 3 * BLOCKS
+    assert training == {"all_gather": gathers, "reduce_scatter": gathers, "all_reduce": all_reduces}
+    assert clipping == {"all_reduce": 1}
+
+
 def test_tensor_parallel_without_sequence_parallel(two: Group) -> None:
     training, _ = count(two, Degrees(tp=2), ParallelOptions(sequence_parallel=False))
     # What was a scatter and a gather is one all-reduce: forward, attention, MLP and table; backward, attention, MLP and

@@ -72,6 +72,10 @@ def test_command_line_over_file_over_default(tmp_path: Path) -> None:
         ("training.microbatch_size", "2", 2),
         ("model.tied_embeddings", "false", False),
         ("checkpoint.keep_last", "none", None),
+        ("parallel.reshard_after_forward", "2", 2),
+        ("parallel.reshard_after_forward", "never", "never"),
+        ("parallel.memory_budget", "0.5", 0.5),
+        ("parallel.save_ops", "aten.mm", ["aten.mm"]),
     ],
 )
 def test_flags_take_the_type_of_their_setting(key: str, text: str, value: object) -> None:
@@ -129,6 +133,9 @@ def test_config_is_frozen() -> None:
         (["--config", "debug", "--parallel.tp", "2"], ["tp 2 = 2", "number of processes, 1"]),
         (["--config", "debug", "--nproc", "3"], ["cannot be split over 3", "9 could"]),
         (["--config", "debug", "--nproc", "3", "--parallel.tp", "3"], ["tp 3 does not divide", "[1, 2, 4"]),
+        (["--config", "debug", "--parallel.reshard_after_forward", "3"], ["no way to share 1 ranks", "'never'"]),
+        (["--config", "debug", "--parallel.async_tp", "true"], ["[parallel] async_tp needs tp above 1"]),
+        (["--config", "debug", "--parallel.memory_budget", "0.5"], ["'none' and memory_budget 0.5: set both"]),
         (["--config", "debug", "--data.source", "huggingface"], ['source "huggingface" needs a path']),
         (["--config", "debug", "--data.source", "shards"], ['source "shards" needs a path']),
         (["--config", "debug", "--data.source", "files"], ['source "files" needs files']),
@@ -176,6 +183,11 @@ def test_missing_data_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture
     data = ["--data.source", "huggingface", "--data.path", "json", "--data.files", str(tmp_path / "none.jsonl")]
     shown = message("--config", "debug", "--run.folder", str(tmp_path / "run"), *data, capsys=capsys)
     assert "none.jsonl" in shown
+
+
+def test_float8_where_it_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--run.device", "cpu", "--run.folder", str(tmp_path), "--parallel.float8", "tensorwise"]
+    assert "[parallel] float8 needs " in message("--config", "debug", *flags, capsys=capsys)
 
 
 def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

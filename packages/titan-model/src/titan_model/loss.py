@@ -105,8 +105,9 @@ def _local_shares(x: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, ProcessGr
         weight = weight.redistribute(placements=[Shard(0)])
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-    # Each rank's share of the logits gives a share of x's gradient.
-    whole = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    if x.placements != (Replicate(),):  # torch would sum the gradient twice, here and where x was gathered
+        x = x.redistribute(placements=[Replicate()])
+    whole = x.to_local(grad_placements=[Partial()])  # each rank's share of the logits gives a share of x's gradient
     _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
     return whole, weight.to_local(), mesh.get_group(), first
 

@@ -74,7 +74,9 @@ class _SharedHeads(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, (Replicate(),), run_check=False)
-        whole = x.redistribute(placements=(Replicate(),)).to_local(grad_placements=(Partial(),))
+        if x.placements != (Replicate(),):  # else torch would sum the gradient here, and not where x was gathered
+            x = x.redistribute(placements=(Replicate(),))
+        whole = x.to_local(grad_placements=(Partial(),))
         return F.linear(whole, _local(self.weight), None if self.bias is None else _local(self.bias))
 
 

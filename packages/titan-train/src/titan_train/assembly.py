@@ -13,6 +13,7 @@ from titan_ckpt import Checkpointer, HuggingFaceExport
 from titan_model import DecoderConfig
 from titan_parallel import (
     Degrees,
+    Float8Options,
     LayoutError,
     ParallelModel,
     ParallelOptions,
@@ -83,7 +84,7 @@ def check(config: Config, world: int) -> None:
     try:
         degrees = _degrees(config).resolve(world)
         sequence = training.seq_len if config.parallel.sequence_parallel and degrees.tp > 1 else None
-        check_plan(titan_model.parallel_plan(model), degrees, sequence_length=sequence)
+        check_plan(titan_model.parallel_plan(model), degrees, sequence_length=sequence, options=_options(config))
     except LayoutError as error:
         raise ConfigError(f"[parallel] {error}") from None
     data_world = degrees.readers
@@ -167,11 +168,14 @@ def assemble(config: Config, process: Process) -> Run:
         The run.
 
     Raises:
-        ConfigError: If the data cannot be had.
+        ConfigError: If the data cannot be had, or this device cannot do what `[parallel]` asks for.
     """
     shape = model_config(config)
     mesh = build_mesh(_degrees(config), process.device.type)
-    model = parallelize(titan_model.build(shape), mesh, titan_model.parallel_plan(shape), _options(config))
+    try:
+        model = parallelize(titan_model.build(shape), mesh, titan_model.parallel_plan(shape), _options(config))
+    except LayoutError as error:  # what only this process's device can tell
+        raise ConfigError(f"[parallel] {error}") from None
     model.materialize(process.device)
     titan_model.init_parameters(model.named_parameters(), shape, config.run.seed)
 
@@ -209,8 +213,27 @@ def _options(config: Config) -> ParallelOptions:
     return ParallelOptions(
         param_dtype=torch.bfloat16 if config.training.dtype == "bfloat16" else None,
         reshard_after_forward=layout.reshard_after_forward,
+        reduce_every_microbatch=layout.reduce_every_microbatch,
+        cpu_offload=layout.cpu_offload,
         sequence_parallel=layout.sequence_parallel,
+        async_tp=layout.async_tp,
         activation_checkpointing=layout.activation_checkpointing,
+        checkpoint_every=layout.checkpoint_every,
+        save_ops=layout.save_ops,
+        memory_budget=layout.memory_budget,
         compile_blocks=layout.compile,
         compile_backend=layout.compile_backend,
+        float8=_float8(config),
+    )
+
+
+def _float8(config: Config) -> Float8Options | None:
+    layout = config.parallel
+    if layout.float8 == "none":
+        return None
+    return Float8Options(
+        recipe=layout.float8,
+        fsdp_all_gather=layout.float8_all_gather,
+        skip=layout.float8_skip,
+        emulate=layout.float8_emulate,
     )

@@ -232,14 +232,34 @@ class ParallelSection(Section):
     """Ranks that share every matrix product."""
     sequence_parallel: bool = True
     """Under tp, split activations between blocks over the sequence."""
-    reshard_after_forward: bool = True
-    """Free gathered weights after each block's forward: less memory, more communication."""
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """What a block keeps for its backward: all, only its input, or also the costly results."""
+    reshard_after_forward: Literal["default", "always", "never"] | Count = "default"
+    """Free gathered weights after each block's forward (less memory, more communication), or shard over so many."""
+    reduce_every_microbatch: bool = True
+    """Sum gradients over ranks after each microbatch; if not, keep whole ones and sum once a step."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in host memory."""
+    async_tp: bool = False
+    """Under tp on CUDA, compiled: overlap collectives of the sequence with matrix products."""
+    activation_checkpointing: Literal["none", "full", "selective", "budget"] = "none"
+    """What a block keeps for its backward: all, only its input, also the costly results, or what a budget allows."""
+    checkpoint_every: Count = 1
+    """Checkpoint one of so many blocks each."""
+    save_ops: list[str] = []
+    """Operators whose results `selective` keeps too, such as aten.mm."""
+    memory_budget: Share | None = None
+    """For `budget`: the share of the activations' memory that compiled blocks may keep."""
     compile: bool = False
     """Compile each block with torch.compile."""
     compile_backend: str = "inductor"
     """Backend of torch.compile."""
+    float8: Literal["none", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = "none"
+    """Recipe by which the blocks' linears multiply in float8; needs torchao and a GPU that can."""
+    float8_all_gather: bool = False
+    """Gather weights in float8; goes with `tensorwise`."""
+    float8_skip: list[str] = []
+    """Patterns of modules that stay out of float8, such as layers.*.attn."""
+    float8_emulate: bool = False
+    """Round to float8, but multiply as before: no faster, on any device."""
 
 
 class CheckpointSection(Section):
