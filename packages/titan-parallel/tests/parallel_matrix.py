@@ -77,11 +77,13 @@ _BESIDE = ("pipeline", "compile_backend")  # said otherwise, or not worth a word
 
 
 def layout(*, shape: Shape | None = None, microbatches: int = 0, slow: bool = False, **given: Any) -> Case:
-    """Make a case of degrees, which default to 1, and options; pipelines take four microbatches, others one."""
+    """Make a case of degrees, which default to 1, and options; pipelines take four microbatches if they can."""
     degrees = Degrees(**{"dp_shard": 1, **{name: n for name, n in given.items() if name in KINDS.values()}})
     options = ParallelOptions(**{name: value for name, value in given.items() if name not in KINDS.values()})
     shape = shape or (MOE if degrees.ep > 1 else DENSE)
-    return Case(degrees, shape, options, microbatches or (4 if degrees.pp > 1 else 1), slow)
+    return Case(
+        degrees, shape, options, microbatches or (min(4, net.ROWS // degrees.readers) if degrees.pp > 1 else 1), slow
+    )
 
 
 def cases() -> Iterator[Case]:
@@ -146,8 +148,8 @@ def plan(shape: Shape) -> ParallelPlan:
             "stack.*.norm*": "sequence",
             "stack.*.attention": "gather",
             "stack.*.attention.q": "colwise",
-            "stack.*.attention.k": "colwise",
-            "stack.*.attention.v": "colwise",
+            "stack.*.attention.k": "colwise_kv",
+            "stack.*.attention.v": "colwise_kv",
             "stack.*.attention.head_norm": "local",
             "stack.*.attention.out": "rowwise",
             **mlp,
@@ -155,7 +157,7 @@ def plan(shape: Shape) -> ParallelPlan:
             "unembed": "logits",
         },
         "tied": [("unembed.weight", "table.weight")] if shape.tied else [],
-        "divisible": {"heads": net.HEADS, "key/value heads": net.KV_HEADS, "vocabulary": net.VOCAB},
+        "divisible": {"heads": net.HEADS, "vocabulary": net.VOCAB},
         "attention": ["stack.*.attention.core"],
         "sequence": {"tokens": 1, "positions": 1, "document_ids": 1, "target": 1},
         "positions": "positions",
