@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_train.assembly import assemble, check
+from titan_train.assembly import check
 from titan_train.config import Config
 from titan_train.errors import ConfigError
-from titan_train.process import Process
-from titan_train.report import sample
-from train_cases import run_here, tiny
+from train_cases import run_here, sampled, tiny
 from train_group import Group
 
 MODEL = {
@@ -40,7 +38,7 @@ def config(folder: Path, schedule: str = "1F1B", **changes: str) -> Config:
 
 @pytest.fixture(scope="module")
 def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    alone = {"parallel__pp": "1", "training__microbatch_size": "8"}
+    alone = {"parallel__pp": "1"}  # one row at a time: a router's choice can turn on the rounding of larger products
     return {
         name: one.run(run_here, config(tmp_path_factory.mktemp("single"), **alone, **changes))[0]
         for name, changes in (("untied", {}), ("tied", {"model__tied_embeddings": "true"}), ("experts", EXPERTS))
@@ -113,14 +111,6 @@ def test_resumed_on_other_layouts(one: Group, two: Group, single: dict[str, dict
         for result in groups[1].run(run_here, config(folder, **(constant | then))):
             assert result["resumed"] == 3
             assert result["losses"] == pytest.approx(rest, abs=1e-5)
-
-
-def sampled(rank: int, world: int, settings: Config) -> str | None:
-    check(settings, world)
-    run = assemble(settings, Process(rank, world, torch.device("cpu")))
-    text = sample(run)
-    run.checkpointer.close()
-    return text
 
 
 def test_text_comes_out(one: Group, two: Group, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from titan_train.hardware import Peak
 from titan_train.loop import train
 from titan_train.metrics import Meter
 from titan_train.process import Process
+from titan_train.report import sample
 from titan_train.signals import StopSignal
 from train_recorder import Recorder
 
@@ -73,6 +74,15 @@ def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
         },
         "buffers": {name: buffer.tolist() for name, buffer in run.model.state_dict().items() if name not in parameters},
     }
+
+
+def sampled(rank: int, world: int, config: Config) -> str | None:
+    """Return the text that an untrained model continues the configured prompt with."""
+    check(config, world)
+    run = assemble(config, Process(rank, world, torch.device("cpu")))
+    text = sample(run)
+    run.checkpointer.close()
+    return text
 
 
 def weights_digest(run: Run) -> str:

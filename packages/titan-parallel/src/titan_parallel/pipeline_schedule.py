@@ -86,6 +86,11 @@ class ScheduledStage(PipelineStage):
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+        """Leave this rank itself out of the neighbours that torch 2.11 greets first; gloo sends nothing to itself."""
+        greet: Any = super()
+        return [one for one in greet._get_init_p2p_neighbors_ops() if one.group_peer != self.group_rank]
+
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce the gradients of the step over data ranks."""
         if self.has_backward:
