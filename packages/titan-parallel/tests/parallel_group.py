@@ -28,18 +28,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the forkserver, which start
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["titan_parallel", "torch._dynamo", "torch.distributed.tensor.debug"])
 
+# Every mesh that a case builds leaves its groups behind, each with a thread of gloo's that wakes 100 times a second.
+MOST_CASES = 12
+
 
 class Group:
     """Processes that run cases together."""
 
     def __init__(self, world: int) -> None:
         self.world = world
+        self._start()
+
+    def _start(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="titan-group-"))
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(world):
+        self._cases = 0
+        for rank in range(self.world):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(theirs, rank, world, str(self.folder)), daemon=True)
+            process = CONTEXT.Process(target=_serve, args=(theirs, rank, self.world, str(self.folder)), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -47,6 +54,10 @@ class Group:
 
     def run(self, case: Callable[..., Any], *args: Any, timeout: float = 90.0) -> list[Any]:
         """Run a case on every rank and return what each returned; raise what the first failing rank raised."""
+        if self._cases == MOST_CASES:
+            self.close()
+            self._start()
+        self._cases += 1
         for pipe in self.pipes:
             pipe.send((case, args))
         waiting = dict(zip(self.pipes, range(self.world), strict=True))
