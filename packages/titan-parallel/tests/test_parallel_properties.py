@@ -55,17 +55,20 @@ def test_tensor_parallel(heads: tuple[int, int], vocabulary: int, sequence: int 
             check_plan(plan, Degrees(tp=degree), sequence_length=sequence)
 
 
+SPLITS: ParallelPlan = {"experts": ["experts"], "attention": ["core"], "sequence": {"x": 1}}
+
+
 @settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(-2, 40))
 def test_resharding_over_some_ranks(dp_shard: int, cp: int, ep: int, ranks: int) -> None:
     degrees = Degrees(dp_shard=dp_shard, cp=cp, ep=ep)
     try:
-        check_plan({}, degrees, options=ParallelOptions(reshard_after_forward=ranks))
+        check_plan(SPLITS, degrees, options=ParallelOptions(reshard_after_forward=ranks))
         assert 1 < ranks < dp_shard * cp * ep
         assert dp_shard * cp * ep % ranks == 0
     except LayoutError as error:
         for offered in re.findall(r"\d+", str(error).partition("these numbers would be: ")[2]):
-            check_plan({}, degrees, options=ParallelOptions(reshard_after_forward=int(offered)))
+            check_plan(SPLITS, degrees, options=ParallelOptions(reshard_after_forward=int(offered)))
 
 
 OPTIONS = st.builds(

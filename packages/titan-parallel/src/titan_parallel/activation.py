@@ -39,7 +39,7 @@ def checkpoint_blocks(
     blocks: Iterable[str],
     options: ParallelOptions,
     save: Iterable[str],
-    units: Collection[nn.Module],
+    units: Collection[nn.Module] = (),
 ) -> None:
     """Wrap every `checkpoint_every`-th block to keep less for its backward, in place.
 

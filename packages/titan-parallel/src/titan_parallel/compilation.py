@@ -14,7 +14,7 @@ from titan_parallel.options import ParallelOptions
 
 
 def compile_blocks(
-    model: nn.Module, blocks: Iterable[str], options: ParallelOptions, apart: Collection[nn.Module]
+    model: nn.Module, blocks: Iterable[str], options: ParallelOptions, apart: Collection[nn.Module] = ()
 ) -> None:
     """Compile blocks in place, when they are first called.
 
