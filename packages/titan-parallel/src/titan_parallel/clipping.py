@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
-from titan_parallel.tensor_parallel import settle_gradients, to_full
+from titan_parallel.tensor_parallel import settle_gradients
 
 
 @torch.no_grad()
@@ -57,5 +58,8 @@ def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
     if sharding is None:
         return total
     mesh, sharded = sharding
-    placements = [Partial() if is_sharded else Replicate() for is_sharded in sharded]
-    return to_full(DTensor.from_local(total, mesh, placements, run_check=False))
+    total = total.to(mesh.device_type)  # gradients may be offloaded, but ranks speak between devices
+    for dim, is_sharded in enumerate(sharded):
+        if is_sharded and mesh.size(dim) > 1:
+            dist.all_reduce(total, group=mesh.get_group(dim))
+    return total
