@@ -72,6 +72,7 @@ def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
     if sharding is None:
         return total
     mesh, sharded = sharding
+    total = total.to(mesh.device_type)  # gradients may be offloaded, but ranks speak between devices
     # Dim by dim: torch 2.11 cannot sum a DTensor over the three dims that experts may lie on.
     for dim, is_sharded in enumerate(sharded):
         if is_sharded and mesh.size(dim) > 1:
