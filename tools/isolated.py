@@ -28,6 +28,17 @@ FLOOR_TESTS = [
     "packages/titan-train/tests/test_train_seams.py",
 ]
 
+# What a package does for a library that it does not depend on: tests that are skipped without it.
+BESIDE = {
+    "titan-parallel": {
+        "transformers": [
+            "test_parallel_transformers.py",
+            "test_parallel_context_function.py",
+            "test_parallel_readme.py",
+        ]
+    }
+}
+
 
 def main() -> int:
     """Run the command named on the command line."""
@@ -58,7 +69,12 @@ def _alone(name: str, scratch: Path, constraints: Path) -> bool:
     others = [other.replace("-", "_") for other in packages() if other != name]
     code = f"import importlib.util as u; assert not any(map(u.find_spec, {others})); import {name.replace('-', '_')}"
     _run(str(python), "-c", code)
-    return _tests(python, [f"packages/{name}/tests"])
+    passed = _tests(python, [f"packages/{name}/tests"])
+    for other, tests in BESIDE.get(name, {}).items():
+        print(f"--- {name}, beside {other}", flush=True)
+        _install(python, other, "--constraint", str(constraints))
+        passed &= _tests(python, [f"packages/{name}/tests/{test}" for test in tests])
+    return passed
 
 
 def _floor() -> int:
