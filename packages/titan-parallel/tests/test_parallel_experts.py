@@ -62,6 +62,7 @@ def test_two_processes_accumulating(two: Group, alone: dict, degrees: Degrees) -
     same(two.run(cases.train, degrees, None, 2), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("degrees", [Degrees(ep=2), Degrees(tp=2)], ids=["ep", "tp"])
 def test_two_processes_compiled(two: Group, together: dict, degrees: Degrees, checkpointing: str) -> None:
@@ -86,6 +87,7 @@ def test_four_processes(four: Group, alone: dict, degrees: Degrees, options: Par
     same(four.run(cases.train, degrees, options), alone)
 
 
+@pytest.mark.slow
 def test_four_processes_compiled(four: Group, together: dict) -> None:
     same(four.run(cases.train, Degrees(ep=2, tp=2), COMPILED, 1, True, timeout=180.0), together)
 

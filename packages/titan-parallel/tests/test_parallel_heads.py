@@ -33,6 +33,7 @@ def test_with_options(two: Group, plain: dict[int, dict], options: ParallelOptio
     same(two.run(heads.train, Degrees(tp=2), 1, options, 2), plain[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("degrees", "kv_heads"),
     [

@@ -32,6 +32,7 @@ def test_two_processes(two: Group, single: tuple[str, dict], kind: str) -> None:
     same(two, single, Degrees(cp=2), ParallelOptions(context=kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [Degrees(cp=2, tp=2), Degrees(cp=2, dp_shard=2)], ids=["cp-tp", "cp-fsdp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_processes(four: Group, single: tuple[str, dict], kind: str, degrees: Degrees) -> None:

@@ -63,6 +63,7 @@ def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[
     same(four.run(run_here, config(tmp_path, **layout)), single)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [EP, TP], ids=["ep", "tp"])
 def test_compiled(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
     compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}

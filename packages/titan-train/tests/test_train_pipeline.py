@@ -71,6 +71,7 @@ def test_schedules(two: Group, single: dict[str, dict], tmp_path: Path, schedule
     same(two.run(run_here, tied), single["tied"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "layout"),
     [
@@ -88,6 +89,7 @@ def test_four_processes(
     same(four.run(run_here, tied), single["tied"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
 def test_experts(two: Group, single: dict[str, dict], tmp_path: Path, schedule: str) -> None:
     results = two.run(run_here, config(tmp_path, schedule, **EXPERTS))
@@ -95,6 +97,7 @@ def test_experts(two: Group, single: dict[str, dict], tmp_path: Path, schedule: 
     assert {k: v for r in results for k, v in r["buffers"].items()} == single["experts"]["buffers"]
 
 
+@pytest.mark.slow
 def test_compiled(two: Group, single: dict[str, dict], tmp_path: Path) -> None:
     compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
     same(two.run(run_here, config(tmp_path, "ZBVZeroBubble", **compiled), timeout=240.0), single["untied"])
