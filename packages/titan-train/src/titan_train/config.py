@@ -280,8 +280,7 @@ class ParallelSection(Section):
     pp: Count = 1
     """Ranks that share the blocks, in stages."""
     pipeline_schedule: str = "1F1B"
-    """Order of the stages' work: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble,
-    DualPipeV, or a CSV file."""
+    """Order of the stages' work: a name such as 1F1B or ZBVZeroBubble, or a CSV file."""
     stages_per_rank: Count | None = None
     """Stages on each rank of a pipeline; none is 1 for GPipe and 1F1B, and 2 for the others."""
     pipeline_split: list[str] = []
