@@ -260,6 +260,11 @@ WRONG: dict[str, tuple[Callable[[], Record], str]] = {
     "no place": (at(("w", [0, 0], "__0_0.distcp", 0, 9), ("x", [2, 0], "__0_0.distcp", 0, 9)), "2 pieces and 1 places"),
     "file above": (at(("w", [0, 0], "../x", 0, 9), ("w", [2, 0], "../x", 0, 9)), "'../x', which is not a file"),
     "absolute file": (at(("w", [0, 0], "/etc/passwd", 0, 9)), "'/etc/passwd', which is not"),
+    "file beneath": (at(("w", [0, 0], "a/b", 0, 9), ("w", [2, 0], "a/b", 0, 9)), "'a/b', which is not a file"),
+    "the folder above": (at(("w", [0, 0], "..", 0, 9), ("w", [2, 0], "..", 0, 9)), "'..', which is not a file"),
+    "the folder itself": (at(("w", [0, 0], ".", 0, 9), ("w", [2, 0], ".", 0, 9)), "'.', which is not a file"),
+    "file above on Windows": (at(("w", [0, 0], "..\\x", 0, 9)), "which is not a file"),
+    "a zero byte": (at(("w", [0, 0], "x\0y", 0, 9)), "which is not a file"),
     "no file": (at(("w", [0, 0], "", 0, 9), ("w", [2, 0], "", 0, 9)), "'', which is not a file"),
     "missing file": (at(("w", [0, 0], "y", 0, 9), ("w", [2, 0], "y", 0, 9)), "y does not read"),
     "beyond the file": (

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ckpt_group import run_apart
 from ckpt_hostile import (
     DATA,
     TENSORS,
@@ -22,8 +21,9 @@ from ckpt_hostile import (
     make_checkpoint,
     seal,
 )
+from ckpt_memory import refuse_all
 from ckpt_sources import read_all, same
-from titan_ckpt import CheckpointError, open_checkpoint, verify
+from titan_ckpt import CheckpointError, open_checkpoint, open_source, verify
 
 Forge = Callable[[Path], None]
 
@@ -260,50 +260,29 @@ def refusal(path: Path) -> str:
     return "; ".join(problems)
 
 
-CHEAP = """
-import resource, shutil, sys
-from pathlib import Path
-import test_ckpt_hostile as cases
-from ckpt_hostile import hostile_pickles, make_checkpoint
-from titan_ckpt import CheckpointError, verify
-from titan_ckpt.foreign.dcp_in import DcpFolder
-
-def status(key):
-    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
-
-folder = Path(sys.argv[1])
-sound = make_checkpoint(folder)
-cases.use(sound)
-resident, limit = status("VmRSS"), status("VmSize") + (1 << 30)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for number, (forge, _) in enumerate(cases.FORGED.values()):
-    path = Path(shutil.copytree(sound, folder / str(number) / sound.name))
-    forge(path)
-    try:
-        cases.use(path)
-    except CheckpointError:
-        pass
-    verify(str(path), "checksum")
-for data in hostile_pickles(folder / "executed").values():
-    (folder / ".metadata").write_bytes(data)
-    try:
-        DcpFolder(folder)
-    except CheckpointError:
-        continue
-    raise SystemExit("not refused")
-assert not (folder / "executed").exists()
-print(status("VmHWM") - resident)
-"""
-
-
 def test_none_of_them_takes_memory(tmp_path: Path) -> None:
     """All at once, in a process that can take no more than a gibibyte, and takes much less."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHEAP, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 200 << 20
+    assert run_apart(refuse_all, tmp_path) < 200 << 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "beside"),
+    [
+        ("dcp", ".metadata", {}),
+        ("torch", "x.pt", {}),
+        ("meta", "consolidated.00.pth", {}),
+        ("meta", "params.json", {}),
+        ("hf", "model.safetensors", {}),
+        ("hf", "config.json", {}),
+        ("hf", "model.safetensors.index.json", {}),
+        ("hf", "a.safetensors", {"model.safetensors.index.json": '{"weight_map": {"w": "a.safetensors"}}'}),
+        ("dcp-safetensors", "shard.safetensors", {}),
+    ],
+)
+def test_pipes_are_refused_everywhere(tmp_path: Path, kind: str, name: str, beside: dict[str, str]) -> None:
+    """Whoever opens one waits for ever."""
+    for other, content in beside.items():
+        (tmp_path / other).write_text(content)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+        open_source(str(tmp_path / name if kind == "torch" else tmp_path), kind)

@@ -198,6 +198,7 @@ def test_a_store_that_fails_at_any_call(asynchronous: bool) -> None:
     assert outcomes.count(False) > 5
 
 
+@pytest.mark.slow
 def test_an_outage_of_s3(s3: Outage) -> None:
     folder = f"s3://bucket/{uuid.uuid4()}/checkpoints"
     ckpt = Checkpointer(folder)

@@ -174,6 +174,14 @@ def test_other_formats_of_tokens(capsys, tmp_path, monkeypatch):
     assert "holds id 7" in run(capsys, "inspect", "train.bin", "--dtype", "uint16", "--vocab-size", "7")[2]
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """As at a terminal: the background jobs of a shell begin without Python's handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupted(ByteTokenizer):
     """Presses Ctrl-C while it tokenizes document number `at`."""
 
@@ -191,6 +199,7 @@ class Interrupted(ByteTokenizer):
 
 
 @pytest.mark.parametrize("at", [0, 2, 7, 11])
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_stopped_by_ctrl_c_it_goes_on(at, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("titan_data.shards.prepare._BATCH_CHARACTERS", 1)  # a batch, and a look at Ctrl-C, per document
@@ -211,6 +220,7 @@ def test_stopped_by_ctrl_c_it_goes_on(at, tmp_path, capsys, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_second_ctrl_c_ends_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("text")

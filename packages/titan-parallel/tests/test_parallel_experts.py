@@ -38,26 +38,21 @@ def styled(name: str, style: str) -> dict:
 COMPILED = ParallelOptions(compile_blocks=True, compile_backend="aot_eager")
 
 
-@pytest.mark.parametrize("degrees", [Degrees(ep=2), Degrees(tp=2), Degrees()], ids=["ep", "tp", "fsdp"])
-def test_two_processes(two: Group, alone: dict, degrees: Degrees) -> None:
-    same(two.run(cases.train, degrees), alone)
-
-
 @pytest.mark.parametrize("degrees", [Degrees(ep=2), Degrees(tp=2)], ids=["ep", "tp"])
 @pytest.mark.parametrize(
     "options",
     [
-        ParallelOptions(activation_checkpointing="full"),
         ParallelOptions(activation_checkpointing="selective"),
         ParallelOptions(sequence_parallel=False, reshard_after_forward="never"),
+        pytest.param(ParallelOptions(activation_checkpointing="full"), marks=pytest.mark.slow),
     ],
-    ids=["ac", "sac", "no-sp-no-reshard"],
+    ids=["sac", "no-sp-no-reshard", "ac"],
 )
 def test_two_processes_with_options(two: Group, alone: dict, degrees: Degrees, options: ParallelOptions) -> None:
     same(two.run(cases.train, degrees, options), alone)
 
 
-@pytest.mark.parametrize("degrees", [Degrees(ep=2), Degrees(tp=2)], ids=["ep", "tp"])
+@pytest.mark.parametrize("degrees", [Degrees(ep=2), Degrees(tp=2), Degrees()], ids=["ep", "tp", "fsdp"])
 def test_two_processes_accumulating(two: Group, alone: dict, degrees: Degrees) -> None:
     same(two.run(cases.train, degrees, None, 2), alone)
 
@@ -75,13 +70,13 @@ def test_two_processes_compiled(two: Group, together: dict, degrees: Degrees, ch
     [
         (Degrees(ep=4), None),
         (Degrees(ep=2), None),
-        (Degrees(ep=2, dp_replicate=2), None),
-        (Degrees(ep=2, tp=2), None),
         (Degrees(ep=2, tp=2), ParallelOptions(sequence_parallel=False, activation_checkpointing="full")),
-        (Degrees(tp=4), None),
-        (Degrees(tp=2), None),
+        pytest.param(Degrees(ep=2, dp_replicate=2), None, marks=pytest.mark.slow),
+        pytest.param(Degrees(ep=2, tp=2), None, marks=pytest.mark.slow),
+        pytest.param(Degrees(tp=4), None, marks=pytest.mark.slow),
+        pytest.param(Degrees(tp=2), None, marks=pytest.mark.slow),
     ],
-    ids=["ep4", "ep-fsdp", "ep-ddp", "ep-tp", "ep-tp-ac", "tp4", "tp-fsdp"],
+    ids=["ep4", "ep-fsdp", "ep-tp-ac", "ep-ddp", "ep-tp", "tp4", "tp-fsdp"],
 )
 def test_four_processes(four: Group, alone: dict, degrees: Degrees, options: ParallelOptions | None) -> None:
     same(four.run(cases.train, degrees, options), alone)

@@ -40,13 +40,20 @@ def test_recipes(one: Group, plain: dict, recipe: str) -> None:
 @pytest.mark.parametrize(
     ("degrees", "options"),
     [
-        (Degrees(), ParallelOptions(float8=EMULATED)),
         (Degrees(), ParallelOptions(float8=replace(EMULATED, fsdp_all_gather=True), activation_checkpointing="full")),
         (Degrees(tp=2), ParallelOptions(float8=replace(EMULATED, recipe="rowwise"))),
-        (Degrees(tp=2), ParallelOptions(float8=EMULATED, activation_checkpointing="selective")),
-        (Degrees(), ParallelOptions(float8=EMULATED, compile_blocks=True, compile_backend="aot_eager")),
+        pytest.param(
+            Degrees(tp=2),
+            ParallelOptions(float8=EMULATED, activation_checkpointing="selective"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Degrees(),
+            ParallelOptions(float8=EMULATED, compile_blocks=True, compile_backend="aot_eager"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["fsdp", "fsdp-gather-ac", "tp-rowwise", "tp-sac", "fsdp-compile"],
+    ids=["fsdp-gather-ac", "tp-rowwise", "tp-sac", "fsdp-compile"],
 )
 def test_two_ranks(two: Group, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
     near(two.run(cases.train, degrees, options), plain)

@@ -14,8 +14,10 @@ from parallel_group import Group
 from parallel_pipeline import Case
 from titan_parallel import SCHEDULES, Degrees, ParallelOptions, PipelineOptions
 
-HALVED = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-SOME = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
+
+def longer(*values: object) -> list:
+    """Mark values of a parameter as those of the long set."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def same(results: list[dict], expected: dict, tolerance: float = 1e-5) -> None:
@@ -46,26 +48,28 @@ def test_schedules(two: Group, schedule: str) -> None:
         same(two.run(cases.train, case), case.expected())
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", *longer("1F1B", "Interleaved1F1B")])
 def test_four_stages_wide_uneven(four: Group, schedule: str) -> None:
     case = on(schedule, Degrees(pp=4), tied=True, layers=9)
     same(four.run(cases.train, case), case.expected())
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "LoopedBFS", *HALVED])
+@pytest.mark.parametrize(
+    "schedule", ["DualPipeV", *longer("1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble")]
+)
 def test_with_fsdp(four: Group, schedule: str) -> None:
     case = on(schedule, tied=True, looks=True)
     same(four.run(cases.train, case), case.expected())
 
 
-@pytest.mark.parametrize("schedule", SOME)
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", *longer("1F1B", "ZBVZeroBubble")])
 def test_with_replicas(four: Group, schedule: str) -> None:
     case = on(schedule, Degrees(pp=2, dp_replicate=2))
     same(four.run(cases.train, case), case.expected())
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False], ids=["sp", "no-sp"])
-@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble", "DualPipeV"])
+@pytest.mark.parametrize("sequence_parallel", [True, *longer(False)], ids=["sp", "no-sp"])
+@pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", *longer("1F1B", "DualPipeV")])
 def test_with_tensor_parallelism(four: Group, schedule: str, sequence_parallel: bool) -> None:
     options = ParallelOptions(sequence_parallel=sequence_parallel)
     case = on(schedule, Degrees(pp=2, tp=2), tied=True, wraps=True, looks=sequence_parallel, options=options)
@@ -82,12 +86,14 @@ def test_with_fsdp_and_tensor_parallelism(eight: Group, schedule: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ParallelOptions(activation_checkpointing="full"),
         ParallelOptions(activation_checkpointing="selective"),
-        ParallelOptions(compile_blocks=True, compile_backend="aot_eager"),
         ParallelOptions(reshard_after_forward="always"),
+        *longer(
+            ParallelOptions(activation_checkpointing="full"),
+            ParallelOptions(compile_blocks=True, compile_backend="aot_eager"),
+        ),
     ],
-    ids=["ac-full", "ac-selective", "compile", "reshard"],
+    ids=["ac-selective", "reshard", "ac-full", "compile"],
 )
 def test_with_options(four: Group, options: ParallelOptions) -> None:
     for schedule in ("1F1B", "Interleaved1F1B" if options.reshard_after_forward == "always" else "ZBVZeroBubble"):
@@ -131,7 +137,7 @@ def test_stages_exchange_their_share_of_the_hidden_state(two: Group, four: Group
         assert result == [[rows, SEQ // 2, cases.DIM]] * 4
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
+@pytest.mark.parametrize("schedule", ["1F1B", "DualPipeV", *longer("Interleaved1F1B", "ZBVZeroBubble")])
 def test_evaluate_and_predict(two: Group, four: Group, schedule: str) -> None:
     net = cases.build(True, 4)
     tokens, labels = cases.batch(0)
@@ -146,8 +152,8 @@ def test_evaluate_and_predict(two: Group, four: Group, schedule: str) -> None:
             assert all(training)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize("tied", [True, *longer(False)], ids=["tied", "untied"])
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", *longer("1F1B")])
 def test_from_meta(two: Group, four: Group, schedule: str, tied: bool) -> None:
     net = cases.build(tied, 4)
     expected = net.state_dict()
@@ -190,7 +196,7 @@ def test_explicit_split(two: Group) -> None:
     assert blocks == [{"0"}, {"1", "2", "3"}]
 
 
-@pytest.mark.parametrize("kind", ["loop", "v"])
+@pytest.mark.parametrize("kind", ["v", *longer("loop")])
 def test_schedule_from_a_file(four: Group, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "order.csv"
     path.write_text(FILES[kind])

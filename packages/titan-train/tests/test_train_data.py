@@ -154,7 +154,11 @@ STILL = {"optimizer.lr": "1e-30", "training.steps": "5", "metrics.log_interval":
         ("one", {}),
         ("two", {"training.microbatch_size": "2"}),
         ("two", {"parallel.tp": "2"}),
-        ("four", {"parallel.dp_replicate": "2", "parallel.dp_shard": "2", "training.microbatch_size": "1"}),
+        pytest.param(
+            "four",
+            {"parallel.dp_replicate": "2", "parallel.dp_shard": "2", "training.microbatch_size": "1"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["one", "accumulation", "tp", "hsdp"],
 )
@@ -189,7 +193,7 @@ def test_one_source_has_the_loss_of_the_run(corpus: Path, tmp_path: Path) -> Non
 def test_sequences_become_longer_at_their_step_on_any_number_of_ranks(
     corpus: Path, tmp_path: Path, one: Group, two: Group, four: Group
 ) -> None:
-    """Unbroken on one rank, and stopped before, at and after the switches with other ranks and layouts."""
+    """Unbroken on one rank, and stopped at one switch and after the other with other ranks and layouts."""
     stages = "[{from_step = 3, seq_len = 96}, {from_step = 5, seq_len = 32, weights = {cubes = 1.0}}]"
     settings = mixed(corpus, **{"data.stages": stages, "training.steps": "7"})
 
@@ -201,15 +205,13 @@ def test_sequences_become_longer_at_their_step_on_any_number_of_ranks(
 
     whole = part(one, "whole", 7)
     parts = [
-        part(four, "parts", 2),
-        part(two, "parts", 3, parallel__tp="2"),
-        part(one, "parts", 4, training__microbatch_size="4"),
-        part(two, "parts", 6),
-        part(four, "parts", 7, parallel__dp_shard="2", parallel__tp="2"),
+        part(four, "parts", 3, parallel__dp_shard="2", parallel__tp="2"),
+        part(one, "parts", 6, training__microbatch_size="4"),
+        part(two, "parts", 7),
     ]
     losses = {step: loss for found in parts for step, loss in found["losses"].items()}
     assert losses == pytest.approx(whole["losses"], abs=2e-5)
-    assert [found["resumed"] for found in parts] == [None, 2, 3, 4, 6]
+    assert [found["resumed"] for found in parts] == [None, 3, 6]
     counts = [{step: value for found in parts for step, value in found[key].items()} for key in ("tokens", "sources")]
     per_step = [8 * 64] * 3 + [8 * 96] * 2 + [8 * 32] * 2
     assert counts[0] == whole["tokens"] == {step: sum(per_step[:step]) for step in range(1, 8)}

@@ -47,18 +47,21 @@ def same(results: list[dict], expected: dict) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        EP,
         TP,
         EP | {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"},
-        TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
+        pytest.param(EP, marks=pytest.mark.slow),
+        pytest.param(
+            TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["ep", "tp", "ep-accumulating-sac", "tp-no-sp-ac"],
+    ids=["tp", "ep-accumulating-sac", "ep", "tp-no-sp-ac"],
 )
 def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
     same(two.run(run_here, config(tmp_path, **layout)), single)
 
 
-@pytest.mark.parametrize("layout", [EP, EP | TP], ids=["ep-fsdp", "ep-tp"])
+@pytest.mark.parametrize("layout", [EP | TP, pytest.param(EP, marks=pytest.mark.slow)], ids=["ep-tp", "ep-fsdp"])
 def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
     same(four.run(run_here, config(tmp_path, **layout)), single)
 
@@ -88,7 +91,7 @@ def test_refused_before_anything_runs(tmp_path: Path) -> None:
         check(config(tmp_path, parallel__tp="8"), world=8)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_balance_of_sequences_that_ranks_share(two: Group, tmp_path: Path, compiled: bool) -> None:
     for off in two.run(router_of_parts, config(tmp_path), compiled):
         assert max(off) < 1e-5

@@ -66,6 +66,7 @@ def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[st
         same(result, single)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [{"parallel__dp_replicate": "2"}, {"parallel__activation_checkpointing": "full"}],
@@ -76,6 +77,7 @@ def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[
         same(result, single)
 
 
+@pytest.mark.slow
 def test_compiled(two: Group, single: dict, tmp_path: Path) -> None:
     compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
     for result in two.run(run_here, config(tmp_path, **compiled), timeout=240.0):

@@ -42,11 +42,14 @@ def test_two_processes_tp(two: Group, single: dict, tmp_path: Path) -> None:
     "layout",
     [
         {"parallel__tp": "2"},
-        {"parallel__tp": "2", "parallel__sequence_parallel": "false", "training__microbatch_size": "2"},
         {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "selective"},
-        {"parallel__tp": "4"},
+        pytest.param(
+            {"parallel__tp": "2", "parallel__sequence_parallel": "false", "training__microbatch_size": "2"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"parallel__tp": "4"}, marks=pytest.mark.slow),
     ],
-    ids=["fsdp-tp", "fsdp-tp-no-sp-accumulating", "hsdp-ac", "tp"],
+    ids=["fsdp-tp", "hsdp-ac", "fsdp-tp-no-sp-accumulating", "tp"],
 )
 def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
     for result in four.run(run_here, tiny(run__folder=str(tmp_path), **layout)):
@@ -69,6 +72,7 @@ def test_documents_masked_is_another_loss_but_one(one: Group, two: Group, single
     same_curve(split, alone)
 
 
+@pytest.mark.slow
 def test_normed_heads(one: Group, two: Group, four: Group, tmp_path: Path) -> None:
     # A head norm's weight is the same on all ranks, of which each sees other heads.
     alone, fsdp, tp, both = (

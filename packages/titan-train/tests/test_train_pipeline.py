@@ -28,7 +28,11 @@ EXPERTS = {
     "moe__balance_loss": "0.3",
     "moe__balance_bias_rate": "0.01",
 }
-SCHEDULES = ("1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
+SCHEDULES = [
+    "1F1B",
+    "ZBVZeroBubble",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("Interleaved1F1B", "InterleavedZeroBubble")),
+]
 
 
 def config(folder: Path, schedule: str = "1F1B", **changes: str) -> Config:

@@ -27,7 +27,8 @@ import torch.distributed as dist
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["titan_train.running", "titan_ckpt.checkpointer", "torch._dynamo"])
 
-# Every mesh that a case builds leaves its groups behind, each with a thread of gloo's that wakes 100 times a second.
+# Every mesh that a case builds leaves its groups behind, each with threads of gloo's that wake 100 times a second. So
+# processes are replaced now and then, and those that have nothing to do are stopped.
 MOST_CASES = 12
 
 
@@ -57,6 +58,13 @@ class Group:
             self.close()
             self._start()
         self._cases += 1
+        self._signal(signal.SIGCONT)
+        try:
+            return self._run(case, args, timeout)
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _run(self, case: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((case, args))
         waiting = dict(zip(self.pipes, range(self.world), strict=True))
@@ -82,6 +90,7 @@ class Group:
 
     def close(self) -> None:
         """End the processes, by force if they do not go by themselves."""
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
@@ -91,14 +100,17 @@ class Group:
                 process.join()
 
     def _kill_and_dump(self) -> str:
-        for process in self.processes:
-            if process.is_alive() and process.pid:
-                os.kill(process.pid, signal.SIGUSR1)
+        self._signal(signal.SIGUSR1)
         time.sleep(1)
         texts = [path.read_text() for path in sorted(self.folder.glob("stacks-*"))]
         for process in self.processes:
             process.kill()
         return "\n".join(texts)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, number)
 
 
 def _serve(pipe: Connection, rank: int, world: int, folder: str) -> None:

@@ -17,10 +17,10 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.formats import FORMATS, config_of, format_at, open_source
 from titan_ckpt.foreign.huggingface_out import write_huggingface
 from titan_ckpt.foreign.json_map import read_json_map
+from titan_ckpt.foreign.strict_json import read_json
 from titan_ckpt.foreign.titan_out import write_titan
 from titan_ckpt.foreign.torch_file import export_torch
 from titan_ckpt.source import Cast, TensorSource, Under, Without, size_of
-from titan_ckpt.strict_json import read_json
 from titan_ckpt.weight_map import Mapped, WeightMap
 
 _TARGETS = ("titan", "hf", "torch", "dcp")

@@ -11,6 +11,7 @@ from titan_ckpt.boxes import Box
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.dcp_metadata import METADATA, Place, read_dcp_metadata
 from titan_ckpt.foreign.pieces import assemble
+from titan_ckpt.foreign.plain_file import file_size
 from titan_ckpt.foreign.torch_entries import load_entry
 from titan_ckpt.tree import encode, key_of
 
@@ -76,11 +77,8 @@ class DcpFolder:
         sizes: dict[str, int] = {}
         for place in places:
             path = self.folder / place.file
-            try:
-                if place.file not in sizes:
-                    sizes[place.file] = path.stat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{path} does not read ({error.strerror})") from error
+            if place.file not in sizes:
+                sizes[place.file] = file_size(path)
             if place.start + place.length > sizes[place.file]:
                 raise CheckpointError(f"{path} is cut short: it has {sizes[place.file]} bytes")
 

@@ -21,11 +21,13 @@ import torch
 from titan_ckpt.boxes import MOST_DIMENSIONS, Box
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.pieces import check_cover
+from titan_ckpt.foreign.plain_file import file_size
 from titan_ckpt.safetensors_types import TYPE_NAMES
 from titan_ckpt.source import Spec
 from titan_ckpt.tensorfile import dtype_name
 
 METADATA = ".metadata"
+_LIMIT = 1 << 30  # bytes: some million pieces
 
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": (
@@ -109,6 +111,7 @@ def read_dcp_metadata(folder: Path) -> DcpIndex:
         CheckpointError: when it is absent, damaged, names anything but what is admitted, or contradicts itself.
     """
     path = folder / METADATA
+    file_size(path, _LIMIT)
     try:
         metadata = _unpickle(path.read_bytes())
         return _index_of(metadata)

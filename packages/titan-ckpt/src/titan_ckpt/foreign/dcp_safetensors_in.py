@@ -10,8 +10,8 @@ from titan_ckpt.boxes import Box
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.pieces import assemble, check_cover
 from titan_ckpt.foreign.safetensors_in import SafetensorsFile
+from titan_ckpt.foreign.strict_json import parse_json
 from titan_ckpt.source import Spec
-from titan_ckpt.strict_json import parse_json
 
 _NOTES = "DCP_SHARDING_INFO"
 

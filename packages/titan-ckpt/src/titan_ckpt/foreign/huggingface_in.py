@@ -10,8 +10,8 @@ import torch
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.huggingface_out import CONFIG, INDEX
 from titan_ckpt.foreign.safetensors_in import SafetensorsFile
+from titan_ckpt.foreign.strict_json import read_json
 from titan_ckpt.source import AnySpec
-from titan_ckpt.strict_json import read_json
 from titan_ckpt.weight_map import refuse_unfit
 
 SINGLE = "model.safetensors"

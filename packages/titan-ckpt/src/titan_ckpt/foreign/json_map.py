@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.strict_json import read_json
+from titan_ckpt.foreign.strict_json import read_json
 
 _KEYS = {"native", "foreign", "transpose", "join", "dim", "sizes", "repeat", "over"}
 _JOINS = ("cat", "stack", "tie")

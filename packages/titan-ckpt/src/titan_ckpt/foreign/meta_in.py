@@ -11,9 +11,9 @@ import torch
 from titan_ckpt.boxes import Box
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.pieces import assemble
+from titan_ckpt.foreign.strict_json import read_json
 from titan_ckpt.foreign.torch_file import TorchFile
 from titan_ckpt.source import Spec
-from titan_ckpt.strict_json import read_json
 
 PARAMS = "params.json"
 _FILE_NAME = re.compile(r"consolidated\.([0-9]{2})\.pth")

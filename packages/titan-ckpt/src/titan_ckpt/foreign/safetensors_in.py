@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from titan_ckpt.boxes import Box
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.foreign.plain_file import file_size
 from titan_ckpt.safetensors_types import TYPES
 from titan_ckpt.source import Spec
 
@@ -34,7 +35,7 @@ class SafetensorsFile:
         Raises:
             CheckpointError: when it is no sound safetensors file.
         """
-        self._path = path
+        file_size(path)
         self.values: Mapping[str, Any] = {}
         self.tensors: dict[str, Spec] = {}
         try:

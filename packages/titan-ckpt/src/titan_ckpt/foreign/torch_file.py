@@ -10,6 +10,7 @@ import torch
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filewriter import bytes_of
 from titan_ckpt.foreign.folder_out import new_file
+from titan_ckpt.foreign.plain_file import file_size
 from titan_ckpt.foreign.torch_entries import load_entry
 from titan_ckpt.source import Spec, TensorSource, Whole, size_of
 from titan_ckpt.tree import encode, key_of
@@ -71,18 +72,6 @@ class TorchFile(Whole):
             self.left_out[name] = str(error)
             return None
         return value
-
-
-def file_size(path: Path) -> int:
-    """Return a file's length.
-
-    Raises:
-        CheckpointError: when there is none.
-    """
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{path} does not read ({error.strerror or error})") from error
 
 
 def export_torch(source: TensorSource, path: str | Path) -> None:

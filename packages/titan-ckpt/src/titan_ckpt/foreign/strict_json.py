@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.foreign.plain_file import file_size
 
 
 def read_json(path: Path, max_bytes: int = 1 << 28) -> dict[str, Any]:
@@ -22,9 +23,8 @@ def read_json(path: Path, max_bytes: int = 1 << 28) -> dict[str, Any]:
         CheckpointError: when it cannot be read, is too long, is no object, or leaves room for doubt: keys that occur
             twice, NaN or Infinity, nesting deeper than Python's stack.
     """
+    file_size(path, max_bytes)
     try:
-        if path.stat().st_size > max_bytes:
-            raise CheckpointError(f"{path} is longer than any file of its kind ({max_bytes} bytes)")
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path} does not read ({error.strerror or error})") from error

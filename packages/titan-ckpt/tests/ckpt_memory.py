@@ -1,0 +1,59 @@
+"""What is done in a process that can take little more memory than it has; each function tells by how much it grew."""
+
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckpt_hostile import hostile_pickles, make_checkpoint
+from ckpt_sources import Map, Stacked
+from titan_ckpt import CheckpointError, export, open_checkpoint, verify
+from titan_ckpt.foreign.dcp_in import DcpFolder
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+@contextmanager
+def _no_more_than(nbytes: int) -> Iterator[list[int]]:
+    grown: list[int] = []
+    resident, limit = _status("VmRSS"), _status("VmSize") + nbytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    yield grown
+    grown.append(_status("VmHWM") - resident)
+
+
+def refuse_all(folder: Path) -> int:
+    """Refuse all that is forged and hostile, in no more than a gibibyte."""
+    import test_ckpt_hostile as cases
+
+    sound = make_checkpoint(folder)
+    cases.use(sound)  # what is imported late is there by now
+    with _no_more_than(1 << 30) as grown:
+        for number, (forge, _) in enumerate(cases.FORGED.values()):
+            path = Path(shutil.copytree(sound, folder / str(number) / sound.name))
+            forge(path)
+            assert cases.refusal(path)
+        for data in hostile_pickles(folder / "executed").values():
+            (folder / ".metadata").write_bytes(data)
+            try:
+                DcpFolder(folder)
+            except CheckpointError:
+                continue
+            raise AssertionError("not refused")
+    assert not (folder / "executed").exists()
+    return grown[0]
+
+
+def export_within(source: Path, out: Path, tensors: int, file_bytes: int) -> int:
+    """Export a checkpoint of stacked experts in little more than a file's worth."""
+    rules = [Stacked([f"experts.{n}"], [f"{n}.{e}" for e in range(4)]) for n in range(tensors)]
+    with open_checkpoint(str(source)) as checkpoint:
+        checkpoint.read_slice("model/experts.0", (0, 0, 0), (1, 1, 1))
+        with _no_more_than(file_bytes + (256 << 20)) as grown:  # threads reserve room for stacks
+            export(checkpoint, out, Map(rules), max_file_bytes=file_bytes)
+    assert verify(str(source)) == []
+    return grown[0]

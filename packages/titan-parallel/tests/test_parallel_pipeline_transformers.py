@@ -1,0 +1,27 @@
+"""Models of `transformers` in pipelines train to the losses and weights of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import parallel_pipeline_transformers as cases
+from parallel_group import Group
+from titan_parallel import Degrees
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("family", cases.PLANS)
+def test_families(two: Group, four: Group, family: str) -> None:
+    expected, weights, logits = cases.reference(family)
+    assert expected[0] - expected[-1] > 0.05  # a curve to follow
+    for group, schedule in ((two, "ZBVZeroBubble"), (four, "1F1B"), (four, "InterleavedZeroBubble")):
+        seen: dict[str, torch.Tensor] = {}
+        for losses, trained, predicted in group.run(cases.train, family, Degrees(pp=2), schedule):
+            assert losses == pytest.approx(expected, abs=1e-5)
+            torch.testing.assert_close(predicted, logits, rtol=1e-3, atol=1e-3)
+            seen |= trained
+        assert seen.keys() == weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(seen[name], weight, rtol=1e-4, atol=1e-4)
