@@ -1,4 +1,4 @@
-"""A process group on gloo for tests: spawned ranks that run one function and report back, or are killed in time."""
+"""A process group on gloo for tests: ranks that run one function and report back, or are killed in time."""
 
 import importlib
 import queue
@@ -19,7 +19,8 @@ SECONDS = 120
 
 def run_ranks(world: int, function: Callable[..., Any], *args: object) -> list[Any]:
     """Call `function(*args)` on `world` ranks of a gloo group and return what each of them returned."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor"])
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

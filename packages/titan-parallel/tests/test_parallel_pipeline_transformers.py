@@ -12,7 +12,7 @@ from titan_parallel import Degrees
 pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("family", cases.PLANS)
+@pytest.mark.parametrize("family", ["GPT2", pytest.param("Llama", marks=pytest.mark.slow)])
 def test_families(two: Group, four: Group, family: str) -> None:
     expected, weights, logits = cases.reference(family)
     assert expected[0] - expected[-1] > 0.05  # a curve to follow

@@ -35,10 +35,15 @@ def run(script: str, ranks: int, folder: Path, environment: dict[str, str]) -> s
     return done.stdout
 
 
-CASES = list(zip(SCRIPTS, RANKS, SAYS, strict=True))
+CASES = [
+    pytest.param(*case, id=name, marks=marks)
+    for name, marks, *case in zip(
+        ["diffusion transformer", "llama"], [[], pytest.mark.slow], SCRIPTS, RANKS, SAYS, strict=True
+    )
+]
 
 
-@pytest.mark.parametrize(("script", "ranks", "says"), CASES, ids=["diffusion transformer", "llama"])
+@pytest.mark.parametrize(("script", "ranks", "says"), CASES)
 def test_scripts(tmp_path: Path, script: str, ranks: int, says: str) -> None:
     if "transformers import" in script:
         pytest.importorskip("transformers")

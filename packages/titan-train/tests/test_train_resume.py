@@ -178,7 +178,7 @@ def test_lineage_tells_the_data_apart(tmp_path: Path) -> None:
     assert resumed["parent"]["step"] == 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_run_goes_on(number: signal.Signals, unbroken: Path, tmp_path: Path) -> None:
     arguments = flags(tmp_path, training__steps="40")
     process = start(arguments)
