@@ -11,9 +11,6 @@ from ckpt_group import WorkerGroup
 from ckpt_layouts import STEP, Layout, layouts, load_laid_out, save_laid_out, whole_state
 from titan_ckpt import open_checkpoint, verify
 
-# Pairs that are always tried: every layout with each of these, both ways. The rest is slow only by its number.
-ALWAYS: list[Layout] = [("FSDP", 1), ("FSDP", 2), ("FSDPxTP", 4), ("EPxTP", 4), ("uneven stages", 4)]
-
 
 def every_pair(groups: dict[int, WorkerGroup], folder: Path, saved: Sequence[Layout], loaded: Sequence[Layout]) -> None:
     folders = {(kind, world): folder / f"{kind} on {world}" for kind, world in saved}
@@ -36,14 +33,6 @@ def holds_whole(path: Path) -> bool:
     with open_checkpoint(str(path)) as opened:
         same = all(torch.equal(opened.read(name), tensor) for name, tensor in wanted.items())
         return same and opened.tensors.keys() == wanted.keys()
-
-
-def test_any_to_some_and_some_to_any(
-    group1: WorkerGroup, group2: WorkerGroup, group4: WorkerGroup, tmp_path: Path
-) -> None:
-    groups = {1: group1, 2: group2, 4: group4}
-    every_pair(groups, tmp_path / "from", layouts(1, 2, 4), ALWAYS)
-    every_pair(groups, tmp_path / "to", ALWAYS, [layout for layout in layouts(1, 2, 4) if layout not in ALWAYS])
 
 
 @pytest.mark.slow

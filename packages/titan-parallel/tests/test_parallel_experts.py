@@ -69,14 +69,14 @@ def test_two_processes_compiled(two: Group, together: dict, degrees: Degrees, ch
     ("degrees", "options"),
     [
         (Degrees(ep=4), None),
-        (Degrees(ep=2), None),
         (Degrees(ep=2, tp=2), ParallelOptions(sequence_parallel=False, activation_checkpointing="full")),
+        pytest.param(Degrees(ep=2), None, marks=pytest.mark.slow),
         pytest.param(Degrees(ep=2, dp_replicate=2), None, marks=pytest.mark.slow),
         pytest.param(Degrees(ep=2, tp=2), None, marks=pytest.mark.slow),
         pytest.param(Degrees(tp=4), None, marks=pytest.mark.slow),
         pytest.param(Degrees(tp=2), None, marks=pytest.mark.slow),
     ],
-    ids=["ep4", "ep-fsdp", "ep-tp-ac", "ep-ddp", "ep-tp", "tp4", "tp-fsdp"],
+    ids=["ep4", "ep-tp-ac", "ep-fsdp", "ep-ddp", "ep-tp", "tp4", "tp-fsdp"],
 )
 def test_four_processes(four: Group, alone: dict, degrees: Degrees, options: ParallelOptions | None) -> None:
     same(four.run(cases.train, degrees, options), alone)

@@ -25,7 +25,7 @@ def test_two_ranks_share_one_head(two: Group, plain: dict[int, dict]) -> None:
     "options",
     [
         ParallelOptions(sequence_parallel=False, activation_checkpointing="selective"),
-        ParallelOptions(compile_blocks=True, compile_backend="aot_eager"),
+        pytest.param(ParallelOptions(compile_blocks=True, compile_backend="aot_eager"), marks=pytest.mark.slow),
     ],
     ids=["no-sp-sac", "compile"],
 )

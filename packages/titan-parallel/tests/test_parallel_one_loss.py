@@ -31,7 +31,7 @@ def test_losses_move(plain: dict) -> None:
         ParallelOptions(),
         ParallelOptions(activation_checkpointing="full"),
         ParallelOptions(activation_checkpointing="selective"),
-        ParallelOptions(compile_blocks=True, compile_backend="aot_eager"),
+        pytest.param(ParallelOptions(compile_blocks=True, compile_backend="aot_eager"), marks=pytest.mark.slow),
     ],
     ids=["plain", "ac-full", "ac-selective", "compile"],
 )
@@ -58,7 +58,7 @@ def test_two_processes_with_options(two: Group, plain: dict, degrees: Degrees, o
 
 @pytest.mark.parametrize(
     "degrees",
-    [Degrees(dp_replicate=2), Degrees(tp=2), Degrees(tp=4)],
+    [Degrees(dp_replicate=2), Degrees(tp=2), pytest.param(Degrees(tp=4), marks=pytest.mark.slow)],
     ids=["hsdp", "fsdp-tp", "tp"],
 )
 def test_four_processes(four: Group, plain: dict, degrees: Degrees) -> None:
@@ -91,7 +91,7 @@ def test_inductor(four: Group, plain: dict) -> None:
     same(four.run(cases.train, Degrees(tp=2), options, timeout=400.0), plain)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_from_meta(one: Group, four: Group, tied: bool) -> None:
     answers = [one.run(cases.fill_from_meta, Degrees(), tied)[0]]
     for degrees in (Degrees(), Degrees(tp=2), Degrees(tp=4)):

@@ -12,7 +12,8 @@ from titan_parallel import Degrees
 pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("family", ["GPT2", pytest.param("Llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", cases.PLANS)
 def test_families(two: Group, four: Group, family: str) -> None:
     expected, weights, logits = cases.reference(family)
     assert expected[0] - expected[-1] > 0.05  # a curve to follow

@@ -11,6 +11,7 @@ from parallel_group import Group
 from titan_parallel import Degrees, ParallelOptions
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow  # it takes seconds to import, in each process
 
 
 @pytest.fixture(scope="module", params=parallel_transformers.PLANS)
@@ -30,7 +31,6 @@ def same(group: Group, plain: tuple[str, list[float], dict[str, Tensor]], *layou
         assert logits.shape == (parallel_transformers.ROWS, parallel_transformers.SEQ, parallel_transformers.VOCAB)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2)], ids=["fsdp", "tp"])
 def test_two_processes(two: Group, plain: tuple[str, list[float], dict[str, Tensor]], degrees: Degrees) -> None:
     same(two, plain, degrees, ParallelOptions())

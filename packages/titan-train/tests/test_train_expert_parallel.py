@@ -47,15 +47,15 @@ def same(results: list[dict], expected: dict) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        TP,
         EP | {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"},
         pytest.param(EP, marks=pytest.mark.slow),
+        pytest.param(TP, marks=pytest.mark.slow),
         pytest.param(
             TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["tp", "ep-accumulating-sac", "ep", "tp-no-sp-ac"],
+    ids=["ep-accumulating-sac", "ep", "tp", "tp-no-sp-ac"],
 )
 def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
     same(two.run(run_here, config(tmp_path, **layout)), single)

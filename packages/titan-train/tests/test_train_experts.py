@@ -96,6 +96,7 @@ def test_resumed_bit_for_bit(one: Group, tmp_path: Path) -> None:
     assert first["more"] | second["more"] == unbroken["more"]
 
 
+@pytest.mark.slow
 def test_resumed_on_other_layouts(one: Group, four: Group, single: dict, tmp_path: Path) -> None:
     constant = {"schedule__decay": "none"}
     expected = one.run(run_here, config(tmp_path / "once", **constant))[0]

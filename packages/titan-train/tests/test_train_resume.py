@@ -218,6 +218,7 @@ def test_torchrun_passes_a_signal_on_and_the_run_is_saved(tmp_path: Path) -> Non
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     # Steps of many seconds, so that the first signal's step is still under way when the second comes.
     slow = {"training__global_batch_size": "512", "training__seq_len": "256", "training__steps": "4000"}

@@ -1,6 +1,6 @@
 """Decoder language models as plain PyTorch modules: families, weights in and out, initialisation, loss, cost."""
 
-from titan_model.balancing import balance_experts, set_loss_normaliser, set_sequence_sum
+from titan_model.balancing import EXPERT_FIGURES, balance_experts, set_loss_normaliser, set_sequence_sum
 from titan_model.cache import KVCache
 from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
 from titan_model.cost import count_active_parameters, count_parameters, flops_per_token
@@ -14,11 +14,13 @@ from titan_model.loss import LossSums, linear_cross_entropy
 from titan_model.meta_llama import load_meta, meta_map
 from titan_model.plan import DecoderPlan, parallel_plan
 from titan_model.presets import preset, preset_names
+from titan_model.routing import Router
 from titan_model.sampling import sample
 from titan_model.weight_map import WeightMap
 from titan_model.weights_error import WeightsError
 
 __all__ = [
+    "EXPERT_FIGURES",
     "Decoder",
     "DecoderConfig",
     "DecoderPlan",
@@ -26,6 +28,7 @@ __all__ = [
     "LossSums",
     "MoEConfig",
     "RopeScaling",
+    "Router",
     "WeightMap",
     "WeightsError",
     "balance_experts",

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from titan_model import balance_experts, set_loss_normaliser
-from titan_model.balancing import EXPERT_FIGURES
-from titan_model.routing import Router
+from titan_model import EXPERT_FIGURES, Router, balance_experts, set_loss_normaliser
 from titan_parallel import Microbatch, data_axis
 from titan_train.assembly import Run, microbatch_size
 from titan_train.errors import TrainingError

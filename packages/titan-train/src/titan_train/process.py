@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from titan_train.hardware import choose_device
+
+_LETTING_GO_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,20 @@ def join_processes(wanted_device: str) -> Iterator[Process]:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
+        _leave_together()
     finally:
         dist.destroy_process_group()
+
+
+def _leave_together() -> None:
+    """Wait until what was sent is let go of.
+
+    The threads of a gloo group release tensors a little after the call that sent them has returned. One that does so
+    when the interpreter has begun to end aborts the process (`terminate called without an active exception`).
+    """
+    if dist.get_world_size() > 1:
+        dist.barrier()
+        time.sleep(_LETTING_GO_SECONDS)
 
 
 def sum_over_ranks(number: int) -> int:
