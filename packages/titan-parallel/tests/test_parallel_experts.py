@@ -69,7 +69,11 @@ def test_two_processes_compiled(two: Group, together: dict, degrees: Degrees, ch
     ("degrees", "options"),
     [
         (Degrees(ep=4), None),
-        (Degrees(ep=2, tp=2), ParallelOptions(sequence_parallel=False, activation_checkpointing="full")),
+        pytest.param(
+            Degrees(ep=2, tp=2),
+            ParallelOptions(sequence_parallel=False, activation_checkpointing="full"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(Degrees(ep=2), None, marks=pytest.mark.slow),
         pytest.param(Degrees(ep=2, dp_replicate=2), None, marks=pytest.mark.slow),
         pytest.param(Degrees(ep=2, tp=2), None, marks=pytest.mark.slow),

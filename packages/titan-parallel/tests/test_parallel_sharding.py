@@ -44,7 +44,9 @@ def test_what_is_offloaded(one: Group, two: Group) -> None:
 
 
 @pytest.mark.parametrize(
-    "degrees", [Degrees(), Degrees(dp_replicate=2), Degrees(tp=2)], ids=["fsdp", "hsdp", "fsdp-tp"]
+    "degrees",
+    [Degrees(), Degrees(dp_replicate=2), pytest.param(Degrees(tp=2), marks=pytest.mark.slow)],
+    ids=["fsdp", "hsdp", "fsdp-tp"],
 )
 def test_gradients_summed_once_a_step(four: Group, plain: dict, degrees: Degrees) -> None:
     same(four.run(cases.train, degrees, ParallelOptions(reduce_every_microbatch=False), False, 2), plain)
