@@ -28,11 +28,12 @@ FLOOR_TESTS = [
     "packages/titan-train/tests/test_train_seams.py",
 ]
 
-# What a package does for a library that it does not depend on: tests that are skipped without it.
+# What a package does for a library that it does not depend on: tests that are skipped without it, slow ones too.
 BESIDE = {
     "titan-parallel": {
         "transformers": [
             "test_parallel_transformers.py",
+            "test_parallel_pipeline_transformers.py",
             "test_parallel_context_function.py",
             "test_parallel_readme.py",
         ]
@@ -73,7 +74,7 @@ def _alone(name: str, scratch: Path, constraints: Path) -> bool:
     for other, tests in BESIDE.get(name, {}).items():
         print(f"--- {name}, beside {other}", flush=True)
         _install(python, other, "--constraint", str(constraints))
-        passed &= _tests(python, [f"packages/{name}/tests/{test}" for test in tests])
+        passed &= _tests(python, ["-m", "not huge", *(f"packages/{name}/tests/{test}" for test in tests)])
     return passed
 
 
