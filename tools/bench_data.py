@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import statistics
-import sysconfig
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -373,7 +373,9 @@ def real_texts() -> Iterator[str]:
     """Give one text per file: the library first, then packages in the order of their paths."""
     library = StdlibSource()
     yield from (library[i] for i in range(len(library)))
-    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+    # `uv run --with` puts an environment of its own before the project's.
+    installed = [Path(folder) for folder in sys.path if Path(folder).name == "site-packages"]
+    for path in sorted({path for folder in installed for path in folder.rglob("*.py")}):
         if text := path.read_text("utf-8", errors="replace"):
             yield text
 
