@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel_cases import whole
+from parallel_transformers import EPS, ROWS, SEQ, STEPS, VOCAB, batch, summed_loss
 from titan_parallel import (
     Degrees,
     Microbatch,
@@ -20,7 +20,7 @@ from titan_parallel import (
     parallelize,
 )
 
-VOCAB, ROWS, SEQ, STEPS, LAYERS = 64, 8, 16, 5, 4
+LAYERS = 4
 
 PLANS: dict[str, ParallelPlan] = {
     "Llama": {
@@ -74,40 +74,17 @@ def build(family: str) -> nn.Module:
     return model
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(0, VOCAB, (ROWS, SEQ), generator=torch.Generator().manual_seed(step))
-    return tokens, (tokens * 5 + 2) % VOCAB
-
-
-def loss_of(output: Any, labels: Tensor) -> Tensor:
-    return F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum")
-
-
-def reference(family: str) -> tuple[list[float], dict[str, Tensor], Tensor]:
-    model = build(family)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
-    losses = []
-    for step in range(STEPS):
-        tokens, labels = batch(step)
-        loss = loss_of(model(tokens), labels) / labels.numel()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, {name: p.detach() for name, p in model.named_parameters()}, model(batch(0)[0]).logits.detach()
-
-
 def train(rank: int, world: int, family: str, degrees: Degrees, schedule: str) -> tuple[list[float], Any, Tensor]:
     options = ParallelOptions(pipeline=PipelineOptions(schedule=schedule))
     model = parallelize(build(family), build_mesh(degrees, "cpu"), PLANS[family], options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)
     place = data_axis(model.mesh)
     losses = []
     for step in range(STEPS):
         mine = (x.chunk(place.world)[place.rank].chunk(4) for x in batch(step))
         # Labels make the model take its own loss, of the head's output, which is on the last stage alone.
         step_of = [Microbatch((t,), y, {"labels": y}) for t, y in zip(*mine, strict=True)]
-        part = model.forward_backward(step_of, loss_of, ROWS * SEQ)
+        part = model.forward_backward(step_of, summed_loss, ROWS * SEQ)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))

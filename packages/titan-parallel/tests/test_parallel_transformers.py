@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow  # it takes seconds to import, in each process
 
 @pytest.fixture(scope="module", params=parallel_transformers.PLANS)
 def plain(request: pytest.FixtureRequest) -> tuple[str, list[float], dict[str, Tensor]]:
-    return request.param, *parallel_transformers.reference(request.param)
+    return request.param, *parallel_transformers.reference(parallel_transformers.build(request.param))
 
 
 def same(group: Group, plain: tuple[str, list[float], dict[str, Tensor]], *layout: object) -> None:
