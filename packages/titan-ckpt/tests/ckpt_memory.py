@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckpt_hostile import hostile_pickles, make_checkpoint
-from ckpt_sources import Map, Stacked
-from titan_ckpt import CheckpointError, export, open_checkpoint, verify
+from titan_ckpt import CheckpointError
 from titan_ckpt.foreign.dcp_in import DcpFolder
 
 
@@ -45,15 +44,4 @@ def refuse_all(folder: Path) -> int:
                 continue
             raise AssertionError("not refused")
     assert not (folder / "executed").exists()
-    return grown[0]
-
-
-def export_within(source: Path, out: Path, tensors: int, file_bytes: int) -> int:
-    """Export a checkpoint of stacked experts in little more than a file's worth."""
-    rules = [Stacked([f"experts.{n}"], [f"{n}.{e}" for e in range(4)]) for n in range(tensors)]
-    with open_checkpoint(str(source)) as checkpoint:
-        checkpoint.read_slice("model/experts.0", (0, 0, 0), (1, 1, 1))
-        with _no_more_than(file_bytes + (256 << 20)) as grown:  # threads reserve room for stacks
-            export(checkpoint, out, Map(rules), max_file_bytes=file_bytes)
-    assert verify(str(source)) == []
     return grown[0]

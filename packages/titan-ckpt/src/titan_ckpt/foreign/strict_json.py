@@ -1,12 +1,12 @@
 """JSON from files that nobody vouches for: one reading or an error."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.plain_file import file_size
+from titan_ckpt.tensorfile import unique
 
 
 def read_json(path: Path, max_bytes: int = 1 << 28) -> dict[str, Any]:
@@ -44,19 +44,11 @@ def parse_json(data: bytes | str, what: str) -> dict[str, Any]:
         CheckpointError: when it is none; see `read_json`.
     """
     try:
-        content = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        content = json.loads(data, object_pairs_hook=unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{what} is no JSON that can be read ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{what} holds a {type(content).__name__} where a JSON object is wanted")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {twice!r} occurs twice")
     return content
 
 
