@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("kind", ["allgather", "ring", "ulysses"])
 def test_llama(two: Group, kind: str) -> None:
-    expected, weights = parallel_transformers.reference("Llama")
+    expected, weights = parallel_transformers.reference(parallel_transformers.build("Llama"))
     # Importing transformers takes its time on a busy machine.
     answers = two.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), timeout=240.0)
     for losses, trained, logits in answers:
