@@ -1,8 +1,18 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from train_group import Group
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to handing work between threads than they gain, most of all where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

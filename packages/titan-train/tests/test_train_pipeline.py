@@ -158,8 +158,8 @@ def test_misfits_are_told_before_anything_runs(tmp_path: Path, changes: dict[str
 
 
 def test_microbatches_are_chosen(tmp_path: Path) -> None:
-    from titan_train.assembly import _microbatch_size
+    from titan_train.assembly import microbatch_size
 
     chosen = {"training__global_batch_size": "64", "training__microbatch_size": "none"}
-    assert _microbatch_size(config(tmp_path, **chosen), 1) == 4  # 16 microbatches: idle for 1 of 17
-    assert _microbatch_size(config(tmp_path, **chosen, parallel__pp="1"), 1) == 64
+    assert microbatch_size(config(tmp_path, **chosen), 1) == 4  # 16 microbatches: idle for 1 of 17
+    assert microbatch_size(config(tmp_path, **chosen, parallel__pp="1"), 1) == 64

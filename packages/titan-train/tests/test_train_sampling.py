@@ -1,6 +1,5 @@
 """Text from a model in any layout: what the model is shown, and when the text ends."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -13,15 +12,6 @@ import titan_model
 from titan_train.sampling import continue_prompt
 
 VOCAB = 10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to handing work between threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Counter:

@@ -44,6 +44,8 @@ class ParallelModel:
         self._run = run
         self._layout = layout
         self._cut = cut
+        # By dim, of those that have more than one rank. (To look a dim up builds a mesh of it.)
+        self._groups = {name: mesh[name].get_group() for name in MESH_DIMS if mesh[name].size() > 1}
 
     def materialize(self, device: torch.device | str) -> None:
         """Allocate the parameters and buffers of a model built on meta, uninitialised.
@@ -122,9 +124,9 @@ class ParallelModel:
                 have other tokens for the same parts of the model.
         """
         total = values.detach().clone()
-        for name in MESH_DIMS:
-            if name != "tp" and (name != "pp" or over_stages) and self.mesh[name].size() > 1:
-                torch.distributed.all_reduce(total, group=self.mesh[name].get_group())
+        for name, group in self._groups.items():
+            if name != "tp" and (name != "pp" or over_stages):
+                torch.distributed.all_reduce(total, group=group)
         return total
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:

@@ -18,6 +18,7 @@ from titan_ckpt import Checkpointer, HuggingFaceExport, KeepBest
 from titan_model import DecoderConfig
 from titan_parallel import (
     MESH_DIMS,
+    DataAxis,
     Degrees,
     Float8Options,
     LayoutError,
@@ -57,12 +58,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run, ready to train."""
+    """The parts of a run, ready to train.
+
+    Attributes:
+        place: Which part of each batch this process reads.
+        microbatch_size: Rows of one forward on this process.
+    """
 
     config: Config
     process: Process
     model_config: DecoderConfig
     model: ParallelModel
+    place: DataAxis
+    microbatch_size: int
     optimizer: Optimizer
     tokenizer: titan_data.Tokenizer
     loader: BatchLoader
@@ -133,7 +141,7 @@ def _wrong_microbatches(config: Config, data_world: int) -> list[str]:
     """Return what is wrong with the number of microbatches for a pipeline, if anything."""
     rows, pipeline = config.training.global_batch_size // data_world, _options(config).pipeline
     try:
-        check_pipeline(config.parallel.pp, pipeline, microbatches=rows // _microbatch_size(config, data_world))
+        check_pipeline(config.parallel.pp, pipeline, microbatches=rows // microbatch_size(config, data_world))
     except LayoutError as error:
         return [
             f"[parallel] {error} (a rank has {rows} rows of training.global_batch_size, in training.microbatch_size)"
@@ -215,6 +223,8 @@ def assemble(config: Config, process: Process) -> Run:
         process=process,
         model_config=shape,
         model=model,
+        place=place,
+        microbatch_size=microbatch_size(config, place.world),
         optimizer=Optimizer(model.named_parameters(), config.optimizer),
         tokenizer=tokenizer,
         loader=open_loader(config, tokenizer, place, pin_memory=process.device.type == "cuda"),
@@ -236,12 +246,8 @@ def _sum_over(group: ProcessGroup, values: Tensor) -> Tensor:
     return total
 
 
-def microbatch_size(run: Run) -> int:
-    """Return the rows of one forward on this rank."""
-    return _microbatch_size(run.config, data_axis(run.model.mesh).world)
-
-
-def _microbatch_size(config: Config, data_world: int) -> int:
+def microbatch_size(config: Config, data_world: int) -> int:
+    """Return the rows of one forward on a rank, of `data_world` that read different rows."""
     rows = config.training.global_batch_size // data_world
     return config.training.microbatch_size or rows // choose_microbatches(
         _options(config).pipeline, config.parallel.pp, rows

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from titan_model import EXPERT_FIGURES, Router, balance_experts, set_loss_normaliser
-from titan_parallel import Microbatch, data_axis
-from titan_train.assembly import Run, microbatch_size
+from titan_parallel import Microbatch
+from titan_train.assembly import Run
 from titan_train.errors import TrainingError
 from titan_train.metrics import Meter
 from titan_train.process import sum_over_ranks
@@ -142,16 +142,14 @@ def _digest(value: Any) -> str:
 
 def _scored_tokens(run: Run, batch: Batch) -> int:
     """Return the scored tokens of the global batch, at least 1. Ranks that share rows count them once."""
-    leads = data_axis(run.model.mesh).leads
-    return max(1, sum_over_ranks(int((batch["labels"] != -100).sum()) if leads else 0))
+    return max(1, sum_over_ranks(int((batch["labels"] != -100).sum()) if run.place.leads else 0))
 
 
 def _microbatches(run: Run, batch: Batch, by_source: SourceLosses) -> list[Microbatch]:
     device, masked = run.process.device, run.config.data.mask_documents
-    rows = microbatch_size(run)
 
     def pieces(whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.split(whole.to(device, non_blocking=True), rows)
+        return torch.split(whole.to(device, non_blocking=True), run.microbatch_size)
 
     moved = {
         "tokens": pieces(batch["tokens"]),
@@ -184,10 +182,12 @@ def _sum_over_data(run: Run, values: torch.Tensor) -> None:
 
 def _balance_experts(run: Run) -> dict[str, torch.Tensor]:
     """Even out the load of the experts, and return how even it was in all blocks, also those of other stages."""
+    if run.model_config.moe is None:
+        return {}
     parts = torch.nn.ModuleList(run.model.parts)
     figures = balance_experts(parts, partial(_sum_over_data, run))
     pipeline = run.model.mesh["pp"]
-    if pipeline.size() == 1 or run.model_config.moe is None:
+    if pipeline.size() == 1:
         return figures
     blocks = sum(isinstance(module, Router) for module in parts.modules())
     zero = torch.zeros((), dtype=torch.float64, device=run.process.device)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import titan_model
-from titan_parallel import MESH_DIMS, bubble_share, data_axis
-from titan_train.assembly import Run, microbatch_size
+from titan_parallel import MESH_DIMS, bubble_share
+from titan_train.assembly import Run
 from titan_train.hardware import Peak
 from titan_train.loop import Outcome
 from titan_train.metrics import Meter
@@ -51,8 +51,8 @@ def _pipeline(run: Run) -> dict[str, str]:
     options, pp = run.config.parallel, run.model.mesh["pp"].size()
     if pp == 1:
         return {}
-    rows = run.config.training.global_batch_size // data_axis(run.model.mesh).world
-    count = rows // microbatch_size(run)
+    rows = run.config.training.global_batch_size // run.place.world
+    count = rows // run.microbatch_size
     stages = pp * len(run.model.parts)
     idle = bubble_share(options.pipeline_schedule, pp, len(run.model.parts), count)
     return {
