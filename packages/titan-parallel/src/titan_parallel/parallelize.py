@@ -70,7 +70,7 @@ def parallelize(
         _lay_out(part, mesh, own_plan, own_roles, options)
 
     if mesh["pp"].size() > 1:
-        from titan_parallel.pipeline import make_stages  # torch's pipelining takes seconds to import
+        from titan_parallel.pipeline_build import make_stages  # torch's pipelining takes seconds to import
 
         stages = make_stages(model, mesh, plan, roles, options, lay_out, sharded_logits)
         return ParallelModel(stages.parts, mesh, tied, stages, layout, cut)

@@ -17,7 +17,8 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get
 
 from titan_parallel.schedules import Stages
 from titan_parallel.sequential import Microbatch
-from titan_parallel.stages import Boundary, Stage
+from titan_parallel.stage_boundary import Boundary
+from titan_parallel.stages import Stage
 
 
 class ScheduledStage(PipelineStage):
