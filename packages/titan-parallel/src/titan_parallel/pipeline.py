@@ -13,11 +13,12 @@ from titan_parallel.clipping import clip_grad_norm
 from titan_parallel.options import ParallelOptions
 from titan_parallel.pipeline_boundaries import Boundaries
 from titan_parallel.pipeline_schedule import BuiltSchedule, ScheduledStage
-from titan_parallel.pipeline_share import share
+from titan_parallel.pipeline_share import raise_together, share
 from titan_parallel.pipeline_ties import TiedStages
 from titan_parallel.schedules import Stages, check_pipeline
-from titan_parallel.sequential import LossFunction, Microbatch, loss_context
+from titan_parallel.sequential import LossFunction, Microbatch, checked_loss, loss_context
 from titan_parallel.stage_boundary import Boundary
+from titan_parallel.stage_rehearsal import rehearse
 from titan_parallel.stages import Stage
 from titan_parallel.tensor_parallel import settle_gradients, to_full, whole
 
@@ -50,6 +51,10 @@ class PipelineRun:
         self._sharded_logits = sharded_logits
         self._group = mesh["pp"].get_group()
         self._boundaries = Boundaries(stages, mesh, placed.ranks[0])
+        # Half of a compiled block's backward cannot be run alone; what is checkpointed would be computed twice.
+        together = options.compile_blocks or options.activation_checkpointing != "none"
+        self._halves = placed.splits_backward and not together
+        self._rehearsed = False
         self._built: tuple[Hashable, BuiltSchedule] | None = None
 
     @property
@@ -100,12 +105,13 @@ class PipelineRun:
     ) -> list[Tensor]:
         self._ties.follow()
         boundaries = self._boundaries.of(microbatches, self._device)
-        schedule = self._schedule(len(microbatches), boundaries[0], trains)
         for stage in self._stages.values():
             stage.finish = finish
         try:
             with loss_context(self._sharded_logits):
-                return schedule.run(microbatches, boundaries)
+                if trains and not self._rehearsed:
+                    self._rehearse(microbatches[0], boundaries[0])
+                return self._schedule(len(microbatches), boundaries[0], trains).run(microbatches, boundaries)
         except BaseException:
             self._built = None  # left in the middle of a step
             raise
@@ -113,8 +119,18 @@ class PipelineRun:
             for stage in self._stages.values():
                 stage.finish = None
 
+    def _rehearse(self, microbatch: Microbatch, boundary: Boundary) -> None:
+        problem: Exception | None = None
+        try:
+            for index, stage in self._stages.items():
+                rehearse(stage, index, microbatch, boundary, halves=self._halves)
+        except Exception as error:
+            problem = error
+        raise_together(problem, self._group)
+        self._rehearsed = True
+
     def _loss(self, output: Any, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
-        loss = loss_function(output if self._sharded_logits else whole(output), microbatch.target)
+        loss = checked_loss(loss_function(output if self._sharded_logits else whole(output), microbatch.target))
         return to_full(loss).float()
 
     def _sum(self, losses: Sequence[Tensor]) -> Tensor:
@@ -127,18 +143,9 @@ class PipelineRun:
         if self._built is None or self._built[0] != key:
             pipeline = self._options.pipeline
             last = len(self.placed.ranks) - 1
-            # Half of a compiled block's backward cannot be run alone; what is checkpointed would be computed twice. And
-            # the loss, in the last stage, is often a fused function whose backward runs once.
-            together = self._options.compile_blocks or self._options.activation_checkpointing != "none"
             stages = [
                 ScheduledStage(
-                    stage,
-                    index,
-                    last + 1,
-                    self._group,
-                    boundary,
-                    splits=self.placed.splits_backward and trains,
-                    in_one_piece=together or index == last,
+                    stage, index, last + 1, self._group, boundary, splits=self.placed.splits_backward and trains
                 )
                 for index, stage in self._stages.items()
             ]

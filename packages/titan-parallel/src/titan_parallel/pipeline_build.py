@@ -18,7 +18,7 @@ from titan_parallel.pipeline_ties import TiedStages
 from titan_parallel.plan import ParallelPlan, Roles, match_names
 from titan_parallel.schedules import Stages, check_pipeline, place_stages
 from titan_parallel.splitting import split_blocks
-from titan_parallel.stage_cut import check_divisible, cut, enter, stage_plan
+from titan_parallel.stage_cut import check_divisible, cut, enter, own_roles, stage_plan
 from titan_parallel.stage_modules import Flow
 from titan_parallel.stages import Stage
 
@@ -65,14 +65,7 @@ def make_stages(
     if mesh["tp"].size() > 1:
         _check_ties(model, plan, tied)
     mine = placed.of(rank)
-    owned = {
-        index: Roles(
-            before=roles.before if index == 0 else [],
-            blocks=blocks[index],
-            after=roles.after if index == len(blocks) - 1 else [],
-        )
-        for index in mine
-    }
+    owned = {index: own_roles(model, roles, blocks, index) for index in mine}
     plans = {index: stage_plan(model, plan, roles, own) for index, own in owned.items()}
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     copies = [_copy_structure(model) for _ in mine[1:]]
@@ -81,8 +74,9 @@ def make_stages(
         flow = Flow(device, mesh["tp"])
         part, within = cut(part, roles, own, flow, tied)
         lay_out(part, {**plans[index], "tied": within}, own)
-        enter(part, own, flow)
-        stage = Stage(part, flow, own.before, index == len(blocks) - 1)
+        is_last = index == len(blocks) - 1
+        enter(part, own, flow, is_last=is_last)
+        stage = Stage(part, flow, own.before, is_last)
         if any(isinstance(module, FSDPModule) for module in part.modules()):
             # torch's schedules look for FSDP at the root; which owns no parameter here.
             fully_shard(stage, mesh=fsdp_mesh(mesh), reshard_after_forward=False)

@@ -48,6 +48,15 @@ def share_object(value: Any, group: ProcessGroup, rank: int) -> Any:
     return objects[0] if group.rank() != rank else value
 
 
+def raise_together(problem: Exception | None, group: ProcessGroup) -> None:
+    """Raise what went wrong on any rank of a group on all of them; its own on a rank that has one."""
+    problems: list[Exception | None] = [None] * group.size()
+    dist.all_gather_object(problems, _picklable(problem), group=group)
+    first = problem or next((one for one in problems if one is not None), None)
+    if first is not None:
+        raise first
+
+
 def _picklable(value: Any) -> Any:
     """Return a value that other ranks can be sent: of an exception, if need be, its text alone."""
     if isinstance(value, Exception):

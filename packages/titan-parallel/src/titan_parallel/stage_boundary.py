@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, zeros
+from torch.distributed.tensor import DTensor, Placement, full
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 
@@ -28,11 +29,12 @@ class Like:
         """Describe a tensor."""
         return cls(x.shape, x.stride(), x.dtype, x.placements if isinstance(x, DTensor) else None)
 
-    def zeros(self, device: torch.device, mesh: DeviceMesh) -> Tensor:
-        """Return zeros of this description."""
+    def unknown(self, device: torch.device, mesh: DeviceMesh) -> Tensor:
+        """Return a tensor of this description: of numbers that show wherever they are used, if its dtype has some."""
+        value = math.nan if self.dtype.is_floating_point else 0
         if self.placements is None:
-            return torch.zeros(self.shape, dtype=self.dtype, device=device)
-        return zeros(self.shape, dtype=self.dtype, device_mesh=mesh, placements=self.placements)
+            return torch.full(self.shape, value, dtype=self.dtype, device=device)
+        return full(self.shape, value, dtype=self.dtype, device_mesh=mesh, placements=self.placements)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"

@@ -8,7 +8,7 @@ from torch import nn
 
 from titan_parallel.errors import LayoutError
 from titan_parallel.plan import ParallelPlan, Roles, match_names
-from titan_parallel.stage_modules import Entrance, Exit, Flow, PassOn, StandIn
+from titan_parallel.stage_modules import End, Entrance, Exit, Flow, PassOn, StandIn
 
 
 def cut(
@@ -40,14 +40,17 @@ def cut(
     return model, [pair for pair in tied if here.issuperset(pair)]
 
 
-def enter(model: nn.Module, own: Roles, flow: Flow) -> None:
-    """Let a stage's first block take what the stage receives; after all transforms of the block."""
+def enter(model: nn.Module, own: Roles, flow: Flow, *, is_last: bool) -> None:
+    """Put what stands at a stage's ends around its first block and the model's last one; after all transforms."""
     name = own.blocks[0]
     model.set_submodule(name, Entrance(model.get_submodule(name), flow))
+    if is_last:
+        name = own.blocks[-1]
+        model.set_submodule(name, End(model.get_submodule(name), flow))
 
 
 def check_divisible(model: nn.Module, roles: Roles) -> None:
-    """Check that every parameter belongs to a module that a stage can have for its own.
+    """Check that every parameter belongs to a module, of one name, that a stage can have for its own.
 
     Raises:
         LayoutError: With the names of those that do not.
@@ -56,11 +59,32 @@ def check_divisible(model: nn.Module, roles: Roles) -> None:
     stray = [name for name, _ in model.named_parameters() if not name.startswith(prefixes)]
     if not roles.blocks:
         raise LayoutError("pp is more than 1, but the plan names no blocks to make stages of")
+    shared = _shared(model, prefixes)
+    if shared:
+        raise LayoutError(
+            f"pp is more than 1, but the model has modules under two names, which stages cannot share: {shared[0]}; "
+            "make them modules of their own, or take pp 1"
+        )
     if stray:
         raise LayoutError(
             f"pp is more than 1, but these parameters are in no module that the plan names as 'before', 'blocks' or "
             f"'after', so no stage owns them: {', '.join(stray)}"
         )
+
+
+def _shared(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
+    """Return which modules with parameters are in one of the modules of a stage, and elsewhere under another name."""
+
+    def unit(name: str) -> str:
+        return next((prefix for prefix in prefixes if f"{name}.".startswith(prefix)), "")
+
+    first: dict[int, str] = {}
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        other = first.setdefault(id(module), name)
+        if unit(other) != unit(name) and any(True for _ in module.parameters()):
+            found.append(f"{name} is {other}")
+    return found
 
 
 def stage_plan(model: nn.Module, plan: ParallelPlan, roles: Roles, own: Roles) -> ParallelPlan:
@@ -95,3 +119,19 @@ def stage_plan(model: nn.Module, plan: ParallelPlan, roles: Roles, own: Roles) -
         "attention": here(plan.get("attention", ())),
         "experts": here(plan.get("experts", ())),
     }
+
+
+def own_roles(model: nn.Module, roles: Roles, blocks: Sequence[Sequence[str]], index: int) -> Roles:
+    """Return the modules of one stage.
+
+    Args:
+        model: The whole model.
+        roles: Its modules.
+        blocks: Names of the blocks of each stage.
+        index: The stage. Modules before the blocks that have no state, such as rotary tables, are every stage's.
+    """
+    return Roles(
+        before=[name for name in roles.before if index == 0 or not model.get_submodule(name).state_dict()],
+        blocks=list(blocks[index]),
+        after=roles.after if index == len(blocks) - 1 else [],
+    )
