@@ -137,8 +137,8 @@ def traffic_lines(layout: Layout, settings: Settings) -> str:
 def _traffic(shape: DecoderConfig, degrees: Degrees, options: ParallelOptions, microbatches: int) -> Bytes:
     model = laid_out(shape, degrees, options)
     microbatch, count = one_row(shape)
-    if degrees.pp > 1:  # stages tell one another in their first step what they exchange
-        model.forward_backward([microbatch] * microbatches, total_loss, count)
+    # In their first step ranks see whether they agree, and stages what they exchange.
+    model.forward_backward([microbatch] * microbatches, total_loss, count)
     with Traffic() as traffic:
         model.forward_backward([microbatch] * microbatches, total_loss, count)
     every: list[Counter[str]] = [Counter() for _ in range(dist.get_world_size())]

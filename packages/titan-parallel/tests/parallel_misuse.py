@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from parallel_cases import batch, build, plan, summed_loss, whole
@@ -14,6 +16,7 @@ from titan_parallel import (
     LayoutError,
     Microbatch,
     ParallelModel,
+    ParallelOptions,
     ParallelPlan,
     build_mesh,
     clip_grad_norm,
@@ -38,10 +41,81 @@ def wrong_calls(rank: int, world: int) -> list[str]:
     calls: list[Callable[[], object]] = [
         lambda: model.forward_backward([], summed_loss, 1.0),
         lambda: model.evaluate([], summed_loss),
+        lambda: model.evaluate([Microbatch(batch(0)[:1], None)], lambda output, _: output[0, 0]),
         lambda: model.load_state_dict({name: value for name, value in state.items() if name != "table.weight"}),
         lambda: model.load_state_dict({**state, "last.bias": state["last.bias"][:1]}),
     ]
     return [_message(call) for call in calls]
+
+
+def disagreement(rank: int, world: int, what: str) -> str:
+    """Return the message when the last rank is asked for something else, which must come without a hang."""
+    odd = rank == world - 1
+    degrees = Degrees(dp_replicate=2) if what == "degrees" and odd else Degrees()
+    changed: ParallelPlan = {"after": ["last", "vocab_out"] if not odd else ["vocab_out", "last"]}
+    options = ParallelOptions(compile_blocks=what == "options" and odd)
+    net = build(False)
+    if what == "weights" and odd:
+        net.stack[1].mix.query.weight.data.normal_()
+    net.last.requires_grad_(not (what == "frozen" and odd))
+    tokens, labels = batch(0)
+    count = 2 if what in ("forward_backward", "evaluate") and odd else 1
+    step = [Microbatch((tokens,), labels)] * count
+
+    def calls() -> None:
+        mesh = build_mesh(degrees, "cpu")
+        model = parallelize(net, mesh, {**plan(False), **(changed if what == "plan" else {})}, options)
+        if what == "forward_backward":
+            model.forward_backward(step, summed_loss, 1.0)
+        if what == "normaliser":
+            model.forward_backward(step, summed_loss, 1.0 + rank)
+        model.evaluate(step, summed_loss)
+
+    return _message(calls)
+
+
+def laid_out_before(rank: int, world: int) -> list[str]:
+    """Return what models are refused with that somebody has laid out, and meshes that somebody has made."""
+    mesh = build_mesh(Degrees(), "cpu")
+    sharded = build(False)
+    fully_shard(sharded.stack[1])
+    models: list[nn.Module] = [sharded, _model(Degrees()).parts[0], nn.parallel.DistributedDataParallel(build(False))]
+    plain = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    return [
+        *(_message(lambda model=model: parallelize(model, mesh, plan(False))) for model in models),
+        _message(lambda: parallelize(_model(Degrees()), mesh, plan(False))),  # type: ignore[arg-type]
+        _message(lambda: parallelize(build(False), plain, plan(False))),
+    ]
+
+
+def states_of_other_layouts(rank: int, world: int) -> list[str]:
+    """Return what is said to states that lie in another way, of which nothing may be copied."""
+    model, other = _model(Degrees()), _model(Degrees(tp=2))
+    before = whole(model)
+    said = [_message(lambda: model.load_state_dict(build(False).state_dict()))]
+    said.append(_message(lambda: model.load_state_dict(other.state_dict())))
+    assert all(torch.equal(weight, before[name]) for name, weight in whole(model).items())
+    return said
+
+
+def dropped(rank: int, world: int, seed: int, sequence_parallel: bool) -> str:
+    """Return what a step with dropout says, on ranks that are seeded by `seed` times their number."""
+    net = build(False)
+    net.stack[1].mlp.append(nn.Dropout(0.5))
+    options = ParallelOptions(sequence_parallel=sequence_parallel)
+    model = parallelize(net, build_mesh(Degrees(tp=world), "cpu"), plan(False), options)
+    tokens, labels = batch(0)
+    torch.manual_seed(rank * seed)
+    return _message(lambda: model.forward_backward([Microbatch((tokens,), labels)], summed_loss, 1.0))
+
+
+def unshardable(rank: int, world: int, degrees: Degrees) -> str:
+    """Return the message for parameters that FSDP2 does not take, or nothing if they are not sharded."""
+    net = build(False)
+    net.last.temperature = nn.Parameter(torch.ones(()))
+    net.vocab_out.weight.data = net.vocab_out.weight.data.t().contiguous().t()
+    words: ParallelPlan = {**plan(False), "tensor": {**plan(False)["tensor"], "last.temperature": "replicate"}}
+    return _message(lambda: parallelize(net, build_mesh(degrees, "cpu"), words))
 
 
 def look_between(rank: int, world: int, degrees: Degrees, look: str) -> dict[str, Tensor]:

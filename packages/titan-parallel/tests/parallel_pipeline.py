@@ -296,17 +296,64 @@ class Shrinking(nn.Linear):
         return super().forward(x)[:, 1:]
 
 
+class Keeping(Layer):
+    """Keeps something of what it computes in an attribute, as mixtures do with a loss of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(wraps=False)
+        self.kept: Any = 0.0
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        x = super().forward(x, mask)
+        self.kept = x.square().mean()
+        return x
+
+
+class _Once(torch.autograd.Function):
+    """A product whose backward runs once, as that of many a fused loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.kept = x, weight
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.kept
+        del ctx.kept
+        return grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1)
+
+
+class Once(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Once.apply(x, self.weight)
+
+
+class Turn(nn.Module):
+    """A table without parameters, as of rotary angles."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 1 + torch.arange(tokens.shape[1]).remainder(3)[:, None]
+
+
 class Odd(Documents):
     """What a pipeline cannot take, one `kind` at a time; or what it takes in another way."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(False, 4)
         self.kind = kind
+        self.turn = Turn()
+        if kind == "once":
+            self.vocab_out = Once(DIM, VOCAB, bias=False)
+        if kind == "kept":
+            self.stack = nn.ModuleList([Keeping() for _ in range(4)])
         if kind == "stray":
             self.shift = nn.Parameter(torch.zeros(DIM))
         if kind == "twice":
             for layer in self.stack:
                 layer.norm2 = layer.norm1
+        if kind == "again":
+            self.stack[2] = self.stack[0]
         if kind == "shrinks":
             self.stack[0] = Shrinking()
 
@@ -316,9 +363,16 @@ class Odd(Documents):
         same = (document_ids[:, None, :, None] == document_ids[:, None, None, :]).tril()
         x = self.table(tokens) + self.places(torch.arange(tokens.shape[1]))
         mask = same + self.places.weight.sum() * 0 if self.kind == "second" else same
+        begun = x
         for layer in self.stack:
             x = layer(x, mask)
-        return self.vocab_out(self.last(x))
+        if self.kind == "late":
+            raise ValueError("no head today")
+        if self.kind == "skip":
+            x = x + begun
+        if self.kind == "turned":
+            x = x * self.turn(tokens)
+        return self.vocab_out(self.last(x)) + sum(layer.kept for layer in self.stack if self.kind == "kept")
 
 
 def refusal(rank: int, world: int, kind: str, changed: ParallelPlan, options: ParallelOptions, count: int) -> str:
@@ -337,15 +391,24 @@ def refusal(rank: int, world: int, kind: str, changed: ParallelPlan, options: Pa
     return ""
 
 
-def shared_weights(rank: int, world: int, schedule: str) -> dict[str, Tensor]:
-    """Return gradients of a model whose blocks use one norm twice, in a pipeline or (no schedule) by plain torch."""
+def odd_gradients(rank: int, world: int, kind: str, schedule: str) -> dict[str, Tensor]:
+    """Return gradients of an odd model in a pipeline or (no schedule) by plain torch."""
     torch.manual_seed(4)
-    net = Odd("twice")
+    net = Odd(kind)
     tokens, labels = batch(0)
     if not schedule:
         summed_loss(net(tokens, document_ids=documents(0)), labels).backward()
         return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     options = ParallelOptions(pipeline=PipelineOptions(schedule=schedule))
-    model = parallelize(net, build_mesh(Degrees(pp=world), "cpu"), plan(False), options)
+    laid: ParallelPlan = {**plan(False), "before": ["table", "places", "turn"]}
+    model = parallelize(net, build_mesh(Degrees(pp=world), "cpu"), laid, options)
     model.forward_backward(microbatches(model, 0, 4)[0], summed_loss, 1.0)
     return {name: to_full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def actions(rank: int, world: int, case: Case) -> list[str]:
+    """Return what a rank does in a step, in torch's words."""
+    model = case.model()
+    model.forward_backward(*_step(model, case.count))
+    _, built = model._run._built
+    return [str(action) for action in built._schedule.pipeline_order_with_comms[rank]]

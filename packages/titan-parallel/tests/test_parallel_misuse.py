@@ -66,15 +66,65 @@ def test_refusals_of_tied_weights(two: Group, shared: bool, changed: dict, says:
         assert says in message
 
 
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("degrees", "the layout is Degrees(dp_replicate=1, dp_shard=-1"),
+        ("plan", "the plan's 'after' is ['last', 'vocab_out'] on rank 0 and ['vocab_out', 'last'] on rank 1"),
+        ("options", "option compile_blocks is False on rank 0 and True on rank 1"),
+        ("frozen", "their names, shapes, dtypes and requires_grad is [("),
+        ("weights", "the first number of each is ["),
+        ("normaliser", "the normaliser is 1.0 on rank 0 and 2.0 on rank 1"),
+        ("forward_backward", "the number of microbatches of forward_backward is 1 on rank 0 and 2 on rank 1"),
+        ("evaluate", "the number of microbatches of evaluate is 1 on rank 0 and 2 on rank 1"),
+    ],
+)
+def test_ranks_that_disagree(two: Group, what: str, says: str) -> None:
+    for message in two.run(misuse.disagreement, what):
+        assert message.startswith("LayoutError: ranks were not asked for the same, and would wait for one another: ")
+        assert says in message
+
+
+def test_what_was_laid_out_before(two: Group) -> None:
+    for sharded, again, wrapped, parallel, mesh in two.run(misuse.laid_out_before):
+        assert sharded.startswith("LayoutError: Net is laid out already (stack.1 is sharded)")
+        assert again.startswith("LayoutError: FSDPNet is laid out already (itself is sharded)")
+        assert wrapped.startswith("LayoutError: the model is wrapped by DistributedDataParallel: give its `module`")
+        assert parallel == "LayoutError: the model is a ParallelModel, which is laid out already"
+        assert mesh.startswith("LayoutError: the mesh has the dims ('dp',), not ('pp', ")
+
+
+def test_states_of_other_layouts(two: Group) -> None:
+    for plain, other in two.run(misuse.states_of_other_layouts):
+        assert "table.weight is a plain tensor, but on a mesh of ('fsdp',) [2] in the model: distribute it" in plain
+        assert "table.weight is on a mesh of ('tp',) [2], but on a mesh of ('fsdp',) [2]" in other
+
+
+def test_dropout_of_what_ranks_have_in_whole(two: Group) -> None:
+    for message in two.run(misuse.dropped, 1, False):
+        assert message.startswith("LayoutError: ranks were not asked for the same")
+        assert "the state of torch's random generator, for dropout, is " in message
+    for seed, sequence_parallel in ((0, False), (1, True)):
+        assert two.run(misuse.dropped, seed, sequence_parallel) == ["no error"] * 2
+
+
+def test_parameters_that_cannot_be_sharded(two: Group) -> None:
+    for message in two.run(misuse.unshardable, Degrees()):
+        assert "last.temperature has no dims, make its shape [1]" in message
+        assert "vocab_out.weight [32, 32] has strides [1, 32], make its data contiguous" in message
+    assert two.run(misuse.unshardable, Degrees(tp=2)) == ["no error"] * 2
+
+
 def test_unknown_entries_of_the_plan() -> None:
     with pytest.raises(LayoutError, match=r"unknown entries of the plan \['block'\]; there are \['blocks', "):
         check_plan({"block": ["stack.*"]}, Degrees())  # type: ignore[typeddict-unknown-key]
 
 
 def test_wrong_calls(two: Group) -> None:
-    for no_step, nothing_to_evaluate, incomplete, misshapen in two.run(misuse.wrong_calls):
+    for no_step, nothing_to_evaluate, no_number, incomplete, misshapen in two.run(misuse.wrong_calls):
         assert no_step.startswith("ValueError: there is no microbatch")
         assert nothing_to_evaluate.startswith("ValueError: there is no microbatch")
+        assert no_number.endswith("the sum over what it scores, a scalar, but returned a tensor [32]")
         assert "missing ['table.weight'], unexpected []" in incomplete
         assert misshapen == "ValueError: the state does not fit the model: last.bias is (1,), not (32,)"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -113,19 +114,31 @@ def test_bf16_stays_near(two: Group) -> None:
 
 
 def test_backward_is_run_in_halves(two: Group, four: Group) -> None:
-    # Not of the first stage, which has no input to hand a gradient on for, nor of the last, which has the loss.
-    for case in (on("InterleavedZeroBubble"), on("ZBVZeroBubble", tied=True)):
-        stages = {k: v for found in two.run(cases.halves, case) for k, v in found.items()}
-        assert stages == {0: None, 1: True, 2: True, 3: None}
-    for degrees in (Degrees(pp=2), Degrees(pp=2, tp=2)):
-        stages = {k: v for found in four.run(cases.halves, on("ZBVZeroBubble", degrees)) for k, v in found.items()}
-        assert stages == {0: None, 1: True, 2: True, 3: None}
+    for group, case in (
+        (two, on("InterleavedZeroBubble")),
+        (two, on("ZBVZeroBubble", tied=True)),
+        (four, on("ZBVZeroBubble")),
+        (four, on("ZBVZeroBubble", Degrees(pp=2, tp=2))),
+    ):
+        stages = {index: splits for found in group.run(cases.halves, case) for index, splits in found.items()}
+        assert stages == dict.fromkeys(range(4), True)
+    compiled = on("ZBVZeroBubble", options=ParallelOptions(compile_blocks=True, compile_backend="eager"))
+    assert two.run(cases.halves, compiled) == [{0: False, 3: False}, {1: False, 2: False}]
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
-def test_module_that_is_called_twice(two: Group, schedule: str) -> None:
-    expected = cases.shared_weights(0, 1, "")
-    found = {name: grad for result in two.run(cases.shared_weights, schedule) for name, grad in result.items()}
+def test_results_are_sent_when_they_are_there(two: Group) -> None:
+    # torch puts a forward and a backward into one action in this schedule, and would send what they give after both.
+    for actions in two.run(cases.actions, on("DualPipeV")):
+        sent = [(one, then) for one, then in pairwise(actions) if "SEND" in then and "WAIT" not in then]
+        assert len(sent) == 8
+        assert all(then[:2] == one[:1] + "S" and then[-1] == one[-1] for one, then in sent), actions
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble", *longer("InterleavedZeroBubble")])
+@pytest.mark.parametrize("kind", ["twice", "turned", "once"])
+def test_odd_models(two: Group, schedule: str, kind: str) -> None:
+    expected = cases.odd_gradients(0, 1, kind, "")
+    found = {name: grad for result in two.run(cases.odd_gradients, kind, schedule) for name, grad in result.items()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
@@ -227,6 +240,10 @@ NO = ParallelOptions()
             r"LayoutError: blocks have to keep .* float32 \[2, 16, 32\] becomes float32 \[2, 15, 32\]",
         ),
         ("broken", {}, NO, 4, "ValueError: no forward today|RuntimeError: ValueError: no forward today"),
+        ("late", {}, NO, 4, "ValueError: no head today|RuntimeError: ValueError: no head today"),
+        ("skip", {}, NO, 4, "LayoutError: .* but what places, table returns, on another stage, is needed beside it"),
+        ("kept", {}, NO, 4, "LayoutError: .* but the loss depends on the blocks in another way too"),
+        ("again", {}, NO, 4, r"LayoutError: .* modules under two names, which stages cannot share: stack.2 is stack.0"),
         ("shapes", {}, NO, 4, r"ValueError: .* float32 \[2, 16, 32\], float32 \[2, 4, 32\]: pad them"),
         ("", {}, NO, 1, "LayoutError: pipeline schedule 1F1B on 2 ranks takes at least as many as ranks, 2, but there"),
         (
@@ -251,7 +268,22 @@ NO = ParallelOptions()
             r"LayoutError: split names what is no block: stack.9 \(nearest to the first: stack\.",
         ),
     ],
-    ids=["stray", "no-blocks", "second", "shrinks", "broken", "shapes", "few", "reshard", "stages", "split"],
+    ids=[
+        "stray",
+        "no-blocks",
+        "second",
+        "shrinks",
+        "broken",
+        "late",
+        "skip",
+        "kept",
+        "again",
+        "shapes",
+        "few",
+        "reshard",
+        "stages",
+        "split",
+    ],
 )
 def test_refusals(two: Group, kind: str, changed: dict, options: ParallelOptions, count: int, says: str) -> None:
     for message in two.run(cases.refusal, kind, changed, options, count):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -55,7 +56,7 @@ def test_tensor_parallel(heads: tuple[int, int], vocabulary: int, sequence: int 
             check_plan(plan, Degrees(tp=degree), sequence_length=sequence)
 
 
-SPLITS: ParallelPlan = {"experts": ["experts"], "attention": ["core"], "sequence": {"x": 1}}
+SPLITS: ParallelPlan = {"experts": ["experts"], "attention": ["core"], "sequence": {"x": 1}, "positions": None}
 
 
 @settings(deadline=None)
@@ -108,6 +109,29 @@ def test_laying_out(chosen: dict[str, int], kv_heads: int, options: ParallelOpti
         held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
         whole = sum(parameter.numel() for parameter in model.parameters())
         assert held < whole if degrees.tp * degrees.dp_shard > 1 else held == whole
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(2, 4))
+def test_widths_that_tensor_parallelism_splits(heads: int, width: int, tp: int) -> None:
+    """A plan need not say what has to be divided: linears are looked at."""
+    plan: ParallelPlan = {"tensor": {"0": "colwise", "1": "rowwise"}}
+
+    def lay_out(degree: int) -> None:
+        with ranks(degree):
+            net = nn.Sequential(nn.Linear(4, heads * width, device="meta"), nn.Linear(heads * width, 4, device="meta"))
+            parallelize(net, build_mesh(Degrees(tp=degree), "cpu"), plan)
+
+    try:
+        lay_out(tp)
+        assert heads * width % tp == 0
+    except LayoutError as error:
+        message, _, offered = str(error).partition("; these degrees would: ")
+        assert message == (
+            f"tp {tp} does not divide the outputs of '0', {heads * width}; the inputs of '1', {heads * width}"
+        )
+        for degree in offered.strip("[]").split(", "):
+            lay_out(int(degree))
 
 
 def laid_out(degrees: Degrees, kv_heads: int, options: ParallelOptions) -> ParallelModel:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import parallel_transformers
 from parallel_group import Group
-from titan_parallel import Degrees, ParallelOptions
+from titan_parallel import Degrees, LayoutError, ParallelOptions, check_plan, plan_from_transformers
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow  # it takes seconds to import, in each process
@@ -45,3 +45,21 @@ def test_four_processes(
     four: Group, plain: tuple[str, list[float], dict[str, Tensor]], options: ParallelOptions
 ) -> None:
     same(four, plain, Degrees(tp=2), options)
+
+
+def test_plans_of_models_that_are_split_in_other_words() -> None:
+    import transformers
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.device("meta"):
+        phi3 = transformers.Phi3ForCausalLM(transformers.Phi3Config(vocab_size=64, pad_token_id=0, **shape))
+        gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(LayoutError, match=r"Phi3ForCausalLM asks for \['colwise_gather_output', .*tensor=False"):
+        plan_from_transformers(phi3)
+    plan = plan_from_transformers(phi3, tensor=False)
+    roles = [plan[role] for role in ("before", "blocks", "after")]
+    assert roles == [["model.embed_tokens"], ["model.layers.*"], ["model.norm", "lm_head"]]
+    with pytest.raises(LayoutError, match="tp is 2, but the plan says under 'tensor' of no module"):
+        check_plan(plan, Degrees(tp=2))
+    with pytest.raises(LayoutError, match="GPT2LMHeadModel does not say how it may be split"):
+        plan_from_transformers(gpt2, tensor=False)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from titan_parallel.agreement import check_agreement
 from titan_parallel.errors import LayoutError
 
 MESH_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
@@ -137,8 +138,9 @@ def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
         The mesh. Dimensions of size 1 are there too.
 
     Raises:
-        LayoutError: If the degrees do not multiply to the world size.
+        LayoutError: If the degrees do not multiply to the world size, or differ between ranks.
     """
+    check_agreement({"the layout": degrees, "the type of device": device_type})
     full = degrees.resolve(dist.get_world_size())
     return init_device_mesh(device_type, tuple(size for _, size in full._items()), mesh_dim_names=MESH_DIMS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from titan_parallel.agreement import check_agreement
 from titan_parallel.context_inputs import SequenceCut
 from titan_parallel.describe import Layout, describe
 from titan_parallel.float8 import prepare_weights
@@ -46,6 +49,7 @@ class ParallelModel:
         self._cut = cut
         # By dim, of those that have more than one rank. (To look a dim up builds a mesh of it.)
         self._groups = {name: mesh[name].get_group() for name in MESH_DIMS if mesh[name].size() > 1}
+        self._called: set[str] = set()
 
     def materialize(self, device: torch.device | str) -> None:
         """Allocate the parameters and buffers of a model built on meta, uninitialised.
@@ -81,9 +85,11 @@ class ParallelModel:
             This rank's part of the loss, detached; `sum_parts` adds up those of all ranks.
 
         Raises:
-            ValueError: If there is no microbatch, or context parallelism cannot cut its sequences.
+            ValueError: If there is no microbatch, context parallelism cannot cut its sequences, or the loss function
+                returns no scalar.
+            LayoutError: In the first call, if ranks have other numbers of microbatches, or another normaliser.
         """
-        _check_any(microbatches)
+        self._check_call("forward_backward", microbatches, {"the normaliser": float(normaliser)})
         self._prepare_weights()
         loss = self._run.forward_backward(self._own_tokens(microbatches), loss_function, normaliser)
         settle_gradients(self.parameters())
@@ -95,7 +101,7 @@ class ParallelModel:
 
         Arguments and exceptions are those of `forward_backward`.
         """
-        _check_any(microbatches)
+        self._check_call("evaluate", microbatches, {})
         self._prepare_weights()
         with self._evaluating():
             return self._run.evaluate(self._own_tokens(microbatches), loss_function)
@@ -170,7 +176,7 @@ class ParallelModel:
 
         Raises:
             KeyError: If names are missing or unexpected; nothing is copied then.
-            ValueError: If shapes differ; nothing is copied then.
+            ValueError: If shapes or meshes differ; nothing is copied then.
         """
         own = self.state_dict()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -178,6 +184,12 @@ class ParallelModel:
             raise KeyError(f"the state does not fit the model: missing {missing}, unexpected {unexpected}")
         shapes = [(name, tuple(state[name].shape), tuple(value.shape)) for name, value in own.items()]
         wrong = [f"{name} is {given}, not {wanted}" for name, given, wanted in shapes if given != wanted]
+        wrong += [
+            f"{name} is {_lies(state[name])}, but {_lies(value)} in the model: distribute it as there first, or load "
+            "by what reshards, such as torch.distributed.checkpoint"
+            for name, value in own.items()
+            if _mesh(state[name]) != _mesh(value)
+        ]
         if wrong:  # copying would repeat a smaller tensor to fit
             raise ValueError(f"the state does not fit the model: {'; '.join(wrong)}")
         for name, value in own.items():
@@ -187,6 +199,27 @@ class ParallelModel:
     def describe(self) -> str:
         """Return a table of this rank's parameters: how each is split, its whole and its own shape, and its bytes."""
         return describe(self.named_parameters(), self.mesh, self._layout)
+
+    def _check_call(self, call: str, microbatches: Sequence[Microbatch], asked: Mapping[str, object]) -> None:
+        """Check that there are microbatches and, in the first such call, that all ranks were asked for the same."""
+        if call not in self._called:
+            check_agreement({f"the number of microbatches of {call}": len(microbatches), **asked})
+            if (
+                self.mesh["tp"].size() > 1
+                and not self._layout.options.sequence_parallel
+                and self.mesh.device_type == "cpu"
+            ):
+                self._check_random()
+            self._called.add(call)
+        if not microbatches:
+            raise ValueError("there is no microbatch; every rank needs at least one, and as many as the others")
+
+    def _check_random(self) -> None:
+        """Check that tensor-parallel ranks drop the same of what each has in whole; on CUDA torch sees to it."""
+        modules = [module for part in self.parts for module in part.modules()]
+        if any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in modules):
+            state = hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()[:8]
+            check_agreement({"the state of torch's random generator, for dropout,": state}, self.mesh["tp"].get_group())
 
     def _own_tokens(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         if self._cut is None:
@@ -224,6 +257,10 @@ def _share_buffers(parts: Sequence[nn.Module]) -> None:
             setattr(part.get_submodule(module), key, kept)
 
 
-def _check_any(microbatches: Sequence[Microbatch]) -> None:
-    if not microbatches:
-        raise ValueError("there is no microbatch; every rank needs at least one, and as many as the others")
+def _mesh(x: Tensor) -> DeviceMesh | None:
+    return x.device_mesh if isinstance(x, DTensor) else None
+
+
+def _lies(x: Tensor) -> str:
+    mesh = _mesh(x)
+    return "a plain tensor" if mesh is None else f"on a mesh of {mesh.mesh_dim_names} {list(mesh.shape)}"

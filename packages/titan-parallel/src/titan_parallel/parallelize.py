@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from titan_parallel.activation import checkpoint_blocks
+from titan_parallel.agreement import check_agreement
 from titan_parallel.compilation import compile_blocks
 from titan_parallel.context import replace_attention
 from titan_parallel.context_collectives import peers_of
@@ -14,7 +21,7 @@ from titan_parallel.describe import Layout
 from titan_parallel.errors import LayoutError
 from titan_parallel.experts import check_experts, find_experts, spread_experts
 from titan_parallel.float8 import check_float8, convert_linears, is_float8
-from titan_parallel.mesh import degrees_of
+from titan_parallel.mesh import MESH_DIMS, degrees_of
 from titan_parallel.model import ParallelModel
 from titan_parallel.options import ParallelOptions
 from titan_parallel.plan import ParallelPlan, Roles, check_plan, find_roles, match_names, style_names
@@ -31,7 +38,7 @@ def parallelize(
     """Lay a model out over a mesh: context and tensor parallelism, activation checkpointing, compilation, then FSDP2.
 
     Args:
-        model: Any module, on meta or with its weights (then equal on all ranks). It is changed in place.
+        model: Any module, on meta or with its weights, equal on all ranks. It is changed in place.
         mesh: From `build_mesh`.
         plan: Roles of the model's modules. What is left out is not done: without `blocks` FSDP shards the whole
             model as one unit.
@@ -41,9 +48,11 @@ def parallelize(
         The model in its new layout. If it was built on meta, call `materialize` and fill its parameters next.
 
     Raises:
-        LayoutError: If the plan does not fit the model or the layout.
+        LayoutError: If the plan does not fit the model or the layout, or ranks were not asked for the same.
     """
     options = options or ParallelOptions()
+    _check_plain(model, mesh)
+    check_agreement(_asked(model, plan, options))
     tied = list(plan.get("tied", ()))
     check_plan(plan, degrees_of(mesh), options=options)
     check_pipeline(mesh["pp"].size(), options.pipeline)
@@ -70,13 +79,51 @@ def parallelize(
         _lay_out(part, mesh, own_plan, own_roles, options)
 
     if mesh["pp"].size() > 1:
-        from titan_parallel.pipeline import make_stages  # torch's pipelining takes seconds to import
+        from titan_parallel.pipeline_build import make_stages  # torch's pipelining takes seconds to import
 
         stages = make_stages(model, mesh, plan, roles, options, lay_out, sharded_logits)
         return ParallelModel(stages.parts, mesh, tied, stages, layout, cut)
     lay_out(model, plan, roles)
     run = SequentialRun(model, sharded_logits, options.reduce_every_microbatch)
     return ParallelModel([model], mesh, tied, run, layout, cut)
+
+
+def _check_plain(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Check that nobody has laid the model out before, and that the mesh is one of ours."""
+    if mesh.mesh_dim_names != MESH_DIMS:
+        raise LayoutError(f"the mesh has the dims {mesh.mesh_dim_names}, not {MESH_DIMS}: make it by build_mesh")
+    if isinstance(model, ParallelModel):
+        raise LayoutError("the model is a ParallelModel, which is laid out already")
+    if isinstance(model, DistributedDataParallel):
+        raise LayoutError(
+            "the model is wrapped by DistributedDataParallel: give its `module`; dp_replicate does the same"
+        )
+    laid = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    laid += [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    if laid:
+        raise LayoutError(
+            f"{type(model).__name__} is laid out already ({laid[0] or 'itself'} is sharded): parallelize takes a plain "
+            "model, once"
+        )
+
+
+def _asked(model: nn.Module, plan: ParallelPlan, options: ParallelOptions) -> dict[str, object]:
+    """Return what has to be the same on all ranks, each with a name."""
+    parameters = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()]
+    return {
+        **{f"the plan's {entry!r}": value for entry, value in plan.items()},
+        **{f"option {field.name}": getattr(options, field.name) for field in fields(options)},
+        "the class of the model": type(model).__name__,
+        "its number of parameters": len(parameters),
+        "their names, shapes, dtypes and requires_grad": parameters,
+        "the first number of each": _first_numbers(model),
+    }
+
+
+def _first_numbers(model: nn.Module) -> list[float]:
+    """Return what tells weights of one seed from those of another; nothing of parameters on meta."""
+    firsts = [p.detach().flatten()[:1].double() for p in model.parameters() if p.numel() and not p.is_meta]
+    return torch.cat(firsts).tolist() if firsts else []
 
 
 def _cut_sequences(model: nn.Module, mesh: DeviceMesh, plan: ParallelPlan, options: ParallelOptions) -> SequenceCut:

@@ -17,7 +17,9 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get
 
 from titan_parallel.schedules import Stages
 from titan_parallel.sequential import Microbatch
-from titan_parallel.stages import Boundary, Stage
+from titan_parallel.stage_boundary import Boundary
+from titan_parallel.stage_modules import Parting
+from titan_parallel.stages import Stage
 
 
 class ScheduledStage(PipelineStage):
@@ -29,23 +31,16 @@ class ScheduledStage(PipelineStage):
         count: Number of all stages.
         group: The ranks of the pipeline.
         boundary: What passes between stages.
+        splits: Whether the schedule has gradients of inputs and of weights apart. Where the stage cannot have them
+            apart they are computed together, at the place of the former.
+
+    Attributes:
         microbatches: Of the step.
         boundaries: For each of them.
-        splits: Whether the schedule has gradients of inputs and of weights apart.
-        in_one_piece: Compute them together all the same, at the place of the former. Done anyway where the graph turns
-            out not to allow for the former alone.
     """
 
     def __init__(
-        self,
-        stage: Stage,
-        index: int,
-        count: int,
-        group: ProcessGroup,
-        boundary: Boundary,
-        *,
-        splits: bool,
-        in_one_piece: bool,
+        self, stage: Stage, index: int, count: int, group: ProcessGroup, boundary: Boundary, *, splits: bool
     ) -> None:
         hidden = torch.empty(boundary.local, dtype=boundary.hidden.dtype, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
@@ -57,23 +52,48 @@ class ScheduledStage(PipelineStage):
             input_args=(hidden,) if index else (),
             output_args=(hidden,) if index < count - 1 else (loss,),
             group=group,
-            dw_builder=_nothing_left if splits and in_one_piece else None,
+            dw_builder=_nothing_left if splits and not stage.splits_backward else None,
         )
         self.stage = stage
-        self._splits = splits
-        if splits and index and not in_one_piece and stage.splits_backward is None:
-            stage.examines = True
+        stage.flow.parts = bool(splits and stage.splits_backward and stage.is_last)
         self.microbatches: Sequence[Microbatch] = ()
         self.boundaries: Sequence[Boundary] = ()
+        self._partings: dict[int, Parting] = {}
+        self._parting: Parting | None = None  # of the microbatch whose backward runs
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Compute the microbatch of this number."""
+        flow = self.stage.flow
         self.stage.microbatch = self.microbatches[fwd_chunk_id]
-        self.stage.flow.boundary = self.boundaries[fwd_chunk_id]
+        flow.boundary = self.boundaries[fwd_chunk_id]
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if self._splits and self.stage.splits_backward is False:
-            self.dw_builder = _nothing_left
+        if flow.parting is not None:
+            self._partings[fwd_chunk_id], flow.parting = flow.parting, None
         return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Compute the gradients of the microbatch of this number, or those of the input alone."""
+        self._parting = self._partings.pop(bwd_chunk_id, None)
+        return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False):  # type: ignore[no-untyped-def]
+        """Run a backward; that of what follows the last block first, and in one piece, where the graph is parted."""
+        parting, self._parting = self._parting, None
+        outputs = bwd_kwargs["stage_output"]
+        outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        if backward_type != "weight" and not any(getattr(x, "requires_grad", True) for x in outputs if x is not None):
+            return (None,) * len(bwd_kwargs["input_values"]), []  # all that it computes with is frozen
+        if parting is None:
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        loss = bwd_kwargs["stage_output"]
+        ending = {
+            "stage_output": loss[0] if isinstance(loss, tuple) else loss,
+            "output_grads": None,
+            "input_values": [parting.arrived],
+        }
+        gradients, _ = super().backward_maybe_with_nosync("full", ending)
+        blocks = {**bwd_kwargs, "stage_output": (parting.left,), "output_grads": gradients}
+        return super().backward_maybe_with_nosync(backward_type, blocks, last_backward)
 
     # Of stages that meet on one rank, torch hands gradients on even where there are none, in evaluation.
 
@@ -126,6 +146,16 @@ class BuiltSchedule:
         )
         if file is not None:
             self._schedule._load_csv(file)
+        if any(action.sub_actions for row in self._order() for action in row):
+            # Of a forward and a backward that torch has as one action, for those who can run both at once, it would
+            # send both results after both. One after the other, each goes as soon as it is there.
+            order = [[one for action in row for one in action.sub_actions or (action,)] for row in self._order()]
+            self._schedule._prepare_schedule_with_comms(dict(enumerate(order)))
+
+    def _order(self) -> list[list[Any]]:
+        """Return what torch has each rank compute, in order; nothing where it has no such table."""
+        order = getattr(self._schedule, "pipeline_order", {})
+        return [[action for action in order[rank] if action is not None] for rank in sorted(order)]
 
     def run(self, microbatches: Sequence[Microbatch], boundaries: Sequence[Boundary]) -> list[Tensor]:
         """Run a step; return the losses of its microbatches, on the rank with the last stage, in their order."""

@@ -73,7 +73,7 @@ class ParallelPlan(TypedDict, total=False):
             which they do, counted from the front; `target` stands for the microbatch's target and `output` for what the
             model returns. Context parallelism gives each rank its part of them.
         positions: The one of these inputs that numbers the positions, integers `[B, S]`. Where a caller leaves it out,
-            context parallelism fills it in, counting from 0.
+            context parallelism fills it in, counting from 0. None for a model to which no position is told.
         heads: Numbers of query heads and of key/value heads.
         experts: Modules that hold the experts of a mixture, each weight with one expert for each entry of dim 0. They
             are called as `experts(x, counts)`, x `[N, D]` with the rows of expert 0 first, then those of expert 1,
@@ -92,7 +92,7 @@ class ParallelPlan(TypedDict, total=False):
     divisible: ReadOnly[Mapping[str, int]]
     attention: ReadOnly[Sequence[str]]
     sequence: ReadOnly[Mapping[str, int]]
-    positions: ReadOnly[str]
+    positions: ReadOnly[str | None]
     heads: ReadOnly[tuple[int, int]]
     experts: ReadOnly[Sequence[str]]
     n_experts: ReadOnly[int]
@@ -261,7 +261,12 @@ def _check_context(plan: ParallelPlan, degrees: Degrees, options: ParallelOption
             f"cp is {cp}, but the plan does not say {' and '.join(map(repr, lacking))}: context parallelism has to "
             "know which modules compute attention and which inputs hold the sequence, by name and dim; or take cp 1"
         )
-    positions = plan.get("positions")
+    if "positions" not in plan:
+        raise LayoutError(
+            f"cp is {cp}, but the plan does not say under 'positions' which input numbers them: positions that a model "
+            "counts by itself would be those in a rank's part of the sequence; if it has none, say None"
+        )
+    positions = plan["positions"]
     if positions is not None and positions not in plan["sequence"]:
         raise LayoutError(
             f"the plan's 'positions', {positions!r}, is not among its 'sequence', {dict(plan['sequence'])}"

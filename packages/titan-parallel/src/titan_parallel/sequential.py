@@ -60,6 +60,18 @@ def loss_context(sharded_logits: bool) -> AbstractContextManager[None]:
     return loss_parallel() if sharded_logits else nullcontext()
 
 
+def checked_loss(loss: Tensor) -> Tensor:
+    """Return what a loss function returned.
+
+    Raises:
+        ValueError: If it is no single number.
+    """
+    if isinstance(loss, Tensor) and loss.ndim == 0:
+        return loss
+    what = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    raise ValueError(f"the loss function has to return the sum over what it scores, a scalar, but returned {what}")
+
+
 @dataclass(frozen=True)
 class SequentialRun:
     """Runs a whole model.
@@ -102,4 +114,4 @@ class SequentialRun:
 
     def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
         output = self.model(*microbatch.args, **microbatch.kwargs)
-        return loss_function(output if self.sharded_logits else whole(output), microbatch.target)
+        return checked_loss(loss_function(output if self.sharded_logits else whole(output), microbatch.target))

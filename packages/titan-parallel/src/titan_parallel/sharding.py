@@ -11,10 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from titan_parallel.errors import LayoutError
 from titan_parallel.experts import placement_of_shards
 from titan_parallel.mesh import fsdp_mesh
 from titan_parallel.options import ParallelOptions, reshard_blocks
-from titan_parallel.plan import Roles
+from titan_parallel.plan import Roles, clean_name
+
+_SHOWN = 4  # names in a message
 
 
 def apply_fsdp(
@@ -38,7 +41,11 @@ def apply_fsdp(
         tied: Whether a weight is shared between the modules before and after, which makes one unit of them.
         experts: Modules spread by expert parallelism; each is a unit in that of its block, over fewer ranks.
         options: Dtypes, resharding and offloading.
+
+    Raises:
+        LayoutError: If it has parameters that FSDP2 does not take.
     """
+    _check_parameters(model)
     data_mesh = fsdp_mesh(mesh)
     # The root casts what comes in from outside; inside, the dtypes are right (and fp32 rotary angles must stay fp32).
     outer = MixedPrecisionPolicy(param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options))
@@ -78,6 +85,21 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             # Without this a factor of 1 asks gloo for a kind of reduction that it does not have.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    named = [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
+    wrong = [f"{name} has no dims, make its shape [1]" for name, parameter in named if not parameter.ndim]
+    wrong += [
+        f"{name} {list(parameter.shape)} has strides {list(parameter.stride())}, make its data contiguous"
+        for name, parameter in named
+        if not parameter.is_contiguous()
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise LayoutError(
+            f"parameters of {type(model).__name__} that cannot be sharded: {'; '.join(wrong[:_SHOWN])}{more}"
+        )
 
 
 def set_last_microbatch(model: nn.Module, is_last: bool, *, reduce_every: bool) -> None:

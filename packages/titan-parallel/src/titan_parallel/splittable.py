@@ -19,10 +19,7 @@ def is_splittable(output: Tensor, received: Tensor) -> bool:
         output: What a stage returns, with its graph.
         received: The leaf that it was computed from.
     """
-    root = output.grad_fn
-    if root is None:
-        return True
-    order = _bottom_up(root)
+    order = nodes_below(output)
     dependent = {node for node in order if getattr(node, "variable", None) is received}
     weights: dict[Any, set[Any]] = {}  # of what does not depend on the input: the leaves under it
     met: dict[Any, set[Any]] = {}
@@ -42,10 +39,18 @@ def is_splittable(output: Tensor, received: Tensor) -> bool:
     return all(len(nodes) == 1 and outputs.get(next(iter(nodes)), {0}) == {0} for nodes in met.values())
 
 
-def _bottom_up(root: Any) -> list[Any]:
-    """Return the nodes of a graph, each after all that it leads to."""
+def nodes_below(x: Tensor, *, without: Any = None) -> list[Any]:
+    """Return the nodes of the graph of a tensor, each after all that it leads to.
+
+    Args:
+        x: The tensor; of one without a graph there are none.
+        without: A node to leave out, with what only it leads to.
+    """
+    root: Any = x.grad_fn
+    if root is None or root is without:
+        return []
     order: list[Any] = []
-    seen = {root}
+    seen = {root, without}
     stack = [(root, iter([child for child, _ in root.next_functions]))]
     while stack:
         node, children = stack[-1]

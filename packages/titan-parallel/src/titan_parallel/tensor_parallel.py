@@ -7,6 +7,7 @@ tensor that comes in from outside is taken to be whole, the same on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -52,6 +53,7 @@ def apply_tensor_parallel(
         chosen = {name: style for name, style in chosen.items() if name != mixture and name not in inside}
     parameters = dict(model.named_parameters())
     _check_kinds(model, {name: style for name, style in chosen.items() if style != "replicate"}, parameters)
+    _check_widths(model, chosen, mesh.size())
     # What copies whole modules comes last: it leaves alone the parameters that another word has split.
     for name in sorted(chosen, key=lambda name: isinstance(words[chosen[name]], _Copied | _Local)):
         if name in parameters:
@@ -116,6 +118,23 @@ def _check_kinds(model: nn.Module, styles: Mapping[str, str], parameters: Mappin
     ]
     if wrong:
         raise LayoutError(f"the plan's styles do not fit {type(model).__name__}: {'; '.join(wrong)}")
+
+
+def _check_widths(model: nn.Module, styles: Mapping[str, str], tp: int) -> None:
+    dims = {"colwise": 0, "rowwise": 1}  # of a weight, that are split
+    widths = {
+        f"the {('outputs', 'inputs')[dims[style]]} of {name!r}": model.get_parameter(f"{name}.weight").shape[
+            dims[style]
+        ]
+        for name, style in styles.items()
+        if style in dims
+    }
+    wrong = [f"{what}, {width}" for what, width in widths.items() if width % tp]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        common = math.gcd(*widths.values())
+        fits = [degree for degree in range(1, common + 1) if common % degree == 0]
+        raise LayoutError(f"tp {tp} does not divide {'; '.join(wrong[:_SHOWN])}{more}; these degrees would: {fits}")
 
 
 def _replicate_parameter(model: nn.Module, name: str, mesh: DeviceMesh) -> None:

@@ -14,7 +14,7 @@ from titan_parallel.plan import ParallelPlan
 _STYLES = {"colwise": "colwise", "rowwise": "rowwise", "replicated_with_grad_allreduce": "local"}
 
 
-def plan_from_transformers(model: nn.Module) -> ParallelPlan:
+def plan_from_transformers(model: nn.Module, *, tensor: bool = True) -> ParallelPlan:
     """Derive the plan of a causal language model of Hugging Face's `transformers` from its own plans.
 
     Its config says how the projections of a block are split (`base_model_tp_plan`) and what runs in which order
@@ -23,6 +23,8 @@ def plan_from_transformers(model: nn.Module) -> ParallelPlan:
 
     Args:
         model: Such as `LlamaForCausalLM`, on any device, meta included.
+        tensor: Whether to say how it is split by tensor parallelism. Without, the plan is for layouts with tp 1, and
+            what titan-parallel has no word for is passed over.
 
     Returns:
         The plan; add to it or change it as any dict.
@@ -33,14 +35,18 @@ def plan_from_transformers(model: nn.Module) -> ParallelPlan:
     config: Any = getattr(model, "config", None)
     styles: Mapping[str, str] | None = getattr(config, "base_model_tp_plan", None)
     order: Mapping[str, Any] | None = getattr(config, "base_model_pp_plan", None)
-    if not styles or not order:
+    if (tensor and not styles) or not order:
         raise LayoutError(
             f"{type(model).__name__} does not say how it may be split (its config has no base_model_tp_plan or no "
             "base_model_pp_plan): write its plan by hand"
         )
+    styles = styles if tensor and styles else {}
     unknown = sorted(set(styles.values()) - _STYLES.keys())
     if unknown:
-        raise LayoutError(f"{type(model).__name__} asks for {unknown}, which titan-parallel has no word for")
+        raise LayoutError(
+            f"{type(model).__name__} asks for {unknown}, which titan-parallel has no word for: write the plan's "
+            "'tensor' by hand, or leave it out with tensor=False and take tp 1"
+        )
     base = f"{model.base_model_prefix}." if hasattr(model, str(model.base_model_prefix)) else ""
     modules = [f"{base}{name}" for name in order]
     (stack,) = [name for name in modules if isinstance(model.get_submodule(name), nn.ModuleList)]
@@ -57,7 +63,9 @@ def plan_from_transformers(model: nn.Module) -> ParallelPlan:
             **_block_styles(model, stack, {f"{base}{name}": _STYLES[style] for name, style in styles.items()}),
             **dict.fromkeys(after, "sequence"),
             **({head: "logits"} if head else {}),
-        },
+        }
+        if tensor
+        else {},
         "tied": [(f"{head}.weight", f"{table}.weight")] if tied else [],
         "divisible": {
             "heads (num_attention_heads)": config.num_attention_heads,
