@@ -4,6 +4,7 @@ Needs the extra `titan-data[huggingface]`. Code that comes with a dataset is nev
 """
 
 import glob
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def load_huggingface(
     """Open a dataset as a source.
 
     The fingerprint is made of what is asked for, of the names, sizes and samples of local files (not their folder:
-    they may be moved) and, unless streaming, of the number of rows. A Hub dataset may change under its name: give
-    its `revision` where that matters.
+    they may be moved), of a Hub dataset's commit, and, unless streaming, of the number of rows. A Hub dataset may
+    change under its name: a resume is then refused, and says which commit to give as `revision`.
 
     A stream is resumed by reading each shard again up to its place. Where that takes too long, read the dataset's
     files themselves with `load_files("hf://datasets/…", streaming=True, index_folder=…)`, or prepare token shards.
@@ -78,9 +79,9 @@ def load_huggingface(
     streaming = bool(streaming)
     patterns = [data_files] if isinstance(data_files, str) else data_files
     files = _local_files(path, patterns)
-    if path not in _FILE_FORMATS and not _is_folder(path):
-        _check_hub(path, streaming, cache_dir)
-    request = dict(options, name=name, split=split, streaming=streaming, revision=revision)
+    on_hub = path not in _FILE_FORMATS and not _is_folder(path)
+    commit = _ask_hub(path, revision, streaming, cache_dir) if on_hub else None
+    request = dict(options, name=name, split=split, streaming=streaming, revision=commit or revision)
     dataset = _load(
         str(Path(path).expanduser()) if _is_folder(path) else path,
         # Absolute paths: `datasets` would look for relative ones inside of a folder given as `path`.
@@ -89,21 +90,20 @@ def load_huggingface(
         **request,
     )
     _check_column(dataset, text_key, path)
-    if source_name is None:
-        label = Path(path).expanduser().absolute().name if _is_folder(path) else label
-        source_name = ":".join(part for part in (label, name, _first_file(path, files)) if part)
     dataset = dataset.select_columns([text_key])  # the others need not be decoded
     settings = {key: repr(value) for key, value in request.items() if value is not None}
     settings |= {"path": "a folder" if _is_folder(path) else path, "text_key": text_key}
-    if streaming:
-        if shards < 1:
-            raise DataError(f"a stream needs at least 1 shard, not {shards}")
-        shards = min(shards, dataset.num_shards)
-        fingerprint = _fingerprint(files, patterns, {**settings, "shards": shards})
-        return HuggingFaceStream(dataset, text_key, source_name, fingerprint, shards, retry or Retry())
-    return HuggingFaceRows(
-        dataset, text_key, source_name, _fingerprint(files, patterns, {**settings, "rows": len(dataset)})
-    )
+    if on_hub and (revision := commit or (None if streaming else _cached_commit(dataset)) or revision):
+        settings["revision"] = revision
+    source_name = source_name or _source_name(path, label, name, files)
+    if not streaming:
+        fingerprint = _fingerprint(files, patterns, {**settings, "rows": len(dataset)})
+        return HuggingFaceRows(dataset, text_key, source_name, fingerprint)
+    if shards < 1:
+        raise DataError(f"a stream needs at least 1 shard, not {shards}")
+    shards = min(shards, dataset.num_shards)
+    fingerprint = _fingerprint(files, patterns, {**settings, "shards": shards})
+    return HuggingFaceStream(dataset, text_key, source_name, fingerprint, shards, retry or Retry())
 
 
 class HuggingFaceRows:
@@ -176,8 +176,10 @@ def _is_of_network(error: Exception) -> bool:
     return may_pass(error) and not any(isinstance(e, ValueError | TypeError | KeyError | EOFError) for e in chain)
 
 
-def _check_hub(path: str, streaming: bool, cache_dir: str | Path | None) -> None:
-    """Ask the Hub for the dataset, once: `datasets` would take half a minute to say that there is no network.
+def _ask_hub(path: str, revision: str | None, streaming: bool, cache_dir: str | Path | None) -> str | None:
+    """Ask the Hub which commit of the dataset is meant; None if it does not say.
+
+    Once: `datasets` itself would take half a minute to say that there is no network.
 
     Raises:
         DataError: no answer, and what is asked for is not in the cache either.
@@ -186,9 +188,9 @@ def _check_hub(path: str, streaming: bool, cache_dir: str | Path | None) -> None
     import huggingface_hub
 
     try:
-        huggingface_hub.HfApi().dataset_info(path, timeout=10)
+        info = huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=10)
     except (huggingface_hub.errors.HfHubHTTPError, ValueError):
-        return  # it answered, or the name is wrong: `datasets` says it better
+        return None  # it answered, or the name is wrong: `datasets` says it better
     except Exception as error:
         cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
         if streaming or not cache.is_dir():
@@ -196,6 +198,14 @@ def _check_hub(path: str, streaming: bool, cache_dir: str | Path | None) -> None
                 f"the Hugging Face Hub cannot be reached for dataset {path!r} ({describe_error(error)}): connect to "
                 "the network, or read local files instead, such as those of a download of the dataset"
             ) from error
+        return None
+    return info.sha
+
+
+def _cached_commit(dataset: Any) -> str | None:
+    """Tell by where `datasets` keeps a prepared dataset which commit it was made of."""
+    folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
+    return next((folder for folder in folders if re.fullmatch("[0-9a-f]{40}", folder)), None)
 
 
 def _load(path: str, **request: Any) -> Any:
@@ -227,8 +237,10 @@ def _fingerprint(
     return Fingerprint.of("huggingface", items, settings)
 
 
-def _first_file(path: str, files: Sequence[Path] | None) -> str | None:
-    return files[0].name if path in _FILE_FORMATS and files else None
+def _source_name(path: str, label: str, name: str | None, files: Sequence[Path] | None) -> str:
+    first_file = files[0].name if path in _FILE_FORMATS and files else None
+    label = Path(path).expanduser().absolute().name if _is_folder(path) else label
+    return ":".join(part for part in (label, name, first_file) if part)
 
 
 def _is_folder(path: str) -> bool:
