@@ -328,8 +328,11 @@ def test_more_ids_than_the_texts_give():
         train_tokenizer(["ab"], kind="bpe", vocab_size=5000)
     with pytest.raises(DataError, match="at least 512 ids"):
         train_tokenizer(["ab"], kind="bpe", vocab_size=511)
-    with pytest.raises(DataError, match="could not make 5000 ids"):
+    with pytest.raises(DataError, match=r"could not make 5000 ids of these texts: Vocabulary size too high"):
         train_tokenizer(["ab"], kind="sentencepiece", vocab_size=5000)
+    for kind in ("bpe", "sentencepiece"):
+        with pytest.raises(DataError, match="there is no text to train a tokenizer on"):
+            train_tokenizer(["", " \n"], kind=kind, vocab_size=600)
 
 
 def test_truncation_and_padding_of_the_file_do_not_count():
