@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from array import array
 from itertools import islice
 
 import numpy as np
@@ -89,7 +88,7 @@ def digest(batches):
     sha = hashlib.sha256()
     for key in KEYS:
         whole = torch.cat([batch[key] for batch in batches])
-        sha.update(array("q", [*whole.shape, *whole.flatten().tolist()]).tobytes())
+        sha.update(np.array([*whole.shape, *whole.flatten().tolist()], dtype="<i8").tobytes())
     sha.update(json.dumps([name for batch in batches for name in batch["sources"]]).encode())
     return sha.hexdigest()
 

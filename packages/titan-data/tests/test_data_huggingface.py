@@ -1,13 +1,17 @@
 """load_huggingface over local files: rows and streams, resuming, and errors that say what to do."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import titan_data_hub
 from titan_data import ByteTokenizer, DataError, Loader, RandomAccessSource, StreamSource, load_huggingface
 from titan_data.fingerprint import list_differences
 from titan_data.huggingface import HuggingFaceStream
@@ -252,14 +256,65 @@ def test_c4_is_the_english_stream(datasets, jsonl, monkeypatch):
     load = datasets.load_dataset
     stream = load("json", data_files=jsonl, split="train", streaming=True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **request: asked.append((args, request)) or stream)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **options: None)
+    answer = SimpleNamespace(sha="a" * 40)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **options: answer)
     source = load_huggingface("c4", split="validation")
     ((args, request),) = asked
     assert args == ("allenai/c4",)
     assert (request["name"], request["streaming"], request["split"]) == ("en", True, "validation")
     assert request["trust_remote_code"] is False
+    assert request["revision"] == "a" * 40, "the dataset might change between the question and the reading"
     assert isinstance(source, StreamSource)
     assert source.name == "c4:en"
+    answer.sha = "b" * 40
+    changes = list_differences(source.fingerprint(), load_huggingface("c4", split="validation").fingerprint())
+    assert changes == [f"revision: was {'a' * 40!r}, now {'b' * 40!r}"]
+
+
+HUB_SCRIPT = """
+import json
+from titan_data import DataError, load_huggingface
+
+found = {}
+for name, streaming in (("corpus", True), ("corpus", False), ("gated", True), ("absent", True)):
+    try:
+        source = load_huggingface(f"someone/{name}", streaming=streaming)
+        if streaming:
+            shards = [list(source.iterate(shard, 3)) for shard in range(source.shards)]
+        else:
+            shards = [[source[i] for i in range(len(source))]]
+        found[f"{name} {streaming}"] = [source.name, shards, source.fingerprint().to_json()["settings"]["revision"]]
+    except DataError as error:
+        found[f"{name} {streaming}"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow  # `datasets` takes the Hub's address when it is imported, hence the process
+def test_a_dataset_of_the_hub(tmp_path):
+    pytest.importorskip("datasets")
+
+    def read(hub, **more):
+        environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), **more}
+        environment.pop("HF_HUB_OFFLINE", None)
+        run = subprocess.run([sys.executable, "-c", HUB_SCRIPT], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
+
+    with titan_data_hub.serve() as hub:
+        for name, texts in (("data/train-1.jsonl", ONE), ("data/train-2.jsonl", TWO)):
+            hub.files["datasets/someone/corpus", name] = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+        hub.files["datasets/someone/gated", "data/train.jsonl"] = b'{"text": "secret"}\n'
+        hub.gated.add("datasets/someone/gated")
+        found = read(hub)
+        # What has been prepared serves without the Hub, and is known to be of the same commit.
+        alone = read(hub, HF_ENDPOINT="http://127.0.0.1:9")
+    assert found["corpus True"] == ["someone/corpus", [ONE[3:], TWO[3:]], titan_data_hub.COMMIT]
+    assert found["corpus False"] == ["someone/corpus", [TEXTS], titan_data_hub.COMMIT]
+    assert "'someone/gated' is a gated dataset on the Hub" in found["gated True"]
+    assert "'someone/absent' doesn't exist on the Hub" in found["absent True"]
+    assert alone["corpus False"] == found["corpus False"]
+    assert "Hub cannot be reached for dataset 'someone/corpus'" in alone["corpus True"]
 
 
 class Flaky:

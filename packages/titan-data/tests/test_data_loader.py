@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import json
+import logging
+import os
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from titan_data import (
     Packing,
     Permutation,
     Weighted,
+    load_files,
 )
 from titan_data.packing import Place
 from titan_data.reader import Position, Standing
@@ -196,6 +199,55 @@ def test_a_read_that_hangs_is_not_waited_for_without_end(monkeypatch, caplog):
     loader.load_state_dict(start)
     assert torch.equal(next(loader)["tokens"], first["tokens"])
     loader.close()
+
+
+class Warned(logging.Handler):
+    """Keeps the loader's warnings; calls `act` once one of them is what `wanted` says."""
+
+    def __init__(self, wanted, act):
+        super().__init__()
+        self.messages, self.wanted, self.act = [], wanted, act
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+        if self.act is not None and self.wanted(self.messages):
+            self.act, act = None, self.act
+            act()
+
+    def __enter__(self):
+        logging.getLogger("titan_data.loader").addHandler(self)
+        return self
+
+    def __exit__(self, *exception):
+        logging.getLogger("titan_data.loader").removeHandler(self)
+
+
+def test_a_batch_that_does_not_come_is_warned_of_and_comes_when_the_storage_is_back():
+    source = Hanging([[i] * 8 for i in range(100)])
+    loader = Loader(source, None, seq_len=8, global_batch_size=8, shuffle=False, patience=0.01)
+    next(loader)
+    with Warned(lambda messages: len(messages) == 3, source.back.set) as warned:
+        assert next(loader)["tokens"][:, 0].tolist() == list(range(8, 16))
+    assert [message.partition(",")[0] for message in warned.messages[:3]] == [
+        f"no batch for {seconds} s: step 1 is being read" for seconds in (0.01, 0.02, 0.04)
+    ]
+    loader.close()
+    with pytest.raises(DataError, match="patience must be more than 0"):
+        Loader(source, None, seq_len=8, global_batch_size=8, patience=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_the_warning_names_the_file_that_hangs(tmp_path):
+    path = tmp_path / "part-1.txt"
+    path.write_text("one\ntwo\n")
+    loader = Loader(load_files(path, text_unit="line"), ByteTokenizer(), seq_len=4, global_batch_size=1, patience=0.01)
+    path.unlink()
+    os.mkfifo(path)  # opening it waits for somebody who writes
+    writer = threading.Thread(target=path.write_bytes, args=(b"",), daemon=True)
+    warned = Warned(lambda messages: messages[-1].endswith(f", in {path}"), writer.start)
+    with warned, pytest.raises(DataError, match=r"part-1\.txt could not be read at byte 0"):  # as it is a pipe
+        next(loader)
+    assert all(message.startswith("no batch for ") for message in warned.messages)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

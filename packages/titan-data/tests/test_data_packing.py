@@ -264,9 +264,9 @@ def test_ids_outside_of_the_vocabulary_are_refused():
 
     class Huge(ByteTokenizer):
         def encode_batch(self, texts):
-            return [[2**40] for _ in texts]
+            return [[2**70] for _ in texts]
 
-    with pytest.raises(DataError, match=f"{2**40}, which no vocabulary holds"):
+    with pytest.raises(DataError, match=f"{2**70}, which no vocabulary holds"):
         next(Loader(ListSource(["a"]), Huge(), seq_len=4, global_batch_size=1))
 
 

@@ -66,6 +66,15 @@ def test_each_text_is_tokenized_once_for_all_ranks(tmp_path, workers, prefetch):
     assert not (tmp_path / "share").exists(), "nothing should be left behind"
 
 
+def test_peers_of_one_data_rank_share_too(tmp_path):
+    # Ranks of one tensor- or pipeline-parallel group give the same rank, and get the same rows.
+    tokenizers = [Counting() for _ in range(3)]
+    peers = [ranks(tmp_path / "share", [tokenizer])[0] for tokenizer in tokenizers]
+    for _ in range(3):
+        assert len({digest([next(peer)]) for peer in peers}) == 1
+    assert [bool(tokenizer.texts) for tokenizer in tokenizers] == [True, False, False]
+
+
 @pytest.mark.parametrize("kind", ["texts", "stream"])
 def test_ranks_that_stop_and_resume_share(tmp_path, kind):
     def make_loader(share=True, **place):

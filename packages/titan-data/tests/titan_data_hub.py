@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,7 +13,7 @@ class Hub:
     """What the server has and does.
 
     Attributes:
-        files: (repository, path) to contents.
+        files: (repository, path) to contents; names of datasets' repositories begin with "datasets/".
         gated: repositories for accounts with access only.
         tokens: accounts' tokens and whether they have access to what is gated.
         cut_after: bytes after which the connection of each of the next `cuts` downloads is cut.
@@ -45,10 +46,15 @@ def serve():
 
         def answer(self, body):
             hub.requests.append((self.command, self.path, self.headers.get("Range")))
-            if "/resolve/" not in self.path:
+            parts = self.path.split("?")[0].strip("/").split("/")
+            api = parts[:2] == ["api", "datasets"]
+            if api:
+                parts = [*parts[1:4], *(parts[4:] or ["revision", "main"])]
+            elif "resolve" not in parts:
                 return self.refuse(404, None, "Not found")
-            owner, name, _, revision, *path = self.path.split("?")[0].strip("/").split("/")
-            repository, path = f"{owner}/{name}", "/".join(path)
+            kind = [parts.pop(0)] if parts[0] == "datasets" else []
+            owner, name, what, revision, *path = parts
+            repository, path = "/".join([*kind, owner, name]), "/".join(path)
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
             if token and token not in hub.tokens:
                 return self.refuse(401, None, "Invalid credentials in Authorization header")
@@ -58,9 +64,34 @@ def serve():
                 return self.refuse(403 if token else 401, "GatedRepo", "Access to model is restricted")
             if revision not in ("main", COMMIT):
                 return self.refuse(404, "RevisionNotFound", "Invalid rev id")
+            if api:
+                return self.send_json(self.describe(repository) if what == "revision" else self.tree(repository, path))
             if (repository, path) not in hub.files:
                 return self.refuse(404, "EntryNotFound", "Entry not found")
             return self.send_file(hub.files[repository, path], body)
+
+        def describe(self, repository):
+            files = [{"rfilename": path} for known, path in hub.files if known == repository]
+            return {"id": repository.partition("/")[2], "sha": COMMIT, "siblings": files, "tags": [], "gated": False}
+
+        def tree(self, repository, folder):
+            """List a folder, not what is below its folders."""
+            entries = {}
+            for (known, path), data in hub.files.items():
+                if known == repository and path.startswith(folder + "/" * bool(folder)):
+                    below = path[len(folder) :].strip("/").partition("/")
+                    inside = "/".join([folder] * bool(folder) + [below[0]])
+                    entries[inside] = {"path": inside, "oid": hashlib.sha1(data).hexdigest()}
+                    entries[inside] |= {"type": "directory"} if below[1] else {"type": "file", "size": len(data)}
+            return [*entries.values()]
+
+        def send_json(self, value):
+            data = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
 
         def refuse(self, status, code, message):
             self.send_response(status)

@@ -92,38 +92,21 @@ def load_files(
     """
     retry = retry or Retry()
     files = find_files(patterns, options=storage_options, retry=retry)
-    format = format or _format_of(files)
-    for file in files:
-        require_compression(compression_of(file.name))
-    first_pattern = patterns if isinstance(patterns, str | Path) else patterns[0]
-    name = name or source_name(first_pattern)
+    name = name or source_name(patterns if isinstance(patterns, str | Path) else patterns[0])
     malformed = MalformedRecords(name, on_malformed)
     folder = None if index_folder is None else IndexFolder(index_folder)
-    reader: FileFormat
+    format = format or _format_of(files)
+    reader = _open_format(format, text_key, text_unit, malformed, retry, folder, cache_bytes)
     settings: dict[str, str | int | bool] = {"streaming": streaming}
-    if format == "text":
-        settings["text_unit"] = text_unit
-        reader = _text_format(text_unit, malformed, retry, folder)
-    elif format in ("jsonl", "parquet"):
-        settings["text_key"] = text_key
-        if format == "jsonl":
-            reader = JsonLines(text_key, malformed, retry, folder)
-        else:
-            reader = Parquet(text_key, malformed, retry, cache_bytes)
-    else:
-        raise DataError(f'format is "jsonl", "parquet" or "text", not {format!r}')
-    with ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(lambda file: digest_sample(file, retry), files))
-    if (first := next((file for file in files if file.size != 0), None)) is not None:
-        reader.check(first)
-    if streaming:
-        if shards < 1:
-            raise DataError(f"a stream needs at least 1 shard, not {shards}")
-        settings["shards"] = shards = min(shards, len(files))
-    fingerprint = Fingerprint.of(reader.kind, zip((file.name for file in files), digests, strict=True), settings)
-    if streaming:
-        return FileStream(name, fingerprint, malformed, files, reader, shards)
-    return FileRows(name, fingerprint, malformed, files, reader)
+    settings |= {"text_unit": text_unit} if format == "text" else {"text_key": text_key}
+    digests = _look_at(files, reader, retry)
+    if not streaming:
+        fingerprint = Fingerprint.of(reader.kind, digests, settings)
+        return FileRows(name, fingerprint, malformed, files, reader)
+    if shards < 1:
+        raise DataError(f"a stream needs at least 1 shard, not {shards}")
+    settings["shards"] = shards = min(shards, len(files))
+    return FileStream(name, Fingerprint.of(reader.kind, digests, settings), malformed, files, reader, shards)
 
 
 class FileRows:
@@ -220,9 +203,34 @@ def _format_of(files: Sequence[DataFile]) -> Format:
     return next(iter(found))
 
 
-def _text_format(unit: Unit, malformed: MalformedRecords, retry: Retry, index_folder: IndexFolder | None) -> FileFormat:
-    if unit == "file":
+def _open_format(
+    format: Format,
+    text_key: str,
+    text_unit: Unit,
+    malformed: MalformedRecords,
+    retry: Retry,
+    index_folder: IndexFolder | None,
+    cache_bytes: int,
+) -> FileFormat:
+    if format == "jsonl":
+        return JsonLines(text_key, malformed, retry, index_folder)
+    if format == "parquet":
+        return Parquet(text_key, malformed, retry, cache_bytes)
+    if format != "text":
+        raise DataError(f'format is "jsonl", "parquet" or "text", not {format!r}')
+    if text_unit == "file":
         return WholeFiles(malformed, retry)
-    if unit in ("line", "paragraph"):
-        return LineFormat("text", unit, str, malformed, retry, index_folder)
-    raise DataError(f'text_unit is "file", "line" or "paragraph", not {unit!r}')
+    if text_unit in ("line", "paragraph"):
+        return LineFormat("text", text_unit, str, malformed, retry, index_folder)
+    raise DataError(f'text_unit is "file", "line" or "paragraph", not {text_unit!r}')
+
+
+def _look_at(files: Sequence[DataFile], reader: FileFormat, retry: Retry) -> list[tuple[str, str]]:
+    """Make sure that the first file has what is to be read; give the names and digests of all."""
+    for file in files:
+        require_compression(compression_of(file.name))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = list(pool.map(lambda file: digest_sample(file, retry), files))
+    if (first := next((file for file in files if file.size != 0), None)) is not None:
+        reader.check(first)
+    return [(file.name, digest) for file, digest in zip(files, digests, strict=True)]

@@ -3,7 +3,7 @@
 Needs the extra `titan-data[huggingface]`. Code that comes with a dataset is never run.
 """
 
-import glob
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,10 @@ from typing import Any
 from titan_data.errors import DataError
 from titan_data.find import find_files
 from titan_data.fingerprint import Fingerprint
+from titan_data.huggingface_files import FILE_FORMATS, is_folder, local_files
 from titan_data.retry import Retry, describe_error, may_pass
 from titan_data.sources import RandomAccessSource, StreamSource
 from titan_data.storage import digest_sample
-
-# What `datasets` reads from files of one's own. Any other `path` is a local folder or the name of a Hub dataset.
-_FILE_FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 
 # Short names for Hub datasets: (name, configuration). They are too large to be prepared on disk, so they stream.
 _KNOWN = {"c4": ("allenai/c4", "en")}
@@ -40,8 +38,8 @@ def load_huggingface(
     """Open a dataset as a source.
 
     The fingerprint is made of what is asked for, of the names, sizes and samples of local files (not their folder:
-    they may be moved) and, unless streaming, of the number of rows. A Hub dataset may change under its name: give
-    its `revision` where that matters.
+    they may be moved), of a Hub dataset's commit, and, unless streaming, of the number of rows. A Hub dataset may
+    change under its name: a resume is then refused, and says which commit to give as `revision`.
 
     A stream is resumed by reading each shard again up to its place. Where that takes too long, read the dataset's
     files themselves with `load_files("hf://datasets/…", streaming=True, index_folder=…)`, or prepare token shards.
@@ -71,39 +69,29 @@ def load_huggingface(
             `text_key`, or `datasets` cannot load what is asked for.
     """
     label = path
-    if path in _KNOWN and not _is_folder(path):
+    if path in _KNOWN and not is_folder(path):
         path, known_name = _KNOWN[path]
         name = name or known_name
         streaming = True if streaming is None else streaming
-    streaming = bool(streaming)
     patterns = [data_files] if isinstance(data_files, str) else data_files
-    files = _local_files(path, patterns)
-    if path not in _FILE_FORMATS and not _is_folder(path):
-        _check_hub(path, streaming, cache_dir)
-    request = dict(options, name=name, split=split, streaming=streaming, revision=revision)
-    dataset = _load(
-        str(Path(path).expanduser()) if _is_folder(path) else path,
-        # Absolute paths: `datasets` would look for relative ones inside of a folder given as `path`.
-        data_files=patterns if files is None or patterns is None else [str(file.absolute()) for file in files],
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        **request,
-    )
+    files = local_files(path, patterns)
+    request = dict(options, name=name, split=split, streaming=bool(streaming), revision=revision)
+    dataset, commit = _open(path, patterns, files, cache_dir, request)
     _check_column(dataset, text_key, path)
-    if source_name is None:
-        label = Path(path).expanduser().absolute().name if _is_folder(path) else label
-        source_name = ":".join(part for part in (label, name, _first_file(path, files)) if part)
     dataset = dataset.select_columns([text_key])  # the others need not be decoded
     settings = {key: repr(value) for key, value in request.items() if value is not None}
-    settings |= {"path": "a folder" if _is_folder(path) else path, "text_key": text_key}
-    if streaming:
-        if shards < 1:
-            raise DataError(f"a stream needs at least 1 shard, not {shards}")
-        shards = min(shards, dataset.num_shards)
-        fingerprint = _fingerprint(files, patterns, {**settings, "shards": shards})
-        return HuggingFaceStream(dataset, text_key, source_name, fingerprint, shards, retry or Retry())
-    return HuggingFaceRows(
-        dataset, text_key, source_name, _fingerprint(files, patterns, {**settings, "rows": len(dataset)})
-    )
+    settings |= {"path": "a folder" if is_folder(path) else path, "text_key": text_key}
+    if commit is not None:
+        settings["revision"] = commit
+    source_name = source_name or _source_name(path, label, name, files)
+    if not streaming:
+        fingerprint = _fingerprint(files, patterns, {**settings, "rows": len(dataset)})
+        return HuggingFaceRows(dataset, text_key, source_name, fingerprint)
+    if shards < 1:
+        raise DataError(f"a stream needs at least 1 shard, not {shards}")
+    shards = min(shards, dataset.num_shards)
+    fingerprint = _fingerprint(files, patterns, {**settings, "shards": shards})
+    return HuggingFaceStream(dataset, text_key, source_name, fingerprint, shards, retry or Retry())
 
 
 class HuggingFaceRows:
@@ -176,8 +164,30 @@ def _is_of_network(error: Exception) -> bool:
     return may_pass(error) and not any(isinstance(e, ValueError | TypeError | KeyError | EOFError) for e in chain)
 
 
-def _check_hub(path: str, streaming: bool, cache_dir: str | Path | None) -> None:
-    """Ask the Hub for the dataset, once: `datasets` would take half a minute to say that there is no network.
+def _open(
+    path: str,
+    patterns: Sequence[str] | None,
+    files: Sequence[Path] | None,
+    cache_dir: str | Path | None,
+    request: Mapping[str, Any],
+) -> tuple[Any, str | None]:
+    """Open a dataset; give it, and a Hub dataset's commit if that can be told."""
+    if path in FILE_FORMATS or is_folder(path):
+        # Absolute paths: `datasets` would look for relative ones inside of a folder given as `path`.
+        named = patterns if files is None or patterns is None else [str(file.absolute()) for file in files]
+        path = str(Path(path).expanduser()) if is_folder(path) else path
+        return _load(path, cache_dir, data_files=named, **request), None
+    commit = _ask_hub(path, request["revision"], request["streaming"], cache_dir)
+    dataset = _load(path, cache_dir, **{"data_files": patterns, **request, "revision": commit or request["revision"]})
+    if commit is None and not request["streaming"]:
+        commit = _cached_commit(dataset)
+    return dataset, commit
+
+
+def _ask_hub(path: str, revision: str | None, streaming: bool, cache_dir: str | Path | None) -> str | None:
+    """Ask the Hub which commit of the dataset is meant; None if it does not say.
+
+    Once: `datasets` itself would take half a minute to say that there is no network.
 
     Raises:
         DataError: no answer, and what is asked for is not in the cache either.
@@ -186,9 +196,9 @@ def _check_hub(path: str, streaming: bool, cache_dir: str | Path | None) -> None
     import huggingface_hub
 
     try:
-        huggingface_hub.HfApi().dataset_info(path, timeout=10)
+        info = huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=10)
     except (huggingface_hub.errors.HfHubHTTPError, ValueError):
-        return  # it answered, or the name is wrong: `datasets` says it better
+        return None  # it answered, or the name is wrong: `datasets` says it better
     except Exception as error:
         cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
         if streaming or not cache.is_dir():
@@ -196,14 +206,23 @@ def _check_hub(path: str, streaming: bool, cache_dir: str | Path | None) -> None
                 f"the Hugging Face Hub cannot be reached for dataset {path!r} ({describe_error(error)}): connect to "
                 "the network, or read local files instead, such as those of a download of the dataset"
             ) from error
+        return None
+    return info.sha
 
 
-def _load(path: str, **request: Any) -> Any:
+def _cached_commit(dataset: Any) -> str | None:
+    """Tell by where `datasets` keeps a prepared dataset which commit it was made of."""
+    folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
+    return next((folder for folder in folders if re.fullmatch("[0-9a-f]{40}", folder)), None)
+
+
+def _load(path: str, cache_dir: str | Path | None, **request: Any) -> Any:
     """Call `datasets.load_dataset`; what it raises becomes a DataError."""
     datasets = _import_datasets()
     try:
         # trust_remote_code is said aloud, as `datasets` 3 would otherwise ask for leave on the terminal.
-        return datasets.load_dataset(path, trust_remote_code=False, **request)
+        cache = None if cache_dir is None else str(cache_dir)
+        return datasets.load_dataset(path, trust_remote_code=False, cache_dir=cache, **request)
     except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"datasets could not load {path!r}, split {request['split']!r}: {error}") from error
 
@@ -227,46 +246,10 @@ def _fingerprint(
     return Fingerprint.of("huggingface", items, settings)
 
 
-def _first_file(path: str, files: Sequence[Path] | None) -> str | None:
-    return files[0].name if path in _FILE_FORMATS and files else None
-
-
-def _is_folder(path: str) -> bool:
-    """Whether `path` means a folder on this machine, be it there or not."""
-    return path not in _FILE_FORMATS and (path.startswith(("/", ".", "~")) or Path(path).is_dir())
-
-
-def _local_files(path: str, patterns: Sequence[str] | None) -> list[Path] | None:
-    """Find the local files that are asked for, in their order; None where they are not on this machine.
-
-    `datasets` reports a missing file many calls deep, and some only after it has tried the Hub; so look here first.
-    """
-    if path in _FILE_FORMATS:
-        folder = Path()
-        if not patterns:
-            raise DataError(f"format {path!r} needs data_files: the paths of the files to read")
-    elif _is_folder(path):
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise DataError(f"there is no folder {path}")
-        if patterns is None:
-            found = sorted(file for file in folder.rglob("*") if file.is_file())
-            return [file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts)]
-    else:
-        return None
-    if any("://" in pattern for pattern in patterns):
-        return None
-    return [file for pattern in patterns for file in _expand(folder, pattern)]
-
-
-def _expand(folder: Path, pattern: str) -> list[Path]:
-    """Turn one path or glob pattern into the files it means, sorted."""
-    whole = folder / Path(pattern).expanduser()
-    found = [whole] if whole.exists() else [Path(match) for match in glob.glob(str(whole), recursive=True)]
-    files = sorted(file for file in found if file.is_file())
-    if not files:
-        raise DataError(f"there is no {'file that matches' if glob.has_magic(pattern) else 'file'} {whole}")
-    return files
+def _source_name(path: str, label: str, name: str | None, files: Sequence[Path] | None) -> str:
+    first_file = files[0].name if path in FILE_FORMATS and files else None
+    label = Path(path).expanduser().absolute().name if is_folder(path) else label
+    return ":".join(part for part in (label, name, first_file) if part)
 
 
 def _check_column(dataset: Any, text_key: str, path: str) -> None:

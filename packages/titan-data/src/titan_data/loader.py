@@ -59,6 +59,8 @@ class Loader:
             tokenize, so that each text is tokenized once and not by each of them. Of one job alone; made and cleared
             by the loaders. Changes nothing in the batches.
         pin_memory: put the tensors into page-locked memory, from where a GPU copies them in the background.
+        patience: seconds to wait for a batch that is read ahead before a warning says what is being read and where
+            that hangs; the next ones follow after twice as long each. The loader goes on when the storage does.
 
     Raises:
         DataError: sizes, sources or stages that do not fit together, or a source that cannot be used.
@@ -81,8 +83,11 @@ class Loader:
         workers: int = 0,
         share_folder: str | Path | None = None,
         pin_memory: bool = False,
+        patience: float = 60.0,
     ) -> None:
         check_sizes(global_batch_size, rank, world, prefetch, workers)
+        if not patience > 0:
+            raise DataError(f"patience must be more than 0 seconds, not {patience}")
         if pin_memory and not torch.accelerator.is_available():
             raise DataError("pin_memory=True needs an accelerator such as a CUDA GPU, and torch sees none")
         parts = _parts(sources)
@@ -120,6 +125,7 @@ class Loader:
         self._position = self._reader.position  # of what was handed out; the reader may be ahead
         self._depth = prefetch
         self._pin_memory = pin_memory
+        self._patience = patience
         self._prefetcher: Prefetcher[tuple[Batch, Position]] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -147,11 +153,17 @@ class Loader:
             # When the loader is freed or Python goes down: the thread must be gone before numpy and torch are.
             self._finalizer = weakref.finalize(self, self._prefetcher.close, _EXIT_SECONDS)
         try:
-            batch, self._position = self._prefetcher.get()
+            batch, self._position = self._prefetcher.get(self._patience, self._warn)
         finally:
             if self._prefetcher.ended:
                 self.close()
         return batch
+
+    def _warn(self, seconds: float) -> None:
+        if self._prefetcher is not None:
+            _log.warning(
+                "no batch for %g s: step %d is being read, at %s", seconds, self.step, self._prefetcher.describe()
+            )
 
     def close(self) -> None:
         """Stop reading ahead. Asking for another batch starts it again; nothing is skipped.

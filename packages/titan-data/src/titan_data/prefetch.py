@@ -6,7 +6,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Generic, TypeVar
+
+from titan_data.storage import DataFile
 
 T = TypeVar("T")
 
@@ -38,9 +42,22 @@ class Prefetcher(Generic[T]):
         )
         self._thread.start()
 
-    def get(self) -> T:
-        """Wait for the next result, or raise what the function raised in its place."""
-        result, error = self._results.get()
+    def get(self, patience: float, warn: Callable[[float], None]) -> T:
+        """Wait for the next result, or raise what the function raised in its place.
+
+        Args:
+            patience: seconds after which `warn` is called for the first time, and again each time that twice as many
+                have passed.
+            warn: told how many seconds have passed.
+        """
+        waited = 0.0
+        while True:
+            try:
+                result, error = self._results.get(timeout=max(patience, waited))
+                break
+            except queue.Empty:
+                waited += max(patience, waited)
+                warn(waited)
         if error is not None:
             self.ended = True
             raise error
@@ -68,10 +85,24 @@ class Prefetcher(Generic[T]):
         return not self._thread.is_alive()
 
     def describe(self) -> str:
-        """Say where the thread is, outermost call first."""
+        """Say where the thread is, outermost call first, and in which file if one is being read."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         calls = traceback.extract_stack(frame)[-_FRAMES:] if frame is not None else []
-        return " > ".join(f"{call.name} ({os.path.basename(call.filename)}:{call.lineno})" for call in calls)
+        where = " > ".join(f"{call.name} ({os.path.basename(call.filename)}:{call.lineno})" for call in calls)
+        file = _file_at(frame)
+        return where if file is None else f"{where}, in {file}"
+
+
+def _file_at(frame: FrameType | None) -> str | None:
+    """Name the file that the innermost of the calls is about."""
+    while frame is not None:
+        for value in frame.f_locals.values():
+            if isinstance(value, DataFile):
+                return value.label
+            if isinstance(value, Path):
+                return str(value)
+        frame = frame.f_back
+    return None
 
 
 def _run(

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from titan_data.errors import DataError
+from titan_data.tokenizer import replace_surrogates
 
 # How Llama 3 cuts text into the pieces that are then merged, each by itself.
 # Source: Meta's llama3 repository, llama/tokenizer.py (the same pattern as in tiktoken's cl100k_base).
@@ -84,16 +88,28 @@ class TiktokenTokenizer:
             ids += self._encoding.encode_ordinary(piece)
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         """Turn several texts into ids in as many threads as there are cores (tiktoken works without the GIL)."""
         if len(texts) < 2 or sum(map(len, texts)) < _PARALLEL_FROM:
-            return [self.encode(text) for text in texts]
+            return [self._encode_to_array(text) for text in texts]
         with ThreadPoolExecutor(min(len(texts), os.cpu_count() or 1)) as threads:
-            return list(threads.map(self.encode, texts))
+            return list(threads.map(self._encode_to_array, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids back into text; bytes that are not valid UTF-8 show as U+FFFD, special ids give no text."""
         return self._encoding.decode([int(i) for i in ids if 0 <= i < self._ranks], errors="replace")
+
+    def _encode_to_array(self, text: str) -> npt.NDArray[np.uint32]:
+        """Do what `encode` does, without a Python list: making one costs a sixth of what the encoding itself does."""
+        if len(text) <= _MAX_RUN:
+            return self._to_numpy(text)
+        return np.concatenate([self._to_numpy(piece) for piece in cut_long_text(text)])
+
+    def _to_numpy(self, text: str) -> npt.NDArray[np.uint32]:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # `encode_ordinary` sees to it by itself
+            return self._encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())
 
 
 def parse_ranks(data: bytes, name: str) -> dict[bytes, int]:

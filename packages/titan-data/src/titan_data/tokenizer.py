@@ -1,7 +1,13 @@
 """What titan-data asks of a tokenizer, and the one that needs no vocabulary file: bytes."""
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
+"""The ids of one text: a list, or (quicker, where a library has no need of Python's own numbers) an array `[T]`."""
 
 
 class Tokenizer(Protocol):
@@ -49,14 +55,14 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         """Turn several texts into ids, in parallel threads where the library can.
 
         Args:
             texts: whole documents.
 
         Returns:
-            What `encode` gives for each of them, in their order.
+            The ids that `encode` gives for each of them, in their order, as lists or as arrays.
         """
         ...
 

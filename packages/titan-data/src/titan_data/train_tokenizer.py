@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Literal
 
 from titan_data.errors import DataError
@@ -26,11 +27,14 @@ def train_tokenizer(texts: Iterable[str], *, kind: Kind, vocab_size: int) -> byt
         Contents of the file, which `load_tokenizer` reads.
 
     Raises:
-        DataError: `tokenizers` is not installed (for "bpe"), or the texts do not give so many tokens.
+        DataError: `tokenizers` is not installed (for "bpe"), there is no text, or too little for so many tokens.
     """
-    if kind == "bpe":
-        return _train_bpe(texts, vocab_size)
-    return _train_sentencepiece(texts, vocab_size)
+    rest = iter(texts)
+    first = next((text for text in rest if text.strip()), None)
+    if first is None:
+        raise DataError("there is no text to train a tokenizer on: all documents are empty")
+    train = _train_bpe if kind == "bpe" else _train_sentencepiece
+    return train(chain([first], rest), vocab_size)
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -98,7 +102,8 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise DataError(f"SentencePiece could not make {vocab_size} ids of these texts: {error}") from None
+        reason = str(error).rpartition("] ")[2] or error  # after the place in the library's own sources
+        raise DataError(f"SentencePiece could not make {vocab_size} ids of these texts: {reason}") from None
     return model.getvalue()
 
 

@@ -28,6 +28,7 @@ from titan_data.shards.format import (
 from titan_data.shards.mapping import map_array
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SYNC_BYTES = 16 << 20  # written to the disk at a time, so that little is left for the end, when workers would wait
 STAGING = ".part"  # ends the names of files that are not published yet
 
 
@@ -48,6 +49,7 @@ class ShardWriter:
         self._dtype = token_dtype(job.vocab_size)
         self._offsets = array("q", [0])
         self._sha = hashlib.sha256()
+        self._unsynced = 0
         with explain_full_disk(folder):
             self._file = _staging(self._path).open("wb")
             self._file.write(bytes(HEADER_SIZE))  # its place; the header is written last
@@ -122,6 +124,11 @@ class ShardWriter:
     def _write(self, data: bytes | memoryview) -> None:
         with explain_full_disk(self._path.parent):
             self._file.write(data)
+            self._unsynced += len(data)
+            if self._unsynced >= _SYNC_BYTES:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._unsynced = 0
         self._sha.update(data)
 
 
@@ -165,7 +172,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         if error.errno in _NO_SPACE:
             raise DataError(
                 f"no space left for {folder} ({error.strerror}): make room and run the same command again; "
-                "finished shards are kept"
+                "what is finished is kept"
             ) from None
         raise DataError(f"cannot write to {folder}: {error.strerror or error}") from None
 
