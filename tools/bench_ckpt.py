@@ -209,19 +209,55 @@ class Saver:
             also=[lambda _: self.published.set()],
         )
 
-    def save(self, turn: int, step: Callable[[], None]) -> tuple[float, list[float], float]:
-        """Save; return how long that blocked, how long each step took until it was published, and when that was."""
+    def begin(self, turn: int) -> None:
+        """Save, as far as that blocks."""
         self.published.clear()
-        started = time.perf_counter()
         self.ckpt.save(turn, self.state)
-        blocked, steps = time.perf_counter() - started, []
-        while not self.published.is_set():
-            before = time.perf_counter()
-            step()
-            steps.append(time.perf_counter() - before)
-        whole = time.perf_counter() - started
+
+    def done(self) -> bool:
+        """Tell whether it is published."""
+        return self.published.is_set()
+
+    def end(self) -> None:
+        """Wait for what follows publication."""
         self.ckpt.wait()
-        return blocked, steps, whole
+
+
+class PlainWriter:
+    """Another program that writes as many bytes: what steps lose to it, they lose to the disk and its driver."""
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self.path = folder / "plain"
+        self.command = ["dd", "if=/dev/zero", f"of={self.path}", "bs=8M", f"count={nbytes >> 23}", "oflag=direct"]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def begin(self, turn: int) -> None:
+        """Start it."""
+        self.path.unlink(missing_ok=True)
+        self.process = subprocess.Popen([*self.command, "conv=fsync"], stderr=subprocess.DEVNULL)
+
+    def done(self) -> bool:
+        """Tell whether it has ended."""
+        return self.process is not None and self.process.poll() is not None
+
+    def end(self) -> None:
+        """See that it wrote."""
+        assert self.process is not None
+        assert self.process.wait() == 0
+
+
+def watch(saver: Saver | PlainWriter, turn: int, step: Callable[[], None]) -> tuple[float, list[float], float]:
+    """Save; return how long that blocked, how long each step took until it was published, and when that was."""
+    started = time.perf_counter()
+    saver.begin(turn)
+    blocked, steps = time.perf_counter() - started, []
+    while not saver.done():
+        before = time.perf_counter()
+        step()
+        steps.append(time.perf_counter() - before)
+    whole = time.perf_counter() - started
+    saver.end()
+    return blocked, steps, whole
 
 
 def products() -> Callable[[], None]:
@@ -252,30 +288,34 @@ def bench_async(folder: Path, nbytes: int, count: int, modes: Sequence[str]) -> 
     """
     tensors = make_tensors(nbytes)
     copies = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    savers = {mode: Saver(folder, mode, tensors) for mode in modes}
+    savers: dict[str, Saver | PlainWriter] = {mode: Saver(folder, mode, tensors) for mode in modes}
+    savers["dd, direct"] = PlainWriter(folder, nbytes)
     kinds = {"products": products(), "small operations": small_operations()}
 
     def copy() -> None:
         for name, tensor in tensors.items():
             copies[name].copy_(tensor)
 
-    first = {mode: saver.save(0, kinds["products"])[0] for mode, saver in savers.items()}
-    told: dict[tuple[str, str], list[tuple[float, ...]]] = {(mode, kind): [] for mode in modes for kind in kinds}
+    first = {mode: watch(saver, 0, kinds["products"])[0] for mode, saver in savers.items()}
+    told: dict[tuple[str, str], list[tuple[float, ...]]] = {(mode, kind): [] for kind in kinds for mode in savers}
     for turn in range(1, 2 * count + 1):
         kind = list(kinds)[turn % 2]
-        for mode in [*modes, *modes][turn // 2 % 2 :][: len(modes)]:
+        for mode in [*savers, *savers][turn // 2 % 3 :][: len(savers)]:
             copied = statistics.median(timed(copy) for _ in range(3))
             quiet = statistics.median(timed(kinds[kind]) for _ in range(20))
-            blocked, steps, whole = savers[mode].save(turn, kinds[kind])
+            blocked, steps, whole = watch(savers[mode], turn, kinds[kind])
             lost = sum(steps) - quiet * len(steps)
             told[mode, kind].append((blocked, copied, blocked / copied, sum(steps) / len(steps) / quiet, lost, whole))
     for saver in savers.values():
-        saver.ckpt.close()
+        if isinstance(saver, Saver):
+            saver.ckpt.close()
     rows = []
     for (mode, kind), rounds in told.items():
         blocked, copied, over, slower, lost, whole = (statistics.median(column) for column in zip(*rounds, strict=True))
-        figures = (f"{first[mode]:.2f} s", f"{blocked:.3f} s", f"{copied:.3f} s", f"{over:.2f}", f"{whole:.2f} s")
-        rows.append([f"{mode}, {kind}", *figures, f"{slower:.2f}", f"{lost:.2f} s"])
+        figures = [f"{first[mode]:.2f} s", f"{blocked:.3f} s", f"{copied:.3f} s", f"{over:.2f}"]
+        if mode not in modes:
+            figures = [""] * len(figures)
+        rows.append([f"{mode}; {kind}", *figures, f"{whole:.2f} s", f"{slower:.2f}", f"{lost:.2f} s"])
     return rows
 
 

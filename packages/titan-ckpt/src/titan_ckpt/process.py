@@ -6,7 +6,6 @@ memory that both see. It ends when its input does, and so with the process that 
 
 import json
 import mmap
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +25,6 @@ sys.modules["titan_ckpt"] = package
 from titan_ckpt.process import serve
 serve(sys.argv[2], int(sys.argv[3]))
 """
-_NICE = int(os.environ.get("NICE", "10"))
 
 
 class WriterProcess:
@@ -97,8 +95,6 @@ def serve(url: str, handle: int) -> None:
         handle: the memory, as an open file.
     """
     storage = open_storage(url)
-    if hasattr(os, "nice"):
-        os.nice(_NICE)
     for line in sys.stdin:
         try:
             answer = _written(storage, handle, json.loads(line))
