@@ -104,16 +104,11 @@ class _Stream:
             self._found += self._behind.popleft().result()
 
     def _digest(self, view: memoryview, lengths: Sequence[int]) -> list[tuple[str, ...]]:
-        """Hash a buffer as part of the whole, and each piece of its chunks by itself while the cache still has it."""
-        if not lengths:
-            self._whole.update(view)
+        """Hash a buffer as part of the whole, and each piece of its chunks by itself."""
+        self._whole.update(view)
         found, at = [], 0
         for length in lengths:
-            hashes = []
-            for start, stop in pieces(length, PIECE_BYTES):
-                piece = view[at + start : at + stop]
-                self._whole.update(piece)
-                hashes.append(checksum(piece))
-            found.append(tuple(hashes))
+            ends = pieces(length, PIECE_BYTES)
+            found.append(tuple(checksum(view[at + start : at + stop]) for start, stop in ends))
             at += length
         return found
