@@ -70,7 +70,7 @@ class Checkpointer:
             keep_best: keep the best by a number that is given at save.
             asynchronous: whether `save` returns as soon as the state is copied to host memory. True or "thread" writes
                 in a thread, with pinned memory for a GPU's tensors; "process" in a process of its own, which training's
-                Python code does not hold up. Each rank holds one copy of what it writes, from the first save to `close`.
+                Python code does not hold up. Each rank holds one copy of what it writes from the first save to `close`.
             on_save_error: "raise", or "warn" to go on training when a save could not be written.
             also: what to do with each checkpoint once it is published; the next save waits for it, and the other ranks
                 do, so it must be done within `timeout`.
