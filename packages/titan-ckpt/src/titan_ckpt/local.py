@@ -163,8 +163,8 @@ class _Source:
 class _Sink:
     """A new file. What lies at whole pages of memory goes to the disk directly (O_DIRECT), where there is such a thing.
 
-    That spares the copy into the kernel's cache, which takes ten times as much of a CPU as all the rest, and pushes out
-    of the cache what training reads.
+    That spares the copy into the kernel's cache, which costs more than ten times the CPU of a direct write and pushes
+    out of the cache what training reads.
     """
 
     def __init__(self, path: Path) -> None:
