@@ -196,51 +196,127 @@ def bench_save_and_load(folder: Path, tensors: dict[str, torch.Tensor], count: i
     return rows
 
 
-def bench_async(folder: Path, nbytes: int, count: int, mode: str) -> list[str]:
-    """Compare the time that training is blocked with a copy of the bytes, and steps during a save with others."""
-    tensors = make_tensors(nbytes)
-    copies = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    published = threading.Event()
-    ckpt = Checkpointer(
-        folder / f"async-{mode}",
-        keep_last=1,
-        asynchronous=mode,  # type: ignore[arg-type]
-        also=[lambda _: published.set()],
-    )
+class Saver:
+    """A Checkpointer that saves in the background while steps go on."""
+
+    def __init__(self, folder: Path, mode: str, tensors: dict[str, torch.Tensor]) -> None:
+        self.state = {"model": Held(tensors)}
+        self.published = threading.Event()
+        self.ckpt = Checkpointer(
+            folder / f"async-{mode}",
+            keep_last=1,
+            asynchronous=mode,  # type: ignore[arg-type]
+            also=[lambda _: self.published.set()],
+        )
+
+    def begin(self, turn: int) -> None:
+        """Save, as far as that blocks."""
+        self.published.clear()
+        self.ckpt.save(turn, self.state)
+
+    def done(self) -> bool:
+        """Tell whether it is published."""
+        return self.published.is_set()
+
+    def end(self) -> None:
+        """Wait for what follows publication."""
+        self.ckpt.wait()
+
+
+class PlainWriter:
+    """Another program that writes as many bytes: what steps lose to it, they lose to the disk and its driver."""
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self.path = folder / "plain"
+        self.command = ["dd", "if=/dev/zero", f"of={self.path}", "bs=8M", f"count={nbytes >> 23}", "oflag=direct"]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def begin(self, turn: int) -> None:
+        """Start it."""
+        self.path.unlink(missing_ok=True)
+        self.process = subprocess.Popen([*self.command, "conv=fsync"], stderr=subprocess.DEVNULL)
+
+    def done(self) -> bool:
+        """Tell whether it has ended."""
+        return self.process is not None and self.process.poll() is not None
+
+    def end(self) -> None:
+        """See that it wrote."""
+        assert self.process is not None
+        assert self.process.wait() == 0
+
+
+def watch(saver: Saver | PlainWriter, turn: int, step: Callable[[], None]) -> tuple[float, list[float], float]:
+    """Save; return how long that blocked, how long each step took until it was published, and when that was."""
+    started = time.perf_counter()
+    saver.begin(turn)
+    blocked, steps = time.perf_counter() - started, []
+    while not saver.done():
+        before = time.perf_counter()
+        step()
+        steps.append(time.perf_counter() - before)
+    whole = time.perf_counter() - started
+    saver.end()
+    return blocked, steps, whole
+
+
+def products() -> Callable[[], None]:
+    """Return a step of matrix products, which wants all cores."""
     a = torch.randn(1024, 1024)
 
     def step() -> None:
         torch.mm(a, a)
 
+    return step
+
+
+def small_operations() -> Callable[[], None]:
+    """Return a step of many small operations, which wants one core and the interpreter's lock, as on a GPU."""
+    a = torch.randn(8)
+
+    def step() -> None:
+        for _ in range(2000):
+            a.mul(2)
+
+    return step
+
+
+def bench_async(folder: Path, nbytes: int, count: int, modes: Sequence[str]) -> list[list[str]]:
+    """Compare the time that training is blocked with a copy of the bytes, and steps during a save with others.
+
+    The modes take turns, each with both kinds of steps. The first save of each takes the memory and counts by itself.
+    """
+    tensors = make_tensors(nbytes)
+    copies = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    savers: dict[str, Saver | PlainWriter] = {mode: Saver(folder, mode, tensors) for mode in modes}
+    savers["dd, direct"] = PlainWriter(folder, nbytes)
+    kinds = {"products": products(), "small operations": small_operations()}
+
     def copy() -> None:
         for name, tensor in tensors.items():
             copies[name].copy_(tensor)
 
-    blocked, memcpy, slow, whole = [], [], [], []
-    for turn in range(count + 1):
-        copied = timed(copy)
-        quiet = statistics.median(timed(step) for _ in range(20))
-        published.clear()
-        started = time.perf_counter()
-        taken = timed(lambda turn=turn: ckpt.save(turn, {"model": Held(tensors)}))  # type: ignore[misc]
-        busy = [timed(step)]
-        while not published.is_set():
-            busy.append(timed(step))
-        if turn:  # the first takes the memory
-            blocked.append(taken)
-            memcpy.append(copied)
-            slow.append(statistics.mean(busy) / quiet)
-            whole.append(time.perf_counter() - started)
-        ckpt.wait()
-    ckpt.close()
-    return [
-        f"async ({mode}), {nbytes / GIB:.2f} GiB",
-        f"{statistics.median(blocked):.3f} s",
-        f"{statistics.median(memcpy):.3f} s",
-        f"{ratio(blocked, memcpy):.2f}",
-        f"{statistics.median(slow):.2f}",
-        f"{statistics.median(whole):.2f} s",
-    ]
+    first = {mode: watch(saver, 0, kinds["products"])[0] for mode, saver in savers.items()}
+    told: dict[tuple[str, str], list[tuple[float, ...]]] = {(mode, kind): [] for kind in kinds for mode in savers}
+    for turn in range(1, 2 * count + 1):
+        kind = list(kinds)[turn % 2]
+        for mode in [*savers, *savers][turn // 2 % 3 :][: len(savers)]:
+            copied = statistics.median(timed(copy) for _ in range(3))
+            quiet = statistics.median(timed(kinds[kind]) for _ in range(20))
+            blocked, steps, whole = watch(savers[mode], turn, kinds[kind])
+            lost = sum(steps) - quiet * len(steps)
+            told[mode, kind].append((blocked, copied, blocked / copied, sum(steps) / len(steps) / quiet, lost, whole))
+    for saver in savers.values():
+        if isinstance(saver, Saver):
+            saver.ckpt.close()
+    rows = []
+    for (mode, kind), rounds in told.items():
+        blocked, copied, over, slower, lost, whole = (statistics.median(column) for column in zip(*rounds, strict=True))
+        figures = [f"{first[mode]:.2f} s", f"{blocked:.3f} s", f"{copied:.3f} s", f"{over:.2f}"]
+        if mode not in modes:
+            figures = [""] * len(figures)
+        rows.append([f"{mode}; {kind}", *figures, f"{whole:.2f} s", f"{slower:.2f}", f"{lost:.2f} s"])
+    return rows
 
 
 def bench_resume(folder: Path, nbytes: int, ranks: int, warm: bool) -> list[str]:
@@ -350,15 +426,16 @@ def main() -> None:
         print(table(heads, compared), flush=True)
     if "async" in asked.only:
         heads = [
-            "",
+            f"asynchronous, {nbytes / GIB:.2f} GiB",
+            "first blocked",
             "blocked",
             "memcpy of the bytes",
             "blocked / memcpy",
-            "steps meanwhile / others",
             "until published",
+            "steps meanwhile / others",
+            "time lost to steps",
         ]
-        rows = [bench_async(folder, nbytes, asked.rounds, mode) for mode in ("thread", "process")]
-        print(table(heads, rows), flush=True)
+        print(table(heads, bench_async(folder, nbytes, asked.rounds, ("thread", "process"))), flush=True)
     if "resume" in asked.only:
         heads = ["resume", "save", "load", "state per rank", "peak memory over it, per rank", "peak in all"]
         rows = [bench_resume(folder, int(asked.resume_gib * GIB), asked.ranks, asked.warm)]

@@ -31,7 +31,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "all": (checkpointer, "write_checkpoint"),
 }
 # What changes the disk or waits for it: between any two of these a kill finds the disk in another state.
-INSTANTS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open", "write", "link")
+INSTANTS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open", "pwrite", "link")
 
 
 def state_of(step: int) -> dict[str, Held]:

@@ -54,7 +54,10 @@ class TestLs:
         assert one.split()[0] == "1"
         assert "DAMAGED: step-00000001/manifest.json" in one
         assert "KiB  DAMAGED: state.json is missing" in two
-        assert three.endswith("sound                               latest, pinned as good") or "latest, pinned" in three
+        assert "KiB  complete  " in three
+        assert three.endswith("  latest, pinned as good")
+        assert main(["ls", str(folder), "--check"]) == 0
+        assert "KiB  sound  " in out(capsys).splitlines()[3]
 
     def test_json(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         damage(folder / "step-00000002")

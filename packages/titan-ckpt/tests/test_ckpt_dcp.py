@@ -22,7 +22,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from ckpt_hostile import Call, hostile_pickles
 from ckpt_sources import Tensors, read_all, same
 from ckpt_states import make_model
-from titan_ckpt import CheckpointError
+from titan_ckpt import CheckpointError, open_checkpoint, open_source
+from titan_ckpt.cli import main
 from titan_ckpt.foreign import dcp_metadata as restricted
 from titan_ckpt.foreign.dcp_in import DcpFolder
 from titan_ckpt.foreign.dcp_out import export_dcp
@@ -68,6 +69,75 @@ def test_what_dcp_wrote_is_read_to_the_bit(tmp_path: Path) -> None:
     assert folder.values["train"] == state["train"]
     assert folder.values["optimizer"]["param_groups.0.weight.lr"] == 0.1
     assert folder.left_out == {}
+
+
+class StatefulDict:
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def torchtitan_state() -> dict[str, Any]:
+    """What torchtitan hands to DCP: the model's tensors at the top beside Statefuls, optimizer entries by clean name.
+
+    Seen in what its 0.3.0 writes: step counters are tensors, hyperparameters are entries for each parameter, and the
+    data loader's state is pickled bytes for each rank.
+    """
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])})
+    model["layers"].register_buffer("tokens_per_expert", torch.arange(4))
+    optimizer: dict[str, Any] = {}
+    for name, weight in model.named_parameters():
+        moments = {
+            "step": torch.tensor(4.0),
+            "exp_avg": torch.randn_like(weight),
+            "exp_avg_sq": torch.rand_like(weight),
+        }
+        optimizer |= {f"state.{name}.{key}": tensor for key, tensor in moments.items()}
+        settings = {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": False, "foreach": None}
+        optimizer |= {f"param_groups.{name}.{key}": value for key, value in settings.items()}
+    loader = {"dp_rank_0": pickle.dumps({"at": 7}), "dp_rank_1": pickle.dumps({"at": 8}), "world_size": 2}
+    return {
+        "train_state": StatefulDict(step=4, ntokens_seen=400),
+        "optimizer": StatefulDict(**optimizer),
+        "dataloader": StatefulDict(**loader),
+        "lr_scheduler": StatefulDict(last_epoch=4),
+        **model.state_dict(),
+    }
+
+
+def test_a_folder_of_torchtitans_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torchtitan_state()
+    optimizer = state["optimizer"].state
+    folder = DcpFolder(save(state, tmp_path / "step-4"))
+    weights = {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+    moments = {f"optimizer/{name}": value for name, value in optimizer.items() if torch.is_tensor(value)}
+    assert len(weights) == 5
+    assert len(moments) == 12
+    assert same(read_all(folder), {**weights, **moments})
+    settings = {name: value for name, value in optimizer.items() if not torch.is_tensor(value)}
+    assert folder.values == {
+        "train_state": {"step": 4, "ntokens_seen": 400},
+        "optimizer": settings,
+        "dataloader": {"world_size": 2},
+        "lr_scheduler": {"last_epoch": 4},
+    }
+    assert list(folder.left_out) == ["dataloader/dp_rank_0", "dataloader/dp_rank_1"]  # pickles are not looked into
+
+    given = ["convert", str(tmp_path / "step-4")]
+    assert main([*given, str(tmp_path / "whole"), "--to", "titan", "--step", "4"]) == 0
+    assert "left out dataloader/dp_rank_0" in capsys.readouterr().err
+    with open_checkpoint(str(tmp_path / "whole" / "step-00000004")) as opened:
+        assert same({name: opened.read(name) for name in opened.tensors}, {**weights, **moments})
+        assert opened.values == folder.values
+    assert main([*given, str(tmp_path / "hf"), "--to", "hf", "--ignore", "optimizer/*"]) == 0
+    assert same(read_all(open_source(str(tmp_path / "hf"))), weights)
+    assert main(["show", str(tmp_path / "step-4")]) == 0
+    assert "layers.0.weight" in capsys.readouterr().out
 
 
 def test_shards_are_put_together_and_cut(tmp_path: Path, one_rank: None) -> None:

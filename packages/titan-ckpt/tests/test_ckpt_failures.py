@@ -18,16 +18,16 @@ class SmallDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = 1 << 40
-        write = os.write
+        write = os.pwrite
 
-        def limited(handle: int, content: memoryview) -> int:
+        def limited(handle: int, content: memoryview, at: int) -> int:
             if self.left <= 0:
                 raise OSError(28, "No space left on device")
-            count = write(handle, content[: self.left])
+            count = write(handle, content[: self.left], at)
             self.left -= count
             return count
 
-        monkeypatch.setattr(os, "write", limited)
+        monkeypatch.setattr(os, "pwrite", limited)
 
 
 def save_and_wait(ckpt: Checkpointer, step: int) -> None:

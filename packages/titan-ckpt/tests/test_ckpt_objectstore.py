@@ -9,7 +9,7 @@ import pytest
 
 from ckpt_states import blank_state, holds_step, make_state
 from ckpt_stores import FailingFileSystem, Outage, s3_server
-from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints, open_checkpoint, pin, verify
+from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints, objectstore, open_checkpoint, pin, verify
 from titan_ckpt.manifest import MANIFEST
 from titan_ckpt.storage import open_storage, parent_and_name
 
@@ -254,3 +254,20 @@ def test_nothing_is_published_over_a_checkpoint(folder: str) -> None:
         storage.publish(second, b"second")
     storage.abandon(second)
     assert content_of(folder, "step-00000001/manifest.json") == b"first"
+
+
+def test_a_large_buffer_reaches_the_client_in_parts() -> None:
+    """The client copies what it is given: of a whole state it would make a second one."""
+
+    class Client:
+        def __init__(self) -> None:
+            self.got: list[bytes] = []
+
+        def write(self, content: memoryview) -> None:
+            self.got.append(bytes(content))
+
+    client = Client()
+    content = bytes(range(256)) * (20 << 12)
+    objectstore._Sink(client).write(content)
+    assert b"".join(client.got) == content
+    assert [len(part) >> 20 for part in client.got] == [8, 8, 4]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.filewriter import WrittenFile, bytes_of, write_file
+from titan_ckpt.filewriter import WrittenFile, write_file
 from titan_ckpt.loading import Loaded, OnDamage, Request, load
 from titan_ckpt.lock import FolderLock
 from titan_ckpt.process import WriterProcess
@@ -19,6 +19,7 @@ from titan_ckpt.selection import Selection
 from titan_ckpt.snapshot import Planner, Snapshot
 from titan_ckpt.staging import HostBuffer
 from titan_ckpt.storage import open_storage
+from titan_ckpt.tensorfile import bytes_of
 from titan_ckpt.tree import Stateful
 from titan_ckpt.writer import Order, Origin, tidy, write_checkpoint
 
@@ -68,8 +69,8 @@ class Checkpointer:
             keep_every: keep those whose step is a multiple of this for good.
             keep_best: keep the best by a number that is given at save.
             asynchronous: whether `save` returns as soon as the state is copied to host memory. True or "thread" writes
-                in a thread, "process" in a process of its own. Each rank holds one copy of what it writes, from the
-                first save to `close`.
+                in a thread, with pinned memory for a GPU's tensors; "process" in a process of its own, which training's
+                Python code does not hold up. Each rank holds one copy of what it writes from the first save to `close`.
             on_save_error: "raise", or "warn" to go on training when a save could not be written.
             also: what to do with each checkpoint once it is published; the next save waits for it, and the other ranks
                 do, so it must be done within `timeout`.
@@ -248,8 +249,8 @@ class Checkpointer:
             raise CheckpointError(f"the Checkpointer of {self.folder} is closed")
 
     def _write_from_state(self, snapshot: Snapshot, place: int, path: str, header: bytes) -> WrittenFile:
-        parts = snapshot.own[place].parts
-        return write_file(self._storage, path, header, (bytes_of(snapshot.tensors[part]) for part in parts))
+        runs = ((bytes_of(snapshot.tensors[part]), [part.nbytes]) for part in snapshot.own[place].parts)
+        return write_file(self._storage, path, header, runs)
 
     def _write_from_buffer(
         self, snapshot: Snapshot, extent: tuple[int, int], place: int, path: str, header: bytes
@@ -258,9 +259,7 @@ class Checkpointer:
         lengths = [part.nbytes for part in snapshot.own[place].parts]
         if self._process is not None:
             return self._process.write(path, header, extent[0], lengths)
-        starts = [extent[0] + sum(lengths[:at]) for at in range(len(lengths))]
-        chunks = [self._buffer.bytes_at(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        return write_file(self._storage, path, header, chunks)
+        return write_file(self._storage, path, header, [(self._buffer.bytes_at(*extent), lengths)])
 
     def _write_or_warn(self, step: int, snapshot: Snapshot, write: Any) -> None:
         try:

@@ -1,18 +1,19 @@
-"""One safetensors file, streamed: the header is known beforehand, and what passes by is hashed on its way."""
+"""One safetensors file, streamed: the header is known beforehand, and what passes by is hashed on its way.
+
+Nothing here imports torch: a process that only writes has no use for it.
+"""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from titan_ckpt.checksum import PIECE_BYTES, checksum, pieces, running_checksum
 from titan_ckpt.storage import SinkFile, Storage
 
-_AHEAD = 4  # pieces written but not yet hashed
-_SMALL = 64 << 10  # bytes: chunks below this are gathered, for handing on each by itself costs more than the bytes do
+_AHEAD = 1  # buffers written but not yet hashed
+_SMALL = 64 << 10  # bytes: buffers below this are gathered, for handing on each by itself costs more than the bytes do
 _GATHERED = 1 << 20
 
 
@@ -31,23 +32,25 @@ class WrittenFile:
     pieces: list[tuple[str, ...]]
 
 
-def write_file(storage: Storage, path: str, header: bytes, chunks: Iterable[Any]) -> WrittenFile:
-    """Write a file, in large pieces one after the other, and sync it to the disk.
+def write_file(storage: Storage, path: str, header: bytes, runs: Iterable[tuple[Any, Sequence[int]]]) -> WrittenFile:
+    """Write a file, one buffer after the other, and sync it to the disk.
 
     Args:
         storage: where.
         path: the file, which must not be there yet.
         header: its first bytes.
-        chunks: the rest, as buffers of bytes; each is asked for when the one before is written.
+        runs: the rest: buffers of bytes, each with the lengths of the chunks that follow one another in it. A buffer is
+            asked for when the one before is written, and let go of before the next but one is.
 
     Returns:
         Its size and checksums, of the bytes that were handed to the disk.
     """
     sink = storage.create(path)
     try:
-        # One thread hashes while this one writes: both leave the interpreter's lock alone meanwhile.
+        # One thread hashes while this one writes. Each takes a buffer as a whole: where training holds the
+        # interpreter's lock, every return to Python waits for it, so there are to be few.
         with ThreadPoolExecutor(1, thread_name_prefix="titan-ckpt-hash") as hashing:
-            written = _Stream(sink, hashing).write(header, chunks)
+            written = _Stream(sink, hashing).write(header, runs)
     except BaseException:
         sink.discard()
         raise
@@ -61,53 +64,51 @@ class _Stream:
     def __init__(self, sink: SinkFile, hashing: ThreadPoolExecutor) -> None:
         self._sink, self._hashing = sink, hashing
         self._whole = running_checksum()
-        self._behind: deque[Future[str]] = deque()
+        self._behind: deque[Future[list[tuple[str, ...]]]] = deque()
+        self._found: list[tuple[str, ...]] = []
         self._gathered = bytearray()
+        self._lengths: list[int] = []
         self._size = 0
 
-    def write(self, header: bytes, chunks: Iterable[Any]) -> WrittenFile:
+    def write(self, header: bytes, runs: Iterable[tuple[Any, Sequence[int]]]) -> WrittenFile:
         """Write everything."""
-        found: list[list[str | Future[str]]] = []
-        self._gather(memoryview(header))
-        for chunk in chunks:
-            view = memoryview(chunk)
+        self._hand_on(memoryview(header), ())
+        for buffer, lengths in runs:
+            view = memoryview(buffer)
             if len(view) < _SMALL:
-                self._gather(view)
-                found.append([checksum(view)] if len(view) else [])
+                self._gathered += view
+                self._lengths += lengths
+                if len(self._gathered) >= _GATHERED:
+                    self._flush()
             else:
                 self._flush()
-                found.append([self._hand_on(view[start:stop]) for start, stop in pieces(len(view), PIECE_BYTES)])
+                self._hand_on(view, lengths)
         self._flush()
-        told = [tuple(one if isinstance(one, str) else one.result() for one in chunk) for chunk in found]
-        while self._behind:
-            self._behind.popleft().result()
-        return WrittenFile(self._size, self._whole.hexdigest(), told)
-
-    def _gather(self, view: memoryview) -> None:
-        self._gathered += view
-        if len(self._gathered) >= _GATHERED:
-            self._flush()
+        self._catch_up(0)
+        return WrittenFile(self._size, self._whole.hexdigest(), self._found)
 
     def _flush(self) -> None:
-        if self._gathered:
-            gathered, self._gathered = self._gathered, bytearray()
-            self._hand_on(memoryview(gathered))
+        if self._lengths:
+            gathered, lengths = self._gathered, self._lengths
+            self._gathered, self._lengths = bytearray(), []
+            self._hand_on(memoryview(gathered), lengths)
 
-    def _hand_on(self, view: memoryview) -> Future[str]:
-        digest = self._hashing.submit(self._digest, view)
-        self._behind.append(digest)
+    def _hand_on(self, view: memoryview, lengths: Sequence[int]) -> None:
+        self._behind.append(self._hashing.submit(self._digest, view, lengths))
         self._size += len(view)
         self._sink.write(view)
-        while len(self._behind) > _AHEAD:
-            self._behind.popleft().result()
-        return digest
+        self._catch_up(_AHEAD)
 
-    def _digest(self, view: memoryview) -> str:
+    def _catch_up(self, behind: int) -> None:
+        while len(self._behind) > behind:
+            self._found += self._behind.popleft().result()
+
+    def _digest(self, view: memoryview, lengths: Sequence[int]) -> list[tuple[str, ...]]:
+        """Hash a buffer as part of the whole, and each piece of its chunks by itself."""
         self._whole.update(view)
-        return checksum(view)
-
-
-def bytes_of(tensor: torch.Tensor) -> Any:
-    """Return a tensor's elements in row-major order as a buffer of bytes: its own memory where that is possible."""
-    dense = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy()
+        found, at = [], 0
+        for length in lengths:
+            ends = pieces(length, PIECE_BYTES)
+            found.append(tuple(checksum(view[at + start : at + stop]) for start, stop in ends))
+            at += length
+        return found

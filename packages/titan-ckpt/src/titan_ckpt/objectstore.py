@@ -17,6 +17,7 @@ from titan_ckpt.storage import SinkFile, SourceFile, Staged
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-[0-9]{8,}")
 _PART_BYTES = 64 << 20  # of a multi-part upload: what is held in memory per file being written
+_WRITE_BYTES = 8 << 20
 
 
 class ObjectStorage:
@@ -172,7 +173,9 @@ class _Sink:
         self._file = file
 
     def write(self, content: bytes | memoryview) -> None:
-        self._file.write(content)
+        view = memoryview(content)
+        for start in range(0, len(view), _WRITE_BYTES):  # fsspec copies what it gets before it sends it
+            self._file.write(view[start : start + _WRITE_BYTES])
 
     def close(self) -> None:
         self._file.close()

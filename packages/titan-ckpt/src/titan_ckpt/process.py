@@ -8,24 +8,36 @@ import json
 import mmap
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filewriter import WrittenFile, write_file
 from titan_ckpt.storage import Storage, open_storage
 
+# Importing the package imports torch: seconds, and hundreds of MiB, that a process that writes bytes has no use for.
+# So this one gets the package's modules without its `__init__`.
+_START = """
+import sys, types
+package = types.ModuleType("titan_ckpt")
+package.__path__ = [sys.argv[1]]
+sys.modules["titan_ckpt"] = package
+from titan_ckpt.process import serve
+serve(sys.argv[2], int(sys.argv[3]))
+"""
+
 
 class WriterProcess:
     """A process that writes files from shared memory."""
 
     def __init__(self, url: str, handle: int) -> None:
-        """Start it; it is ready a few seconds later, when `write` first waits for it.
+        """Start it; it is ready a moment later, when `write` first waits for it.
 
         Args:
             url: the folder it writes to.
             handle: the memory, as an open file.
         """
-        command = [sys.executable, "-c", "import titan_ckpt.process as p; p.serve()", url, str(handle)]
+        command = [sys.executable, "-c", _START, str(Path(__file__).parent), url, str(handle)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[handle], text=True
         )
@@ -75,9 +87,14 @@ class WriterProcess:
         self._process.stdout.close()
 
 
-def serve() -> None:
-    """Be that process: `sys.argv` holds the folder and the memory's file."""
-    storage, handle = open_storage(sys.argv[1]), int(sys.argv[2])
+def serve(url: str, handle: int) -> None:
+    """Be that process.
+
+    Args:
+        url: the folder it writes to.
+        handle: the memory, as an open file.
+    """
+    storage = open_storage(url)
     for line in sys.stdin:
         try:
             answer = _written(storage, handle, json.loads(line))
@@ -90,9 +107,7 @@ def serve() -> None:
 def _written(storage: Storage, handle: int, order: dict[str, Any]) -> dict[str, Any]:
     # Not closed but let go of: an error that is on its way may still hold views into it, and closing would hide it.
     memory = memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_READ))
-    chunks, at = [], order["start"]
-    for length in order["lengths"]:
-        chunks.append(memory[at : at + length])
-        at += length
-    written = write_file(storage, order["path"], order["header"].encode("latin-1"), chunks)
+    start, lengths = order["start"], order["lengths"]
+    run = memory[start : start + sum(lengths)]
+    written = write_file(storage, order["path"], order["header"].encode("latin-1"), [(run, lengths)])
     return {"size": written.size, "checksum": written.checksum, "pieces": written.pieces}

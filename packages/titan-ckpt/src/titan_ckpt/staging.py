@@ -11,7 +11,7 @@ import torch
 from titan_ckpt.parts import Part
 from titan_ckpt.planning import PlannedFile
 
-_ALIGNMENT = 64
+_ALIGNMENT = 4096  # that of memory pages, so that each file's bytes can go to the disk directly
 
 
 class HostBuffer:
@@ -86,7 +86,8 @@ class HostBuffer:
             return self._memory
         self._views, self._memory = {}, None  # first, so that there are never two
         if self.handle is None:
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+            self._memory = memory[-memory.data_ptr() % _ALIGNMENT :][:size]
         else:
             os.ftruncate(self.handle, max(size, 1))
             self._memory = torch.frombuffer(mmap.mmap(self.handle, max(size, 1)), dtype=torch.uint8)

@@ -20,7 +20,7 @@ from titan_ckpt.storage import SourceFile
 
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in TYPE_NAMES}
 _HEADER_LIMIT = 100_000_000  # that of the safetensors library
-_ALIGNMENT = 8
+_ALIGNMENT = 4096  # of the tensors' bytes: that of memory pages, so that they can go from memory to the disk directly
 
 
 class Entry(NamedTuple):
@@ -67,7 +67,7 @@ def make_header(entries: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> by
         entries: key, dtype and shape of each tensor in the order of its bytes, wider types first.
 
     Returns:
-        The first bytes of the file, a multiple of 8.
+        The first bytes of the file, padded so that what follows begins at a multiple of 4,096.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -76,8 +76,14 @@ def make_header(entries: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> by
         header[key] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
         at = stop
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "strict")
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
+
+
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """Return a tensor's elements in row-major order as a buffer of bytes: its own memory where that is possible."""
+    dense = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    return dense.reshape(-1).view(torch.uint8).numpy()
 
 
 def read_header(source: SourceFile, name: str) -> dict[str, Entry]:

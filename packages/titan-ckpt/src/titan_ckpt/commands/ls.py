@@ -16,7 +16,9 @@ def add(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser("ls", help="list the checkpoints of a folder: steps, sizes, times, validity")
     parser.add_argument("folder", metavar="FOLDER", help="a folder of checkpoints, as a path or URL")
-    parser.add_argument("--check", action="store_true", help="read every byte to tell which are sound, not sizes alone")
+    parser.add_argument(
+        "--check", action="store_true", help="read every byte to tell which are sound, not only which are complete"
+    )
     parser.add_argument("--json", action="store_true", help="write JSON: a list, oldest step first")
     parser.set_defaults(run=run)
 
@@ -38,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     for entry in found:
         marks = ["latest"] * entry["latest"] + [f"pinned as {pin}" for pin in entry["pins"]]
         created, nbytes = entry["created"] or "?", "?" if entry["bytes"] is None else size(entry["bytes"])
-        state = "sound" if not entry["problems"] else "DAMAGED: " + "; ".join(entry["problems"])
+        whole = "sound" if arguments.check else "complete"  # sizes alone do not tell that the bytes are right
+        state = whole if not entry["problems"] else "DAMAGED: " + "; ".join(entry["problems"])
         rows.append([printable(cell) for cell in (str(entry["step"]), created, nbytes, state, ", ".join(marks))])
     print(table(rows) if found else "no checkpoints")
     return 0

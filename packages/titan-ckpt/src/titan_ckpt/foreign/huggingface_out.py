@@ -14,12 +14,11 @@ from typing import Any, BinaryIO
 import torch
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.filewriter import bytes_of
 from titan_ckpt.foreign.folder_out import new_folder
 from titan_ckpt.manifest import folder_name
 from titan_ckpt.reader import open_checkpoint
 from titan_ckpt.source import AnySpec, Cast, TensorSource, Under, size_of
-from titan_ckpt.tensorfile import is_storable, make_header
+from titan_ckpt.tensorfile import bytes_of, is_storable, make_header
 from titan_ckpt.weight_map import Mapped, WeightMap
 
 CONFIG = "config.json"

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from titan_ckpt.boxes import whole
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.filewriter import WrittenFile, bytes_of, write_file
+from titan_ckpt.filewriter import WrittenFile, write_file
 from titan_ckpt.lock import FolderLock
 from titan_ckpt.manifest import folder_name
 from titan_ckpt.parts import Part
 from titan_ckpt.planning import FILE_BYTES, PlannedFile, divide
 from titan_ckpt.source import Cast, TensorSource, Without
 from titan_ckpt.storage import open_storage
-from titan_ckpt.tensorfile import is_storable
+from titan_ckpt.tensorfile import bytes_of, is_storable
 from titan_ckpt.tree import encode
 from titan_ckpt.weight_map import Mapped, WeightMap
 from titan_ckpt.writer import Order, Origin, write_checkpoint
@@ -91,13 +91,12 @@ def write_titan(
     if storage.names(folder_name(step)):
         raise CheckpointError(f"{storage.url}/{folder_name(step)} exists: nothing is overwritten, give another step")
 
-    def chunks(file: PlannedFile) -> Iterator[Any]:
+    def runs(file: PlannedFile) -> Iterator[tuple[Any, list[int]]]:
         for part in file.parts:
-            tensor = source.read(part.name.removeprefix(prefix))
-            yield bytes_of(tensor)
+            yield bytes_of(source.read(part.name.removeprefix(prefix))), [part.nbytes]
 
     def write(place: int, path: str, header: bytes) -> WrittenFile:
-        return write_file(storage, path, header, chunks(files[place]))
+        return write_file(storage, path, header, runs(files[place]))
 
     origin = Origin(step, encode(dict(metadata or {}), "metadata"), {}, None)
     try:
