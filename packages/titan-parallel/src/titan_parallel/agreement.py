@@ -20,7 +20,7 @@ def check_agreement(asked: Mapping[str, object], group: dist.ProcessGroup | None
         group: The ranks; the default process group if None.
 
     Raises:
-        LayoutError: On all ranks, with what differs and the first rank whose is not that of rank 0.
+        LayoutError: On all ranks, with what differs and the first rank whose is not that of the group's first.
     """
     size = dist.get_world_size(group)
     if size == 1 or dist.get_backend() == "fake":  # where there is nobody to ask
@@ -28,11 +28,13 @@ def check_agreement(asked: Mapping[str, object], group: dist.ProcessGroup | None
     mine = {name: _short(repr(value)) for name, value in asked.items()}
     ranks: list[dict[str, str]] = [{} for _ in range(size)]
     dist.all_gather_object(ranks, mine, group=group)
+    numbers = dist.get_process_group_ranks(group)
     first, wrong = ranks[0], []
     for name in dict.fromkeys(name for one in ranks for name in one):
         other = next((rank for rank, one in enumerate(ranks) if one.get(name) != first.get(name)), None)
         if other is not None:
-            wrong.append(f"{name} is {first.get(name)} on rank 0 and {ranks[other].get(name)} on rank {other}")
+            values = ((first.get(name), numbers[0]), (ranks[other].get(name), numbers[other]))
+            wrong.append(f"{name} is {' and '.join(f'{value} on rank {number}' for value, number in values)}")
     if wrong:
         raise LayoutError(f"ranks were not asked for the same, and would wait for one another: {'; '.join(wrong)}")
 

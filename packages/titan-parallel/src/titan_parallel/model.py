@@ -89,7 +89,7 @@ class ParallelModel:
                 returns no scalar.
             LayoutError: In the first call, if ranks have other numbers of microbatches, or another normaliser.
         """
-        self._check_call("forward_backward", microbatches, {"the normaliser": float(normaliser)})
+        self._check_call("forward_backward", microbatches, normaliser)
         self._prepare_weights()
         loss = self._run.forward_backward(self._own_tokens(microbatches), loss_function, normaliser)
         settle_gradients(self.parameters())
@@ -101,7 +101,7 @@ class ParallelModel:
 
         Arguments and exceptions are those of `forward_backward`.
         """
-        self._check_call("evaluate", microbatches, {})
+        self._check_call("evaluate", microbatches)
         self._prepare_weights()
         with self._evaluating():
             return self._run.evaluate(self._own_tokens(microbatches), loss_function)
@@ -200,10 +200,12 @@ class ParallelModel:
         """Return a table of this rank's parameters: how each is split, its whole and its own shape, and its bytes."""
         return describe(self.named_parameters(), self.mesh, self._layout)
 
-    def _check_call(self, call: str, microbatches: Sequence[Microbatch], asked: Mapping[str, object]) -> None:
+    def _check_call(self, call: str, microbatches: Sequence[Microbatch], normaliser: float = 1.0) -> None:
         """Check that there are microbatches and, in the first such call, that all ranks were asked for the same."""
         if call not in self._called:
-            check_agreement({f"the number of microbatches of {call}": len(microbatches), **asked})
+            check_agreement(
+                {f"the number of microbatches of {call}": len(microbatches), "the normaliser": float(normaliser)}
+            )
             if (
                 self.mesh["tp"].size() > 1
                 and not self._layout.options.sequence_parallel

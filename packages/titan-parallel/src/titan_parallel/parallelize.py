@@ -122,7 +122,7 @@ def _asked(model: nn.Module, plan: ParallelPlan, options: ParallelOptions) -> di
 
 def _first_numbers(model: nn.Module) -> list[float]:
     """Return what tells weights of one seed from those of another; nothing of parameters on meta."""
-    firsts = [p.detach().flatten()[:1].double().cpu() for p in model.parameters() if p.numel() and not p.is_meta]
+    firsts = [p.detach().flatten()[:1].cpu().double() for p in model.parameters() if p.numel() and not p.is_meta]
     return torch.cat(firsts).tolist() if firsts else []
 
 
