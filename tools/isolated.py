@@ -23,6 +23,7 @@ FLOOR_TESTS = [
     "packages/titan-ckpt/tests/test_ckpt_ranks.py",
     "packages/titan-parallel/tests/test_parallel_mesh.py",
     "packages/titan-parallel/tests/test_parallel_one_loss.py",
+    "packages/titan-parallel/tests/test_parallel_pipeline.py",
     "packages/titan-train/tests/test_train_settings.py",
     "packages/titan-train/tests/test_train_metrics.py",
     "packages/titan-train/tests/test_train_seams.py",
