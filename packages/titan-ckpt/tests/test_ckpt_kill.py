@@ -98,7 +98,8 @@ def test_killed_at_each_phase(tmp_path: Path, phase: str, after: bool) -> None:
 def test_killed_at_each_phase_among_ranks(tmp_path: Path, world: int, asynchronous: bool) -> None:
     for rank in {0, world - 1}:
         for phase in phases_of(rank):
-            for after in (False, True):
+            # What comes just after a phase is mostly what comes before the next: two ranks have both.
+            for after in (False, True) if world == 2 else (False,):
                 case = tmp_path / f"{rank}-{phase}-{after}"
                 case.mkdir()
                 dies_at(case / "checkpoints", case, world, phase, after, rank, asynchronous)

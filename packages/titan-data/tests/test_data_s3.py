@@ -26,7 +26,7 @@ def server():
             # One attempt each: what is tried again here, is by titan-data.
             "config_kwargs": {"retries": {"total_max_attempts": 1, "mode": "standard"}},
         }
-        fsspec.filesystem("s3").mkdir("bucket")
+        fsspec.filesystem("s3").mkdir("corpora")
         yield faults
         del fsspec.config.conf["s3"]
 
@@ -51,7 +51,7 @@ def corpus(server, tmp_path_factory):
         write_parquet(folder / f"part-{number}.parquet", texts)
     remote = fsspec.filesystem("s3")
     for path in folder.iterdir():
-        remote.pipe_file(f"bucket/corpus/{path.name}", path.read_bytes())
+        remote.pipe_file(f"corpora/corpus/{path.name}", path.read_bytes())
     return folder
 
 
@@ -61,7 +61,7 @@ def expected():
 
 @pytest.mark.parametrize("suffix", ["jsonl.zst", "parquet"])
 def test_a_glob_gives_what_it_gives_on_disk(corpus, faults, suffix):
-    source = load_files(f"s3://bucket/corpus/part-*.{suffix}", streaming=True, shards=1)
+    source = load_files(f"s3://corpora/corpus/part-*.{suffix}", streaming=True, shards=1)
     assert list(source.iterate(0, 0)) == expected()
     assert list(source.iterate(0, len(TEXTS) + 3)) == expected()[len(TEXTS) + 3 :]
     local = load_files(corpus / f"part-*.{suffix}", streaming=True, shards=1)
@@ -72,7 +72,7 @@ def test_a_glob_gives_what_it_gives_on_disk(corpus, faults, suffix):
 def test_a_server_that_fails_for_a_while_is_read_through(corpus, faults, fault):
     waits = []
     retry = Retry(attempts=4, stall=0.5 if fault == "stall" else 120, sleep=waits.append)
-    source = load_files("s3://bucket/corpus/part-*.jsonl.zst", streaming=True, shards=1, retry=retry)
+    source = load_files("s3://corpora/corpus/part-*.jsonl.zst", streaming=True, shards=1, retry=retry)
     faults.coming[:] = [fault, fault, None, fault]
     assert list(source.iterate(0, 0)) == expected()
     assert faults.coming == []
@@ -81,21 +81,21 @@ def test_a_server_that_fails_for_a_while_is_read_through(corpus, faults, fault):
 
 def test_a_server_that_is_gone_for_good_is_an_error_that_names_the_file(corpus, faults):
     retry = Retry(attempts=2, sleep=lambda seconds: None)
-    source = load_files("s3://bucket/corpus/part-2.parquet", streaming=True, retry=retry)
+    source = load_files("s3://corpora/corpus/part-2.parquet", streaming=True, retry=retry)
     faults.coming[:] = [503] * 2
-    with pytest.raises(DataError, match=r"s3://bucket/corpus/part-2\.parquet could not be read .* after 2 attempts"):
+    with pytest.raises(DataError, match=r"s3://corpora/corpus/part-2\.parquet could not be read .* after 2 attempts"):
         list(source.iterate(0, 0))
 
 
 def test_what_is_not_there_is_said_at_once(corpus, faults):
-    with pytest.raises(DataError, match=r"there is no file that matches s3://bucket/corpus/\*\.json; in .* there is"):
-        load_files("s3://bucket/corpus/*.json", streaming=True)
+    with pytest.raises(DataError, match=r"there is no file that matches s3://corpora/corpus/\*\.json; in .* there is"):
+        load_files("s3://corpora/corpus/*.json", streaming=True)
     with pytest.raises(DataError, match=r"there is no file s3://nowhere/a\.jsonl"):
         load_files("s3://nowhere/a.jsonl", streaming=True)
 
 
 def test_prepare_reads_a_bucket(corpus, faults, tmp_path, capsys):
-    words = ["prepare", "s3://bucket/corpus/*.jsonl.zst", "--streaming", "--tokenizer", "bytes", "--workers", "0"]
+    words = ["prepare", "s3://corpora/corpus/*.jsonl.zst", "--streaming", "--tokenizer", "bytes", "--workers", "0"]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
     assert f"{len(expected())} documents" in capsys.readouterr().out
     shards = TokenShards(tmp_path / "out")

@@ -41,7 +41,9 @@ def test_recipes(one: Group, plain: dict, recipe: str) -> None:
     ("degrees", "options"),
     [
         (Degrees(), ParallelOptions(float8=replace(EMULATED, fsdp_all_gather=True), activation_checkpointing="full")),
-        (Degrees(tp=2), ParallelOptions(float8=replace(EMULATED, recipe="rowwise"))),
+        pytest.param(
+            Degrees(tp=2), ParallelOptions(float8=replace(EMULATED, recipe="rowwise")), marks=pytest.mark.slow
+        ),
         pytest.param(
             Degrees(tp=2),
             ParallelOptions(float8=EMULATED, activation_checkpointing="selective"),

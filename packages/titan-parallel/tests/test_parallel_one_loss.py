@@ -56,19 +56,15 @@ def test_two_processes_with_options(two: Group, plain: dict, degrees: Degrees, o
     same(two.run(cases.train, degrees, options), plain)
 
 
-@pytest.mark.parametrize(
-    "degrees",
-    [Degrees(dp_replicate=2), Degrees(tp=2), pytest.param(Degrees(tp=4), marks=pytest.mark.slow)],
-    ids=["hsdp", "fsdp-tp", "tp"],
-)
-def test_four_processes(four: Group, plain: dict, degrees: Degrees) -> None:
-    same(four.run(cases.train, degrees), plain)
+def test_fsdp_and_tensor_parallel(four: Group, plain: dict) -> None:
+    same(four.run(cases.train, Degrees(tp=2)), plain)
 
 
 def test_hsdp_accumulating(four: Group, plain: dict) -> None:
     same(four.run(cases.train, Degrees(dp_replicate=2), None, False, 2), plain)
 
 
+@pytest.mark.slow
 def test_tied_weights(four: Group) -> None:
     same(four.run(cases.train, Degrees(tp=2), None, True), cases.reference(tied=True))
 
@@ -94,7 +90,7 @@ def test_inductor(four: Group, plain: dict) -> None:
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_from_meta(one: Group, four: Group, tied: bool) -> None:
     answers = [one.run(cases.fill_from_meta, Degrees(), tied)[0]]
-    for degrees in (Degrees(), Degrees(tp=2), Degrees(tp=4)):
+    for degrees in (Degrees(), Degrees(tp=2)):
         answers += four.run(cases.fill_from_meta, degrees, tied)
     plain_net = cases.build(tied)
     names, state_names, _, _ = answers[0]

@@ -33,8 +33,15 @@ def test_two_processes(two: Group, single: tuple[str, dict], kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("degrees", [Degrees(cp=2, tp=2), Degrees(cp=2, dp_shard=2)], ids=["cp-tp", "cp-fsdp"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "degrees"),
+    [
+        ("allgather", Degrees(cp=2, tp=2)),
+        ("ring", Degrees(cp=2, dp_shard=2)),
+        ("ulysses", Degrees(cp=2, tp=2)),
+    ],
+    ids=["allgather-tp", "ring-fsdp", "ulysses-tp"],
+)
 def test_four_processes(four: Group, single: tuple[str, dict], kind: str, degrees: Degrees) -> None:
     same(four, single, degrees, ParallelOptions(context=kind))
 

@@ -61,7 +61,8 @@ def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[st
     same(two.run(run_here, config(tmp_path, **layout)), single)
 
 
-@pytest.mark.parametrize("layout", [EP, pytest.param(EP | TP, marks=pytest.mark.slow)], ids=["ep-fsdp", "ep-tp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [EP, EP | TP], ids=["ep-fsdp", "ep-tp"])
 def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
     same(four.run(run_here, config(tmp_path, **layout)), single)
 

@@ -58,7 +58,10 @@ def test_the_balancing_loss_acts(one: Group, single: dict, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"},
+    ],
     ids=["fsdp", "fsdp-accumulating-sac"],
 )
 def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:

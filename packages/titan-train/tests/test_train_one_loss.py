@@ -42,7 +42,9 @@ def test_two_processes_tp(two: Group, single: dict, tmp_path: Path) -> None:
     "layout",
     [
         {"parallel__tp": "2"},
-        {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "selective"},
+        pytest.param(
+            {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "selective"}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"parallel__tp": "2", "parallel__sequence_parallel": "false", "training__microbatch_size": "2"},
             marks=pytest.mark.slow,
