@@ -21,7 +21,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ckpt_hostile import Call, hostile_pickles
 from ckpt_sources import Tensors, read_all, same
-from ckpt_states import make_model
+from ckpt_states import Held, make_model
 from titan_ckpt import CheckpointError, open_checkpoint, open_source
 from titan_ckpt.cli import main
 from titan_ckpt.foreign import dcp_metadata as restricted
@@ -71,17 +71,6 @@ def test_what_dcp_wrote_is_read_to_the_bit(tmp_path: Path) -> None:
     assert folder.left_out == {}
 
 
-class StatefulDict:
-    def __init__(self, **state: Any) -> None:
-        self.state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-
 def torchtitan_state() -> dict[str, Any]:
     """What torchtitan hands to DCP: the model's tensors at the top beside Statefuls, optimizer entries by clean name.
 
@@ -102,10 +91,10 @@ def torchtitan_state() -> dict[str, Any]:
         optimizer |= {f"param_groups.{name}.{key}": value for key, value in settings.items()}
     loader = {"dp_rank_0": pickle.dumps({"at": 7}), "dp_rank_1": pickle.dumps({"at": 8}), "world_size": 2}
     return {
-        "train_state": StatefulDict(step=4, ntokens_seen=400),
-        "optimizer": StatefulDict(**optimizer),
-        "dataloader": StatefulDict(**loader),
-        "lr_scheduler": StatefulDict(last_epoch=4),
+        "train_state": Held(step=4, ntokens_seen=400),
+        "optimizer": Held(**optimizer),
+        "dataloader": Held(**loader),
+        "lr_scheduler": Held(last_epoch=4),
         **model.state_dict(),
     }
 
