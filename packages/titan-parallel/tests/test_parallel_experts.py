@@ -112,7 +112,7 @@ def test_all_tokens_to_one_rank(four: Group, degrees: Degrees) -> None:
 def test_exchange_of_any_counts(four: Group, dtype: torch.dtype) -> None:
     for seed in range(5):
         answers = four.run(cases.exchange, dtype, seed)
-        assert max(off for off, _ in answers) <= (1e-5 if dtype == torch.float32 else 2e-1)
+        assert max(off for off, _ in answers) <= (1e-6 if dtype == torch.float32 else 1e-2)
         assert answers[-1][1] == [1]  # a row that is made up, since nobody had any
 
 

@@ -53,9 +53,18 @@ def clip_grad_norm(
         dist.all_reduce(square, group=stages)
     total: Tensor = square.sqrt()
     if max_norm is not None:
-        for group in groups.values():
-            torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+        _scale([p.grad for p in parameters if p.grad is not None], (max_norm / (total + 1e-6)).clamp(max=1))
     return total
+
+
+def _scale(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiply each rank's shards: DTensor would first work out how all of them lie, each at the others' cost."""
+    devices: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        devices.setdefault(local.device, []).append(local)
+    for device, shards in devices.items():
+        torch._foreach_mul_(shards, factor.to(device))
 
 
 def _sharding(gradient: Tensor) -> tuple[DeviceMesh, tuple[bool, ...]] | None:
