@@ -35,7 +35,6 @@ BESIDE = {
         "transformers": [
             "test_parallel_transformers.py",
             "test_parallel_pipeline_transformers.py",
-            "test_parallel_context_function.py",
             "test_parallel_readme.py",
         ]
     }
@@ -128,8 +127,10 @@ def _install(python: Path, *what: str) -> None:
 def _tests(python: Path, tests: list[str]) -> bool:
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     # The environment's own programs (torchrun) come first, as if it were activated.
-    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, check=False).returncode == 0
+    environment = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    # It is thrown away: bytecode may lie in it, or each of the tests' processes compiles all of torch's Python.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 
 def _run(*command: str) -> None:

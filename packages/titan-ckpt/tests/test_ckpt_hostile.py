@@ -260,6 +260,7 @@ def refusal(path: Path) -> str:
     return "; ".join(problems)
 
 
+@pytest.mark.slow
 def test_none_of_them_takes_memory(tmp_path: Path) -> None:
     """All at once, in a process that can take no more than a gibibyte, and takes much less."""
     assert run_apart(refuse_all, tmp_path) < 200 << 20

@@ -368,6 +368,7 @@ def export_under_a_limit(tmp_path: Path, tensors: int, tensor_bytes: int, file_b
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_one_file(tmp_path: Path) -> None:
     grown = export_under_a_limit(tmp_path, tensors=16, tensor_bytes=16 << 20, file_bytes=96 << 20)
     assert 16 << 20 <= grown <= 96 << 20

@@ -251,6 +251,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_real_command_leaves_one_line(corpus):
     words = ["prepare", "part-*.jsonl", "--tokenizer", "bytes", "--shard-tokens", "500", "--out", "out"]
     command = [sys.executable, "-c", PRESSED, *words, "--workers", "1"]

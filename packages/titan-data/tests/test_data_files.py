@@ -118,6 +118,7 @@ def test_the_index_finds_the_records_that_the_stream_gives(tmp_path_factory, lin
         assert len(rows) == whole.count("\n")
 
 
+@pytest.mark.slow
 def test_a_record_of_50_mb_and_files_that_are_all_of_one_line(tmp_path):
     big = "0123456789" * 5_000_000
     path = write_jsonl(tmp_path / "big.jsonl", ["before", big, "after"])

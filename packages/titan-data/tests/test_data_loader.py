@@ -584,6 +584,7 @@ def test_empty_documents_are_passed_over_and_counted(kind):
     assert dense.accounting()["source"]["skipped"] == 0
 
 
+@pytest.mark.slow
 def test_a_document_of_50_megabytes():
     text = "0123456789" * 5_000_000
     loader = open_loader(ListSource(["before", text, "after"]), seq_len=4096, global_batch_size=2, shuffle=False)

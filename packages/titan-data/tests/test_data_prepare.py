@@ -130,6 +130,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_kill_9_then_the_same_command(tmp_path):
     script = tmp_path / "command.py"
     script.write_text(COMMAND)

@@ -164,6 +164,7 @@ def test_cut_files_are_refused(kind, tmp_path):
             load_tokenizer(path)
 
 
+@pytest.mark.slow
 @each_kind
 def test_training_is_reproducible_in_another_process(kind):
     if kind == "huggingface":

@@ -56,7 +56,9 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("attention", BACK_ENDS)
+@pytest.mark.parametrize(
+    "attention", [pytest.param(kind, marks=pytest.mark.slow) if kind == "flex" else kind for kind in BACK_ENDS]
+)
 @settings(deadline=None, max_examples=25)
 @given(row=ROWS, heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]))
 def test_documents_by_definition(attention: str, row: list[int], heads: tuple[int, int]) -> None:
@@ -188,7 +190,7 @@ def test_a_forward_with_documents_can_be_traced_with_fake_tensors() -> None:
     assert any("document_attention" in str(node.target) for node in graph.graph.nodes)
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
+@pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "documents"])
 @pytest.mark.parametrize("attention", BACK_ENDS)
 def test_a_block_compiles_whole(random_decoder: Callable[..., Decoder], attention: str, documents: bool) -> None:
     eager, compiled = random_decoder(attention=attention), random_decoder(attention=attention)

@@ -49,7 +49,9 @@ def test_a_changed_token_changes_no_earlier_logits(
         assert not close(before[0, later], after[0, later])
 
 
-@pytest.mark.parametrize("attention", BACK_ENDS)
+@pytest.mark.parametrize(
+    "attention", [pytest.param(kind, marks=pytest.mark.slow) if kind == "flex" else kind for kind in BACK_ENDS]
+)
 @settings(deadline=None, max_examples=15)
 @given(lengths=LENGTHS)
 def test_packed_documents_get_the_logits_they_have_alone(

@@ -188,6 +188,7 @@ def test_the_model_is_left_as_it_was(random_decoder: Callable[..., Decoder], fai
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
+@pytest.mark.slow
 def test_compiled_blocks_generate_the_same(random_decoder: Callable[..., Decoder]) -> None:
     plain, compiled = random_decoder(), random_decoder()
     torch._dynamo.reset()

@@ -146,7 +146,9 @@ def local_state(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("dp", "tp"), [(4, 1), (3, 2), (2, 2), (5, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("dp", "tp"), [(4, 1), (3, 2), *(pytest.param(*two, marks=pytest.mark.slow) for two in ((2, 2), (5, 2)))], ids=str
+)
 def test_fsdp_and_tensor_parallel_from_meta(tiny: DecoderConfig, dp: int, tp: int, tied: bool) -> None:
     # 37 embedding rows, heads and widths that the data-parallel degree does not divide: uneven and empty shards.
     config = replace(tiny, ffn_dim=44, tied_embeddings=tied, norm="layernorm")

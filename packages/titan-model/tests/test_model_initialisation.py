@@ -143,7 +143,7 @@ def test_a_tensor_of_more_than_one_chunk() -> None:
     assert torch.equal(weight.flatten(), at_once.float())
 
 
-@pytest.mark.parametrize("chunk", [1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 31, 32, 33, 1000])
 def test_values_do_not_depend_on_the_chunk(tiny: DecoderConfig, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     whole = initialised(tiny).state_dict()
     monkeypatch.setattr("titan_model.initialisation._CHUNK", chunk)

@@ -276,7 +276,7 @@ def assert_same_when_run_so(wrap: Callable[[nn.Module], nn.Module], backend: str
     torch.testing.assert_close(wrapped.router.load, plain.router.load)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.filterwarnings("ignore")
 def test_checkpointing_and_compilation_change_nothing(

@@ -60,6 +60,7 @@ def test_size_is_the_reported_one(name: str) -> None:
     assert (count - embeddings) / 1e9 == pytest.approx(besides, abs=0.5 if total > 100 else 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", preset_names())
 def test_transformers_builds_the_same_size_from_it(name: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -34,9 +34,10 @@ def has_map(config: DecoderConfig, kind: str) -> bool:
 CONFIGS = {**FAMILIES, **{name: preset(name) for name in preset_names()}}
 CASES = [(name, kind) for name, config in CONFIGS.items() for kind in MAPS if has_map(config, kind)]
 TINY_CASES = [(name, kind) for name, kind in CASES if name in FAMILIES or name.startswith("debug")]
+ALL_CASES = [pytest.param(*case, marks=[] if case in TINY_CASES else pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), ALL_CASES)
 def test_every_tensor_has_one_rule(name: str, kind: str) -> None:
     config = CONFIGS[name]
     weights = MAPS[kind](config)

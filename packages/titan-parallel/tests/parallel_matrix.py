@@ -90,7 +90,7 @@ def cases() -> Iterator[Case]:
     """Yield the matrix."""
     yield from (layout(**{degree: 2}) for degree in KINDS.values())
     for first, second in combinations(KINDS.values(), 2):
-        yield layout(**{first: 2, second: 2}, slow=first != "dp_shard")
+        yield layout(**{first: 2, second: 2}, slow=(first, second) not in (("dp_shard", "tp"), ("dp_shard", "pp")))
     # Each kind's own variety.
     yield from (layout(cp=2, context=kind) for kind in ("ring", "ulysses"))
     yield from (layout(cp=4, context=kind, slow=True) for kind in ("allgather", "ring", "ulysses"))
@@ -104,7 +104,9 @@ def cases() -> Iterator[Case]:
     yield layout(ep=4, slow=True)
     # With what else there is to choose.
     both = {"tp": 2, "cp": 2}
-    yield from (layout(**{degree: 2}, shape=Shape(tied=True)) for degree in ("dp_shard", "tp", "pp"))
+    yield from (
+        layout(**{degree: 2}, shape=Shape(tied=True), slow=degree == "tp") for degree in ("dp_shard", "tp", "pp")
+    )
     yield layout(dp_shard=2, microbatches=4)
     yield from (layout(**both, microbatches=2, context=kind, slow=True) for kind in ("ring", "ulysses"))
     yield from (layout(**both, activation_checkpointing=mode, slow=True) for mode in ("full", "selective"))

@@ -55,6 +55,7 @@ def test_two_ranks(two: Group, kind: str) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_ranks(four: Group, kind: str) -> None:
     @few

@@ -31,8 +31,11 @@ def spelt_out(name: str) -> list[str]:
     return [f"{found[1]}{n}{found[3]}" for n in numbers]
 
 
-@pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2), Degrees(dp_replicate=2), Degrees(tp=4)], ids=str)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("degrees", "tied"),
+    [(Degrees(), True), (Degrees(tp=2), True), (Degrees(dp_replicate=2), False), (Degrees(tp=4), False)],
+    ids=["fsdp-tied", "fsdp-tp-tied", "hsdp-untied", "tp4-untied"],
+)
 def test_parameters_and_bytes(four: Group, degrees: Degrees, tied: bool) -> None:
     for text, local, sharded in four.run(parallel_describe.table, degrees, tied):
         lines = rows(text)

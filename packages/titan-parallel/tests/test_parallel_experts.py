@@ -38,28 +38,37 @@ def styled(name: str, style: str) -> dict:
 COMPILED = ParallelOptions(compile_blocks=True, compile_backend="aot_eager")
 
 
-@pytest.mark.parametrize("degrees", [Degrees(ep=2), Degrees(tp=2)], ids=["ep", "tp"])
+SAC = ParallelOptions(activation_checkpointing="selective")
+AC = ParallelOptions(activation_checkpointing="full")
+APART = ParallelOptions(sequence_parallel=False, reshard_after_forward="never")
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("degrees", "options"),
     [
-        ParallelOptions(activation_checkpointing="selective"),
-        ParallelOptions(sequence_parallel=False, reshard_after_forward="never"),
-        pytest.param(ParallelOptions(activation_checkpointing="full"), marks=pytest.mark.slow),
+        (Degrees(ep=2), SAC),
+        (Degrees(tp=2), APART),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((Degrees(tp=2), SAC), (Degrees(ep=2), AC))),
     ],
-    ids=["sac", "no-sp-no-reshard", "ac"],
+    ids=["ep-sac", "tp-no-sp-no-reshard", "tp-sac", "ep-ac"],
 )
 def test_two_processes_with_options(two: Group, alone: dict, degrees: Degrees, options: ParallelOptions) -> None:
     same(two.run(cases.train, degrees, options), alone)
 
 
-@pytest.mark.parametrize("degrees", [Degrees(ep=2), Degrees(tp=2), Degrees()], ids=["ep", "tp", "fsdp"])
+@pytest.mark.parametrize(
+    "degrees",
+    [Degrees(ep=2), Degrees(), pytest.param(Degrees(tp=2), marks=pytest.mark.slow)],
+    ids=["ep", "fsdp", "tp"],
+)
 def test_two_processes_accumulating(two: Group, alone: dict, degrees: Degrees) -> None:
     same(two.run(cases.train, degrees, None, 2), alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-@pytest.mark.parametrize("degrees", [Degrees(ep=2), Degrees(tp=2)], ids=["ep", "tp"])
+@pytest.mark.parametrize(
+    ("degrees", "checkpointing"), [(Degrees(ep=2), "selective"), (Degrees(tp=2), "full")], ids=["ep-sac", "tp-ac"]
+)
 def test_two_processes_compiled(two: Group, together: dict, degrees: Degrees, checkpointing: str) -> None:
     options = replace(COMPILED, activation_checkpointing=checkpointing)
     same(two.run(cases.train, degrees, options, 1, True), together)
@@ -87,6 +96,7 @@ def test_four_processes_compiled(four: Group, together: dict) -> None:
     same(four.run(cases.train, Degrees(ep=2, tp=2), COMPILED, 1, True, timeout=180.0), together)
 
 
+@pytest.mark.slow
 def test_bf16_stays_near(two: Group, alone: dict) -> None:
     for degrees in (Degrees(ep=2), Degrees(tp=2)):
         for result in two.run(cases.train, degrees, ParallelOptions(param_dtype=torch.bfloat16)):
@@ -94,6 +104,7 @@ def test_bf16_stays_near(two: Group, alone: dict) -> None:
             assert result["losses"] != alone["losses"]  # it did compute in bf16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "degrees", [Degrees(ep=4), pytest.param(Degrees(ep=2, tp=2), marks=pytest.mark.slow)], ids=["ep4", "ep-tp"]
 )
@@ -131,6 +142,7 @@ def test_rows_sent(two: Group, checkpointing: str) -> None:
         assert messages == layers * (2 if checkpointing == "full" else 1)
 
 
+@pytest.mark.slow
 def test_layouts(four: Group) -> None:
     for degrees, dims, placements in [
         (Degrees(ep=2), "expert_fsdp ep", {"wide": ["S(1)", "S(0)"], "narrow_bias": ["S(1)", "S(0)"]}),
@@ -155,8 +167,12 @@ def test_layouts(four: Group) -> None:
 
 @pytest.mark.parametrize(
     "degrees",
-    [Degrees(ep=4), Degrees(ep=2), Degrees(ep=2, dp_replicate=2), Degrees(ep=2, tp=2)],
-    ids=["ep4", "ep-fsdp", "ep-ddp", "ep-tp"],
+    [
+        Degrees(ep=2, tp=2),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (Degrees(ep=4), Degrees(ep=2))),
+        pytest.param(Degrees(ep=2, dp_replicate=2), marks=pytest.mark.slow),
+    ],
+    ids=["ep-tp", "ep4", "ep-fsdp", "ep-ddp"],
 )
 def test_clipping_over_mixed_meshes(four: Group, degrees: Degrees) -> None:
     for expected, found, off, with_a_hole in four.run(cases.norms_with_a_hole, degrees):
@@ -214,7 +230,6 @@ def test_dim_that_fsdp_shards() -> None:
 def test_eight_processes(alone: dict) -> None:
     group = Group(8)
     try:
-        for degrees in (Degrees(ep=2, tp=2), Degrees(ep=2, dp_replicate=2), Degrees(ep=2, dp_replicate=2, tp=2)):
-            same(group.run(cases.train, degrees, timeout=300.0), alone)
+        same(group.run(cases.train, Degrees(ep=2, dp_replicate=2, tp=2), timeout=300.0), alone)
     finally:
         group.close()

@@ -37,23 +37,14 @@ def test_recipes(one: Group, plain: dict, recipe: str) -> None:
 
 
 @needs_torchao
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("degrees", "options"),
     [
         (Degrees(), ParallelOptions(float8=replace(EMULATED, fsdp_all_gather=True), activation_checkpointing="full")),
-        pytest.param(
-            Degrees(tp=2), ParallelOptions(float8=replace(EMULATED, recipe="rowwise")), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            Degrees(tp=2),
-            ParallelOptions(float8=EMULATED, activation_checkpointing="selective"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            Degrees(),
-            ParallelOptions(float8=EMULATED, compile_blocks=True, compile_backend="aot_eager"),
-            marks=pytest.mark.slow,
-        ),
+        (Degrees(tp=2), ParallelOptions(float8=replace(EMULATED, recipe="rowwise"))),
+        (Degrees(tp=2), ParallelOptions(float8=EMULATED, activation_checkpointing="selective")),
+        (Degrees(), ParallelOptions(float8=EMULATED, compile_blocks=True, compile_backend="aot_eager")),
     ],
     ids=["fsdp-gather-ac", "tp-rowwise", "tp-sac", "fsdp-compile"],
 )

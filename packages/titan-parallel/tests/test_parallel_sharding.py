@@ -21,7 +21,10 @@ def test_resharding_by_case(pp: int) -> None:
     assert reshard_blocks(ParallelOptions(), pp) is (pp == 1)
 
 
-@pytest.mark.parametrize(("asked", "ranks"), [("default", 4), ("never", 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("asked", "ranks"),
+    [("default", 4), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("never", 1), (2, 2)))],
+)
 def test_what_stays_gathered(four: Group, plain: dict, asked: str | int, ranks: int) -> None:
     options = ParallelOptions(reshard_after_forward=asked)
     assert four.run(parallel_sharding.gathered_between, options) == [[ranks] * 3] * 4
@@ -29,7 +32,9 @@ def test_what_stays_gathered(four: Group, plain: dict, asked: str | int, ranks: 
 
 
 @pytest.mark.parametrize(
-    ("degrees", "microbatches"), [(Degrees(), 1), (Degrees(dp_replicate=2), 1), (Degrees(tp=2), 2)], ids=str
+    ("degrees", "microbatches"),
+    [(Degrees(), 1), (Degrees(dp_replicate=2), 1), pytest.param(Degrees(tp=2), 2, marks=pytest.mark.slow)],
+    ids=["fsdp", "ddp", "tp"],
 )
 def test_offload(two: Group, plain: dict, degrees: Degrees, microbatches: int) -> None:
     same(two.run(cases.train, degrees, ParallelOptions(cpu_offload=True), False, microbatches), plain)
@@ -45,8 +50,8 @@ def test_what_is_offloaded(one: Group, two: Group) -> None:
 
 @pytest.mark.parametrize(
     "degrees",
-    [Degrees(), Degrees(dp_replicate=2), pytest.param(Degrees(tp=2), marks=pytest.mark.slow)],
-    ids=["fsdp", "hsdp", "fsdp-tp"],
+    [Degrees(dp_replicate=2), *(pytest.param(one, marks=pytest.mark.slow) for one in (Degrees(), Degrees(tp=2)))],
+    ids=["hsdp", "fsdp", "fsdp-tp"],
 )
 def test_gradients_summed_once_a_step(four: Group, plain: dict, degrees: Degrees) -> None:
     same(four.run(cases.train, degrees, ParallelOptions(reduce_every_microbatch=False), False, 2), plain)

@@ -190,6 +190,7 @@ def test_one_source_has_the_loss_of_the_run(corpus: Path, tmp_path: Path) -> Non
     assert all("loss" not in m["sources"]["squares.jsonl"] for m in reports(tmp_path))
 
 
+@pytest.mark.slow
 def test_sequences_become_longer_at_their_step_on_any_number_of_ranks(
     corpus: Path, tmp_path: Path, one: Group, two: Group, four: Group
 ) -> None:
@@ -342,6 +343,7 @@ def test_changed_data_are_refused_until_allowed(
     assert reports(tmp_path / "run")[-1]["step"] == 12
 
 
+@pytest.mark.slow
 def test_several_changes_make_one_flag(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = of_files(corpus / "squares.jsonl")
     assert train(tmp_path, text) == ExitCode.DONE

@@ -48,32 +48,29 @@ def same(results: list[dict], expected: dict) -> None:
     "layout",
     [
         EP | {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"},
-        pytest.param(EP, marks=pytest.mark.slow),
-        pytest.param(TP, marks=pytest.mark.slow),
         pytest.param(
             TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["ep-accumulating-sac", "ep", "tp", "tp-no-sp-ac"],
+    ids=["ep-accumulating-sac", "tp-no-sp-ac"],
 )
 def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
     same(two.run(run_here, config(tmp_path, **layout)), single)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [EP, EP | TP], ids=["ep-fsdp", "ep-tp"])
-def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
-    same(four.run(run_here, config(tmp_path, **layout)), single)
+def test_four_processes(four: Group, single: dict, tmp_path: Path) -> None:
+    same(four.run(run_here, config(tmp_path, **(EP | TP))), single)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [EP, TP], ids=["ep", "tp"])
-def test_compiled(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+def test_compiled(two: Group, single: dict, tmp_path: Path) -> None:
     compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
-    same(two.run(run_here, config(tmp_path, **layout, **compiled), timeout=240.0), single)
+    same(two.run(run_here, config(tmp_path, **EP, **compiled), timeout=240.0), single)
 
 
+@pytest.mark.slow
 def test_resumed_on_another_layout(one: Group, two: Group, tmp_path: Path) -> None:
     constant = {"schedule__decay": "none"}
     expected = one.run(run_here, config(tmp_path / "once", **constant))[0]

@@ -56,37 +56,21 @@ def test_the_balancing_loss_acts(one: Group, single: dict, tmp_path: Path) -> No
     assert max(abs(without["norms"][step] - norm) for step, norm in single["norms"].items()) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"},
-    ],
-    ids=["fsdp", "fsdp-accumulating-sac"],
-)
-def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_two_processes(two: Group, single: dict, tmp_path: Path) -> None:
+    layout = {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"}
     for result in two.run(run_here, config(tmp_path, **layout)):
         same(result, single)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout",
-    [{"parallel__dp_replicate": "2"}, {"parallel__activation_checkpointing": "full"}],
-    ids=["hsdp", "fsdp-ac"],
-)
-def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+def test_four_processes(four: Group, single: dict, tmp_path: Path) -> None:
+    layout = {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "full"}
     for result in four.run(run_here, config(tmp_path, **layout)):
         same(result, single)
 
 
 @pytest.mark.slow
-def test_compiled(two: Group, single: dict, tmp_path: Path) -> None:
-    compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
-    for result in two.run(run_here, config(tmp_path, **compiled), timeout=240.0):
-        same(result, single)
-
-
 def test_resumed_bit_for_bit(one: Group, tmp_path: Path) -> None:
     constant = {"schedule__decay": "none"}
     unbroken = one.run(run_here, config(tmp_path / "once", **constant))[0]

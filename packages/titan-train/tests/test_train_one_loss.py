@@ -38,20 +38,15 @@ def test_two_processes_tp(two: Group, single: dict, tmp_path: Path) -> None:
         same_curve(result, single)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
-        {"parallel__tp": "2"},
-        pytest.param(
-            {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "selective"}, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {"parallel__tp": "2", "parallel__sequence_parallel": "false", "training__microbatch_size": "2"},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param({"parallel__tp": "4"}, marks=pytest.mark.slow),
+        {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "selective"},
+        {"parallel__tp": "2", "parallel__sequence_parallel": "false", "training__microbatch_size": "2"},
+        {"parallel__tp": "4"},
     ],
-    ids=["fsdp-tp", "hsdp-ac", "fsdp-tp-no-sp-accumulating", "tp"],
+    ids=["hsdp-ac", "fsdp-tp-no-sp-accumulating", "tp"],
 )
 def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
     for result in four.run(run_here, tiny(run__folder=str(tmp_path), **layout)):
@@ -59,6 +54,7 @@ def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[
         same_curve(result, single)
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_with_float32_weights(one: Group, two: Group, single: dict, tmp_path: Path) -> None:
     alone = one.run(run_here, tiny(run__folder=str(tmp_path / "1"), training__dtype="bfloat16"))[0]
     split = two.run(run_here, tiny(run__folder=str(tmp_path / "2"), training__dtype="bfloat16"))[0]
@@ -68,6 +64,7 @@ def test_bfloat16_learns_with_float32_weights(one: Group, two: Group, single: di
         assert result["losses"] != single["losses"]
 
 
+@pytest.mark.slow
 def test_documents_masked_is_another_loss_but_one(one: Group, two: Group, single: dict, tmp_path: Path) -> None:
     alone = one.run(run_here, tiny(run__folder=str(tmp_path / "1"), data__mask_documents="true"))[0]
     split = two.run(run_here, tiny(run__folder=str(tmp_path / "2"), data__mask_documents="true", parallel__tp="2"))[0]

@@ -39,6 +39,7 @@ def test_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "step 20 of 22" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     write_files()

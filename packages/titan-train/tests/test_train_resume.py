@@ -137,6 +137,7 @@ def test_a_resume_that_is_required_is_never_a_fresh_start(tmp_path: Path, capsys
     assert "step 10 of 11" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_damage_may_end_a_run_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(tmp_path, checkpoint__interval="5")) == ExitCode.DONE
     damage_newest(tmp_path)
@@ -157,6 +158,7 @@ def test_the_best_checkpoints_stay(tmp_path: Path) -> None:
     assert kept == {step: losses[step] for step in {*sorted(losses, key=lambda step: losses[step])[:2], 12}}
 
 
+@pytest.mark.slow
 def test_lineage_tells_the_data_apart(tmp_path: Path) -> None:
     first, second = tmp_path / "first.txt", tmp_path / "second.txt"
     first.write_text("one text and another\n" * 200)
@@ -178,7 +180,8 @@ def test_lineage_tells_the_data_apart(tmp_path: Path) -> None:
     assert resumed["parent"]["step"] == 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(number: signal.Signals, unbroken: Path, tmp_path: Path) -> None:
     arguments = flags(tmp_path, training__steps="40")
     process = start(arguments)

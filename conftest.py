@@ -1,0 +1,22 @@
+"""What holds for the tests of all packages."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep bytecode in pytest's cache where the environment wants none beside the sources.
+
+    These tests start many processes, and each would compile all of torch's Python anew: that doubles their time.
+    """
+    if sys.dont_write_bytecode and getattr(config, "cache", None) is not None:
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
