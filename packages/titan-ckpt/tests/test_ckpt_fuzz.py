@@ -19,7 +19,7 @@ from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints, open_che
 from titan_ckpt.foreign.safetensors_in import SafetensorsFile
 
 FILES = ("manifest.json", "state.json", DATA)
-FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 # What stands where another value should: of wrong kinds, and on the edges of what numbers hold.
 ODD_VALUES: list[Any] = [

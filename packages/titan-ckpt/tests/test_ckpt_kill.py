@@ -46,7 +46,7 @@ def killed_at_random(folder: Path, scratch: Path, world: int, asynchronous: bool
         assert check_and_return_step(folder) >= saved, f"kill {kill}"
 
 
-@pytest.mark.parametrize(("world", "asynchronous", "kills"), [(2, True, 4)])
+@pytest.mark.parametrize(("world", "asynchronous", "kills"), [(1, True, 3)])
 def test_killed_at_random_instants(tmp_path: Path, world: int, asynchronous: bool, kills: int) -> None:
     """What `save` said was saved is there, to the bit, whenever the process was killed."""
     killed_at_random(tmp_path / "checkpoints", tmp_path, world, asynchronous, kills)

@@ -58,7 +58,7 @@ def told_by(call: Callable[[], Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_on_a_store(folder: str, asynchronous: bool) -> None:
     ckpt = Checkpointer(folder, keep_last=2, asynchronous=asynchronous)
     assert ckpt.load(blank_state()) is None
@@ -159,7 +159,7 @@ def test_the_manifest_is_written_after_all_else(monkeypatch: pytest.MonkeyPatch)
     assert ends.index("tensors-00000-of-00001.safetensors") < ends.index(MANIFEST)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_store_that_fails_at_any_call(asynchronous: bool) -> None:
     """Whichever call of a save fails, the save is whole or it is told that it failed, and the next one is clean."""
     fsspec.register_implementation("failing", FailingFileSystem, clobber=True)

@@ -102,13 +102,13 @@ def check_mixture(corpora, stages, packing, parts):
     assert run_in_parts(make_loader, parts) == run_in_parts(make_loader, whole(parts))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(**one_source)
 def test_one_source(**case):
     check_one_source(**case)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(**mixture)
 def test_mixtures_with_stages(**case):
     check_mixture(**case)

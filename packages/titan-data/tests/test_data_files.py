@@ -102,7 +102,7 @@ def test_what_cannot_be_read_in_any_order_says_so(tmp_path, kind):
     piece=st.integers(1, 9),
     unit=st.sampled_from(["line", "paragraph"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_index_finds_the_records_that_the_stream_gives(tmp_path_factory, lines, ends, ended, piece, unit):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     whole = "".join(line + end for line, end in zip(lines, ends, strict=False))

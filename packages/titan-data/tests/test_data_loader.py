@@ -149,6 +149,7 @@ def test_no_thread_outlives_its_loader():
     assert len(prefetch_threads()) == before
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_a_loader_is_reading_ahead():
     code = (
         "from titan_data import *\n"

@@ -17,7 +17,7 @@ def texts(name, count=40):
     return ListSource([f"{name} {i} " * (i % 5 + 1) for i in range(count)], name)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(weights=st.lists(st.integers(0, 50), min_size=1, max_size=7).filter(any), rows=st.integers(1, 300))
 def test_shares_are_right_to_within_one_row_at_any_time(weights, rows):
     weights = [0, *weights]

@@ -1,11 +1,13 @@
 """Small configs of every family that Hugging Face knows, and what a comparison with transformers needs."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from titan_model import DecoderConfig, RopeScaling
+from titan_model import DecoderConfig, RopeScaling, preset, preset_names
 from titan_model.config import MoEConfig
 from titan_model.huggingface import huggingface_map
 from titan_model.huggingface_config import config_to_huggingface
@@ -82,3 +84,9 @@ def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
     p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
     assert (p.exp() * (p - q)).sum(-1).max() <= 1e-9
     assert (q.exp() * (q - p)).sum(-1).max() <= 1e-9
+
+
+def presets(names: Iterable[str] = ()) -> list[Any]:
+    """Return the given presets, or all, as values of a parameter; the deep ones, which take long, in the slow set."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow if preset(name).n_layers > 40 else ()) for name in names or preset_names()]

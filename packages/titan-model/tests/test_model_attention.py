@@ -96,6 +96,7 @@ def test_gradients_of_documents_are_those_of_their_function(lengths: list[int]) 
     assert torch.autograd.gradcheck(lambda q, k, v: document_attention(q, k, v, boundaries, total), inputs)
 
 
+@pytest.mark.slow
 def test_the_document_operators_are_sound() -> None:
     boundaries = torch.tensor([0, 3, 7], dtype=torch.int32)
     inputs = [normal(7, n, 8, seed=n).requires_grad_() for n in (4, 2, 2)]

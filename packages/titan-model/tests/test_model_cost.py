@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from titan_model import DecoderConfig, build, count_parameters, flops_per_token, preset, preset_names
+from model_families import presets
+from titan_model import DecoderConfig, build, count_parameters, flops_per_token, preset
 from titan_model.cost import count_active_parameters
 
 EXPERT = re.compile(r"layers\.\d+\.ffn\.experts\.")
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", presets())
 def test_count_is_what_the_built_preset_holds(name: str) -> None:
     model = build(preset(name))
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -72,7 +73,7 @@ def counted_flops(config: DecoderConfig, batch: int, seq_len: int) -> dict[str, 
     return {"weights": sum(by_op.values()), "attention": attention}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(data=st.data(), batch=st.integers(2, 3), seq_len=st.integers(2, 12))
 def test_flops_are_those_torch_counts(
     small_configs: st.SearchStrategy[DecoderConfig], data: st.DataObject, batch: int, seq_len: int

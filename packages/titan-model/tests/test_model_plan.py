@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from titan_model import DecoderConfig, build, parallel_plan, preset, preset_names
+from model_families import presets
+from titan_model import DecoderConfig, build, parallel_plan, preset
 from titan_model.config import MoEConfig
 
 
@@ -41,7 +42,7 @@ def test_every_glob_names_modules(small_configs: st.SearchStrategy[DecoderConfig
         assert len(named(model, glob)) == expected > 0, glob
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", presets())
 def test_presets_have_their_plan(name: str) -> None:
     plan, model = parallel_plan(preset(name)), build(preset(name))
     assert all(named(model, glob) for glob in plan["tensor"])

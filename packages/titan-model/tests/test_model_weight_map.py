@@ -66,7 +66,7 @@ def test_there_and_back_is_the_same_bits(random_decoder: Callable[..., Decoder],
     assert moved == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in CASES if kind != "meta"])
+@pytest.mark.parametrize(("name", "kind"), [case for case in ALL_CASES if case.values[1] != "meta"])
 def test_names_and_shapes_are_those_of_transformers(name: str, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     weights = MAPS[kind](CONFIGS[name])

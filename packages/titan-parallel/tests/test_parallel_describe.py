@@ -95,6 +95,7 @@ def test_notes(two: Group, one: Group) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_float8_is_told(two: Group) -> None:
     pytest.importorskip("torchao")
     options = ParallelOptions(float8=Float8Options(emulate=True, skip=["stack.1"]))

@@ -53,6 +53,7 @@ def test_two_ranks(two: Group, plain: dict, degrees: Degrees, options: ParallelO
 
 
 @needs_torchao
+@pytest.mark.slow
 def test_from_meta(two: Group, plain: dict) -> None:
     options = ParallelOptions(float8=replace(EMULATED, fsdp_all_gather=True))
     near(two.run(parallel_float8.train_from_meta, Degrees(), options), plain)

@@ -72,6 +72,7 @@ def test_tied_weights(four: Group) -> None:
     same(four.run(cases.train, Degrees(tp=2), None, True), cases.reference(tied=True))
 
 
+@pytest.mark.slow
 def test_bf16_stays_near(two: Group, one: Group, plain: dict) -> None:
     for results in (
         one.run(cases.train, Degrees(), cases.bf16_options()),

@@ -27,7 +27,9 @@ def same(group: Group, single: tuple[str, dict], degrees: Degrees, options: Para
             torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["ring", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "ring")]
+)
 def test_two_processes(two: Group, single: tuple[str, dict], kind: str) -> None:
     same(two, single, Degrees(cp=2), ParallelOptions(context=kind))
 

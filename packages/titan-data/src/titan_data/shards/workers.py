@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +18,7 @@ from titan_data.documents import encode_document
 from titan_data.errors import DataError
 from titan_data.tokenizer import Tokenizer
 
-_AHEAD = 4  # batches that each worker may have: enough that none waits while the others differ in size
+_AHEAD = 4  # batches for each worker, results that wait for their turn included: none runs dry while sizes differ
 _CHARACTERS_AHEAD = 1 << 26  # in all of them together: huge documents do not pile up in memory
 
 
@@ -61,8 +61,22 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], first: int, dtype: 
     return Encoded(np.concatenate(documents).astype(dtype), lengths)
 
 
+class _Worker:
+    """A worker process, as the process sees it that feeds it.
+
+    Attributes:
+        process: it.
+        connection: to it.
+        given: numbers of the batches whose results have not come from it yet, in their order.
+    """
+
+    def __init__(self, process: Any, connection: Connection) -> None:
+        self.process, self.connection = process, connection
+        self.given: deque[int] = deque()
+
+
 class Encoders:
-    """Worker processes, used in turn; with 0 of them, all is done in this process.
+    """Worker processes, each fed as it gets along; with 0 of them, all is done in this process.
 
     Args:
         tokenizer: gives the ids; must be picklable if there are workers.
@@ -72,8 +86,8 @@ class Encoders:
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any], workers: int) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
-        self._here: deque[Encoded] = deque()
-        self._sent = self._received = 0
+        self._results: dict[int, Encoded | str] = {}  # or errors, by number of the batch; they come in any order
+        self._put = self._taken = 0
         self._sizes: deque[int] = deque()  # characters of the batches that are not taken yet
         self._workers = _start_workers(tokenizer, dtype, workers) if workers else []
 
@@ -81,9 +95,9 @@ class Encoders:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for process, connection in self._workers:
-            connection.close()  # at its end a worker ends itself
-            process.join()
+        for worker in self._workers:
+            worker.connection.close()  # at its end a worker ends itself
+            worker.process.join()
 
     @property
     def full(self) -> bool:
@@ -93,36 +107,41 @@ class Encoders:
     def put(self, texts: Sequence[str], first: int) -> None:
         """Give a batch of texts; `first` is the number of its first document."""
         if self._workers:
-            process, connection = self._workers[self._sent % len(self._workers)]
+            worker = min(self._workers, key=lambda worker: len(worker.given))
             try:
-                connection.send((texts, first))
+                worker.connection.send((texts, first))
             except OSError:
-                raise _died(process.exitcode) from None
+                raise _died(worker.process) from None
+            worker.given.append(self._put)
         else:
-            self._here.append(encode_texts(self._tokenizer, texts, first, self._dtype))
-        self._sent += 1
+            self._results[self._put] = encode_texts(self._tokenizer, texts, first, self._dtype)
+        self._put += 1
         self._sizes.append(sum(map(len, texts)))
 
     def take(self) -> Encoded:
         """Take the result of the batch that was given first among those not taken yet; wait for it."""
-        if self._workers:
-            process, connection = self._workers[self._received % len(self._workers)]
-            try:
-                result = connection.recv()
-            except (EOFError, OSError):
-                process.join(timeout=60)  # its end of the connection is closed: it is about to end
-                raise _died(process.exitcode) from None
-            if isinstance(result, str):
-                raise DataError(result)
-        else:
-            result = self._here.popleft()
-        self._received += 1
+        while self._taken not in self._results:
+            # Whoever has one: a worker whose results nobody takes would soon wait, as a connection holds few.
+            busy = [worker for worker in self._workers if worker.given]
+            ready = wait([worker.connection for worker in busy])
+            for worker in busy:
+                if worker.connection in ready:
+                    self._receive(worker)
+        result = self._results.pop(self._taken)
+        self._taken += 1
         self._sizes.popleft()
-        assert isinstance(result, Encoded)
+        if isinstance(result, str):
+            raise DataError(result)
         return result
 
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            self._results[worker.given.popleft()] = worker.connection.recv()
+        except (EOFError, OSError):
+            raise _died(worker.process) from None
 
-def _start_workers(tokenizer: Tokenizer, dtype: np.dtype[Any], count: int) -> list[tuple[Any, Connection]]:
+
+def _start_workers(tokenizer: Tokenizer, dtype: np.dtype[Any], count: int) -> list[_Worker]:
     # Not "fork": this process may have threads that hold locks. A fork server imports what is needed once for all.
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if server else "spawn")
@@ -134,7 +153,7 @@ def _start_workers(tokenizer: Tokenizer, dtype: np.dtype[Any], count: int) -> li
         process = context.Process(target=_work, args=(there, tokenizer, dtype), daemon=True)
         process.start()
         there.close()
-        workers.append((process, here))
+        workers.append(_Worker(process, here))
     return workers
 
 
@@ -163,8 +182,9 @@ def _work(connection: Connection, tokenizer: Tokenizer, dtype: np.dtype[Any]) ->
             os._exit(0)
 
 
-def _died(exit_code: int | None) -> DataError:
+def _died(process: Any) -> DataError:
+    process.join(timeout=60)  # its end of the connection is closed: it is about to end
     return DataError(
-        f"a worker process has died (exit code {exit_code}), often for lack of memory: "
+        f"a worker process has died (exit code {process.exitcode}), often for lack of memory: "
         "run the same command again, perhaps with fewer workers"
     )
