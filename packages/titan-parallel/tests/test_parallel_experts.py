@@ -224,12 +224,3 @@ def test_dim_that_fsdp_shards() -> None:
     assert shard_dim([4, 6, 8], (ep, Shard(1)), 3) == 1  # the only one, though it is split already
     assert shard_dim([4, 6, 8], (ep, tp), 4) == 0
     assert shard_dim([4, 6, 8], (ep, tp), 5) is None
-
-
-@pytest.mark.slow
-def test_eight_processes(alone: dict) -> None:
-    group = Group(8)
-    try:
-        same(group.run(cases.train, Degrees(ep=2, dp_replicate=2, tp=2), timeout=300.0), alone)
-    finally:
-        group.close()
