@@ -28,6 +28,7 @@ def test_code_runs_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert "experts/max_load" in experts
 
 
+@pytest.mark.slow
 def test_the_trained_model_says_what_it_has_learnt_by_heart(capsys: pytest.CaptureFixture[str]) -> None:
     block = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)[0]
     scope: dict[str, Any] = {"__name__": "readme"}

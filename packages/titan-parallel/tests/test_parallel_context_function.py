@@ -13,6 +13,7 @@ from titan_parallel import Degrees, ParallelOptions
 pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["allgather", "ring", "ulysses"])
 def test_llama(two: Group, kind: str) -> None:
     expected, weights = parallel_transformers.reference(parallel_transformers.build("Llama"))

@@ -74,16 +74,13 @@ def test_two_processes_compiled(two: Group, together: dict, degrees: Degrees, ch
     same(two.run(cases.train, degrees, options, 1, True), together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("degrees", "options"),
     [
         (Degrees(ep=4), None),
-        pytest.param(
-            Degrees(ep=2, tp=2),
-            ParallelOptions(sequence_parallel=False, activation_checkpointing="full"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(Degrees(tp=4), None, marks=pytest.mark.slow),
+        (Degrees(ep=2, tp=2), ParallelOptions(sequence_parallel=False, activation_checkpointing="full")),
+        (Degrees(tp=4), None),
     ],
     ids=["ep4", "ep-tp-ac", "tp4"],
 )

@@ -104,6 +104,7 @@ def test_from_meta(one: Group, four: Group, tied: bool) -> None:
     assert answers[0][3] is tied
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict(one: Group, four: Group) -> None:
     expected_loss, expected_logits, training = one.run(cases.evaluate_and_predict, Degrees())[0]
     assert training

@@ -21,9 +21,10 @@ def test_resharding_by_case(pp: int) -> None:
     assert reshard_blocks(ParallelOptions(), pp) is (pp == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "ranks"),
-    [("default", 4), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("never", 1), (2, 2)))],
+    [("default", 4), ("never", 1), (2, 2)],
 )
 def test_what_stays_gathered(four: Group, plain: dict, asked: str | int, ranks: int) -> None:
     options = ParallelOptions(reshard_after_forward=asked)

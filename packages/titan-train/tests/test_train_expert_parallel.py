@@ -44,14 +44,12 @@ def same(results: list[dict], expected: dict) -> None:
         assert result["buffers"] == expected["buffers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
         EP | {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"},
-        pytest.param(
-            TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
-            marks=pytest.mark.slow,
-        ),
+        TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
     ],
     ids=["ep-accumulating-sac", "tp-no-sp-ac"],
 )

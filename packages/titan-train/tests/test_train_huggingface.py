@@ -30,6 +30,7 @@ def flags(folder: Path, **changes: str) -> list[str]:
     return ["--config", "debug", *(part for name, value in settings.items() for part in (f"--{name}", value))]
 
 
+@pytest.mark.slow
 def test_each_checkpoint_is_a_folder_that_transformers_reads(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     assert main(flags(tmp_path)) == ExitCode.DONE

@@ -28,7 +28,7 @@ EXPERTS = {
     "moe__balance_loss": "0.3",
     "moe__balance_bias_rate": "0.01",
 }
-SCHEDULES = ["ZBVZeroBubble", pytest.param("1F1B", marks=pytest.mark.slow)]
+SCHEDULES = ["ZBVZeroBubble", "1F1B"]
 
 
 def config(folder: Path, schedule: str = "1F1B", **changes: str) -> Config:
@@ -69,6 +69,7 @@ def same(results: list[dict], expected: dict) -> None:
         torch.testing.assert_close(seen[name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules(two: Group, single: dict[str, dict], tmp_path: Path, schedule: str) -> None:
     same(two.run(run_here, config(tmp_path / "untied", schedule)), single["untied"])
