@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from ckpt_states import Held, ModelState, OptimizerState, blank_state, holds_step, make_model, make_state
 from titan_ckpt import Checkpointer, CheckpointError, checkpointer, local, snapshot
+from titan_ckpt.direct import DirectFile
 
 
 def lay_out(model: nn.Module, layout: str) -> nn.Module:
@@ -90,6 +91,24 @@ def load_laid_out(folder: Path, layout: str) -> dict[str, Any]:
     loaded = whole(state)
     train(state["model"].model, state["optimizer"].optimizer, steps=1)  # what was loaded can be trained
     return loaded if dist.get_rank() == 0 else {}
+
+
+def load_one_tensor(folder: Path, length: int, layout: str) -> int:
+    """Load the tensor `a`, sharded over the ranks or whole on each; tell how much passed the kernel's cache by."""
+    tensor = torch.zeros(length)
+    if layout == "sharded":
+        tensor = distribute_tensor(tensor, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+    read, done = DirectFile.read, []
+
+    def counted(self: DirectFile, view: memoryview, at: int) -> int:
+        done.append(read(self, view, at))
+        return done[-1]
+
+    with mock.patch.object(DirectFile, "read", counted):
+        assert Checkpointer(folder).load({"model": Held(a=tensor)}) is not None
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    assert torch.equal(whole, torch.arange(length).remainder_(251).float())
+    return sum(done)
 
 
 def save_fsdp_over_tp(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,3 @@
-import ctypes
-import errno
-import mmap
 import os
 import resource
 import signal
@@ -196,56 +193,6 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert [info.step for info in list_checkpoints(str(tmp_path))] == [2, 4]
 
 
-@pytest.mark.parametrize("mode", ["thread", "process"])
-def test_the_bytes_bypass_the_kernels_cache_and_are_all_there(tmp_path: Path, mode: Any) -> None:
-    # Three sizes of bytes, so that the file has an end that is no whole page, and small tensors in between.
-    state = {"model": Held(a=torch.randn(700_001), b=torch.randn(3).bfloat16(), c=torch.randint(0, 9, (9,)).byte())}
-    ckpt = Checkpointer(tmp_path, asynchronous=mode)
-    ckpt.save(1, state)
-    ckpt.close()
-    (path,) = tmp_path.glob("step-*/*.safetensors")
-    got = {"model": Held(a=torch.zeros(700_001), b=torch.zeros(3).bfloat16(), c=torch.zeros(9).byte())}
-    in_cache = pages_in_cache(path)
-    assert Checkpointer(tmp_path).load(got) is not None
-    assert all(torch.equal(state["model"].state[name], got["model"].state[name]) for name in "abc")
-    assert pages_in_cache(path) > 600
-    if has_direct_writes(tmp_path):
-        assert in_cache < 100
-
-
-@pytest.mark.parametrize("refused", ["open", "pwrite"])
-def test_where_the_disk_takes_no_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
-    refusals = []
-    original = {name: getattr(os, name) for name in ("open", "pwrite")}
-    flags_of: dict[int, int] = {}
-
-    def open_file(path: Any, flags: int, *args: Any) -> int:
-        if refused == "open" and flags & os.O_DIRECT:
-            refusals.append("open")
-            raise OSError(errno.EINVAL, "Invalid argument")
-        handle: int = original["open"](path, flags & ~os.O_DIRECT, *args)
-        flags_of[handle] = flags
-        return handle
-
-    def pwrite(handle: int, *args: Any) -> int:
-        if flags_of[handle] & os.O_DIRECT:
-            refusals.append("pwrite")
-            raise OSError(errno.EINVAL, "Invalid argument")
-        done: int = original["pwrite"](handle, *args)
-        return done
-
-    monkeypatch.setattr(os, "open", open_file)
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    state = {"model": Held(a=torch.randn(700_001))}
-    ckpt = Checkpointer(tmp_path, asynchronous=True)
-    ckpt.save(1, state)
-    ckpt.close()
-    assert refusals == [refused]
-    got = {"model": Held(a=torch.zeros(700_001))}
-    assert Checkpointer(tmp_path).load(got) is not None
-    assert torch.equal(got["model"].state["a"], state["model"].state["a"])
-
-
 @pytest.mark.slow
 def test_the_writing_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     pipe, theirs = CONTEXT.Pipe()
@@ -260,26 +207,6 @@ def test_the_writing_process_ends_with_the_one_that_started_it(tmp_path: Path) -
             break
         time.sleep(0.1)
     assert not _runs(writer)
-
-
-def pages_in_cache(path: Path) -> int:
-    """Return how many of a file's pages the kernel has in memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    size = path.stat().st_size
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as memory:
-        there = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-        start = ctypes.c_char.from_buffer(memory)
-        assert libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), there) == 0
-        del start
-        return sum(page & 1 for page in there)
-
-
-def has_direct_writes(folder: Path) -> bool:
-    try:
-        os.close(os.open(folder / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
-    except OSError:
-        return False
-    return True
 
 
 def _runs(pid: int) -> bool:

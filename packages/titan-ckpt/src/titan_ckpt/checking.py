@@ -6,11 +6,11 @@ from typing import Literal
 
 from titan_ckpt.checksum import PIECE_BYTES, checksum, pieces, running_checksum
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.filling import TensorFiles
 from titan_ckpt.index import Chunk, Content, TensorSpec, read_content
 from titan_ckpt.manifest import STATE, Manifest, read_manifest
 from titan_ckpt.reader import read_state
 from titan_ckpt.storage import Storage, open_storage, parent_and_name
+from titan_ckpt.tensorfiles import TensorFiles
 
 Level = Literal["size", "checksum"]
 

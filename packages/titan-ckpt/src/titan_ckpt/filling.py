@@ -4,7 +4,9 @@ A piece is used once it has matched its checksum and not before, so nothing dama
 read once. Besides the tensors, memory holds one piece per thread.
 """
 
+import contextlib
 import math
+import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +17,12 @@ import torch
 
 from titan_ckpt.boxes import Box, boxes_of_range, intersection
 from titan_ckpt.checksum import checksum
+from titan_ckpt.direct import BLOCK
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.index import Chunk, TensorSpec
-from titan_ckpt.manifest import Manifest
-from titan_ckpt.storage import SourceFile, Storage
-from titan_ckpt.tensorfile import Entry, read_header
+from titan_ckpt.tensorfiles import TensorFiles
+
+_HUGE_PAGE = 2 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -48,69 +51,30 @@ class _Job:
     chunk: Chunk
     part: Box  # what is wanted of the chunk, counted from the chunk's own beginning
     number: int  # the piece's
+    at: int  # in the chunk, in bytes
     start: int  # in the file, in bytes
     nbytes: int
 
 
-class TensorFiles:
-    """The open safetensors files of one checkpoint; several threads may use it."""
+@dataclass(frozen=True)
+class Reads:
+    """What is to be read to fill some tensors.
 
-    def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
-        self.parallel = storage.parallel
-        self._storage, self._name, self._manifest = storage, name, manifest
-        self._open: dict[str, tuple[SourceFile, dict[str, Entry]]] = {}
-        self._lock = threading.Lock()
+    Attributes:
+        groups: what is read at one stroke each.
+        nbytes: how much that is.
+        damages: what stands against reading already, one sentence each.
+        pinned: whether anything of it goes to a GPU.
+    """
 
-    def __getitem__(self, file: str) -> tuple[SourceFile, dict[str, Entry]]:
-        """Return an open file and its header.
-
-        Raises:
-            CheckpointError: when it is missing, not as long as the manifest says, or no safetensors file.
-        """
-        with self._lock:
-            if file not in self._open:
-                try:
-                    source = self._storage.open(f"{self._name}/{file}")
-                except OSError as error:
-                    told = "is missing" if isinstance(error, FileNotFoundError) else f"does not read ({error})"
-                    raise CheckpointError(f"{file} {told}") from error
-                size = self._manifest.files[file].size
-                try:
-                    if source.size != size:
-                        raise CheckpointError(f"{file} has {source.size} bytes instead of {size}")
-                    self._open[file] = source, read_header(source, file)
-                except BaseException:
-                    source.close()
-                    raise
-            return self._open[file]
-
-    def entry_of(self, name: str, spec: TensorSpec, chunk: Chunk, piece_bytes: int) -> Entry:
-        """Return where a chunk lies in its file.
-
-        Raises:
-            CheckpointError: when the file's header and the index disagree.
-        """
-        entry = self[chunk.file][1].get(chunk.key)
-        if entry is None or (entry.dtype, entry.shape) != (spec.dtype, chunk.lengths):
-            held = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
-            raise CheckpointError(
-                f"{chunk.file} holds {held} under {chunk.key!r}, where state.json says that {name} has "
-                f"{spec.dtype} {list(chunk.lengths)}"
-            )
-        if len(chunk.checksums) != -(-entry.nbytes // piece_bytes):
-            raise CheckpointError(f"state.json has {len(chunk.checksums)} checksums for {chunk.key!r}: not one a piece")
-        return entry
-
-    def close(self) -> None:
-        """Close all of them."""
-        with self._lock:
-            for source, _ in self._open.values():
-                source.close()
-            self._open = {}
+    groups: Sequence[list[_Job]]
+    nbytes: int
+    damages: Sequence[str]
+    pinned: bool
 
 
 def fill(files: TensorFiles, piece_bytes: int, wanted: Iterable[Wanted]) -> list[str]:
-    """Fill tensors from a checkpoint.
+    """Fill tensors from a checkpoint that nobody else reads.
 
     Args:
         files: the checkpoint's files.
@@ -118,8 +82,21 @@ def fill(files: TensorFiles, piece_bytes: int, wanted: Iterable[Wanted]) -> list
         wanted: what to fill.
 
     Returns:
-        What is damaged, one sentence each; empty when everything was filled. Nothing damaged was copied, but what is
-        sound was, so after damage the tensors are a mixture.
+        As of `carry_out`.
+    """
+    return carry_out(files, plan_reads(files, piece_bytes, wanted), once=True)
+
+
+def plan_reads(files: TensorFiles, piece_bytes: int, wanted: Iterable[Wanted]) -> Reads:
+    """Find out what to read.
+
+    Args:
+        files: the checkpoint's files.
+        piece_bytes: how many bytes each checksum is of.
+        wanted: what to fill.
+
+    Returns:
+        What to read for it.
     """
     jobs: list[_Job] = []
     damages: list[str] = []
@@ -132,20 +109,48 @@ def fill(files: TensorFiles, piece_bytes: int, wanted: Iterable[Wanted]) -> list
             damages.append(f"{error} (needed for {want.name})")
     jobs.sort(key=lambda job: (job.chunk.file, job.start))
     groups = list(_grouped(jobs, piece_bytes))
-    if not groups:
-        return _distinct(damages)
-    size = max(group[-1].start + group[-1].nbytes - group[0].start for group in groups)
+    return Reads(groups, sum(job.nbytes for job in jobs), damages, pinned)
+
+
+def carry_out(files: TensorFiles, reads: Reads, *, once: bool) -> list[str]:
+    """Read, check and copy.
+
+    Args:
+        files: the checkpoint's files.
+        reads: what to read.
+        once: whether no other process of this machine reads the same.
+
+    Returns:
+        What is damaged, one sentence each; empty when everything was filled. Nothing damaged was copied, but what is
+        sound was, so after damage the tensors are a mixture.
+    """
+    if not reads.groups:
+        return _distinct(reads.damages)
+    size = max(_span(group).stop - _span(group).start for group in reads.groups)
     buffers = threading.local()
 
     def work(group: list[_Job]) -> list[str]:
         if not hasattr(buffers, "buffer"):
-            buffers.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        return _read_group(files, piece_bytes, group, buffers.buffer)
+            buffers.buffer = _room(size, pinned=reads.pinned)
+        return _read_group(files, group, buffers.buffer, once)
 
-    if len(groups) == 1 or files.parallel == 1:
-        return _distinct(damages + [told for group in groups for told in work(group)])
-    with ThreadPoolExecutor(min(files.parallel, len(groups)), thread_name_prefix="titan-ckpt-read") as pool:
-        return _distinct(damages + [told for found in pool.map(work, groups) for told in found])
+    if len(reads.groups) == 1 or files.parallel == 1:
+        found = [work(group) for group in reads.groups]
+    else:
+        with ThreadPoolExecutor(min(files.parallel, len(reads.groups)), "titan-ckpt-read") as pool:
+            found = list(pool.map(work, reads.groups))
+    return _distinct([*reads.damages, *(told for part in found for told in part)])
+
+
+def _room(nbytes: int, *, pinned: bool) -> torch.Tensor:
+    """Take memory to read into, where it can be had in huge pages: a disk fills few large pieces faster than many."""
+    if pinned or nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    taken = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        taken.madvise(mmap.MADV_HUGEPAGE)
+    room = torch.frombuffer(taken, dtype=torch.uint8)  # holds `taken` for as long as it lives
+    return room[-room.data_ptr() % _HUGE_PAGE :][:nbytes]
 
 
 def _jobs_of(files: TensorFiles, piece_bytes: int, wanted: Wanted) -> Iterator[_Job]:
@@ -163,7 +168,7 @@ def _jobs_of(files: TensorFiles, piece_bytes: int, wanted: Wanted) -> Iterator[_
         for number in range(first_byte // piece_bytes, last_byte // piece_bytes + 1):
             start = number * piece_bytes
             nbytes = min(piece_bytes, entry.nbytes - start)
-            yield _Job(wanted, chunk, part, number, entry.start + start, nbytes)
+            yield _Job(wanted, chunk, part, number, start, entry.start + start, nbytes)
 
 
 def _position(shape: Sequence[int], index: Sequence[int]) -> int:
@@ -188,27 +193,33 @@ def _grouped(jobs: Sequence[_Job], most: int) -> Iterator[list[_Job]]:
         yield group
 
 
-def _read_group(files: TensorFiles, piece_bytes: int, group: list[_Job], buffer: torch.Tensor) -> list[str]:
-    start = group[0].start
-    read = buffer[: group[-1].start + group[-1].nbytes - start]
+def _span(group: Sequence[_Job]) -> range:
+    """Return which bytes of the file are read for a group: whole blocks of the disk."""
+    first, last = group[0], group[-1]
+    return range(first.start // BLOCK * BLOCK, -(-(last.start + last.nbytes) // BLOCK) * BLOCK)
+
+
+def _read_group(files: TensorFiles, group: list[_Job], buffer: torch.Tensor, once: bool) -> list[str]:
     source, _ = files[group[0].chunk.file]
+    start, stop = _span(group).start, min(_span(group).stop, source.size)
     try:
-        source.read_into(start, memoryview(as_buffer(read)))
+        source.read_into(start, memoryview(as_buffer(buffer[: stop - start])), once=once)
     except OSError as error:
         return [f"{job.chunk.file} does not read ({error}), needed for {job.wanted.name}" for job in group]
     damages = []
     for job in group:
-        piece = read[job.start - start : job.start - start + job.nbytes]
+        piece = buffer[job.start - start : job.start - start + job.nbytes]
         if checksum(as_buffer(piece)) != job.chunk.checksums[job.number]:
             damages.append(f"{job.chunk.file} does not match its checksum in the tensor {job.wanted.name}")
         else:
-            _copy(job, piece, job.number * piece_bytes // job.wanted.spec.dtype.itemsize)
+            _copy(job, piece)
     return damages
 
 
-def _copy(job: _Job, piece: torch.Tensor, first: int) -> None:
-    """Copy what is wanted of a piece, whose first element is the chunk's number `first`."""
+def _copy(job: _Job, piece: torch.Tensor) -> None:
+    """Copy what is wanted of a piece."""
     dtype, wanted = job.wanted.spec.dtype, job.wanted
+    first = job.at // dtype.itemsize  # which element of the chunk the piece begins with
     if piece.storage_offset() % dtype.itemsize:  # only in files that others wrote
         piece = piece.clone()
     elements = piece.view(dtype)
@@ -233,5 +244,5 @@ def as_buffer(tensor: torch.Tensor) -> Any:
     return tensor.numpy()
 
 
-def _distinct(told: list[str]) -> list[str]:
+def _distinct(told: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(told))

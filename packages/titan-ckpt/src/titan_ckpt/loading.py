@@ -1,7 +1,7 @@
 """One load: from a folder to the newest sound checkpoint, and from there into the caller's objects."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,13 +9,14 @@ from titan_ckpt.catalog import CheckpointInfo, info_of, step_names
 from titan_ckpt.checking import wrong_sizes
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.filling import TensorFiles, Wanted, fill
+from titan_ckpt.filling import Reads, Wanted, carry_out, plan_reads
 from titan_ckpt.index import Content, read_content
 from titan_ckpt.manifest import Manifest, folder_name, read_manifest
 from titan_ckpt.parts import Layouts
 from titan_ckpt.reader import read_state
 from titan_ckpt.selection import Comparison, Selection, compare, describe, overlaid, value_names
 from titan_ckpt.storage import Storage
+from titan_ckpt.tensorfiles import TensorFiles
 from titan_ckpt.tree import Stateful, merge, parts_of, split
 
 OnDamage = Literal["previous", "raise"]
@@ -175,7 +176,8 @@ def _load_one(
 
     judged = ranks.on_first(f"load {storage.url}/{name}", judge)
     chosen = {key: tensor for key, tensor in tensors.items() if takes(key) and key in content.tensors}
-    damages = ranks.share(f"read the tensors of {name}", lambda: _fill(storage, name, manifest, content, chosen))
+    with TensorFiles(storage, name, manifest) as files:
+        damages = _fill(ranks, files, content, chosen, takes)
     if any(damages):
         problems = list(dict.fromkeys(told for part in damages for told in part))
         raise _DamagedError(problems, touched=bool(chosen))
@@ -211,17 +213,26 @@ def _looked_at(storage: Storage, name: str, parsed: list[Content]) -> tuple[Mani
     return manifest, text
 
 
-def _fill(storage: Storage, name: str, manifest: Manifest, content: Content, tensors: Mapping[str, Any]) -> list[str]:
-    layouts, files = Layouts(), TensorFiles(storage, name, manifest)
-    try:
-        wanted = [
+def _fill(
+    ranks: Ranks, files: TensorFiles, content: Content, tensors: Mapping[str, Any], takes: Callable[[str], bool]
+) -> list[list[str]]:
+    """Fill tensors; collective. Returns what is damaged, by rank."""
+    planned: list[Reads] = []
+
+    def plan() -> int:
+        layouts = Layouts()
+        wanted = (
             Wanted(key, content.tensors[key], part.box, held)
             for key, tensor in tensors.items()
             for part, held in layouts.parts_of(key, tensor)
-        ]
-        return fill(files, content.piece_bytes, wanted)
-    finally:
-        files.close()
+        )
+        planned.append(plan_reads(files, content.piece_bytes, wanted))
+        return planned[0].nbytes
+
+    asked = sum(ranks.share(f"find the tensors of {files.name}", plan))
+    # Where ranks want the same bytes, which replicas do, the disk is to be read once for all that share a machine.
+    once = asked < 2 * sum(spec.nbytes for key, spec in content.tensors.items() if takes(key))
+    return ranks.share(f"read the tensors of {files.name}", lambda: carry_out(files, planned[0], once=once))
 
 
 def _entries_touched(state: Mapping[str, Stateful], content: Content, selection: Selection) -> list[str]:

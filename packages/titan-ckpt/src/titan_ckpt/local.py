@@ -1,6 +1,5 @@
 """Checkpoints in a folder of a file system: published by one rename, after everything is on the disk."""
 
-import errno
 import os
 import re
 import secrets
@@ -8,14 +7,10 @@ import shutil
 import stat
 from pathlib import Path
 
-import numpy as np
-
+from titan_ckpt.direct import LEAST, DirectFile, is_remembered
 from titan_ckpt.storage import SinkFile, SourceFile, Staged
 
-_BLOCK = 4096  # addresses in memory, places in a file and lengths of what is written directly are multiples of this
-_DIRECT = 1 << 20  # bytes: less is not worth it
 _AT_ONCE = 256 << 20  # bytes
-_CANNOT = (errno.EINVAL, errno.EFAULT, errno.ENOTSUP, errno.EPERM)
 _LEFTOVER = re.compile(r"\.(staging|removing|writing)-.+-[0-9a-f]{8}")
 
 
@@ -25,7 +20,7 @@ class LocalStorage:
     def __init__(self, folder: str) -> None:
         self._root = Path(folder).absolute()
         self.url = str(self._root)
-        self.parallel = min(4, os.cpu_count() or 1)
+        self.parallel = 4
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names directly in a folder; none when there is no such folder."""
@@ -146,13 +141,18 @@ class LocalStorage:
 class _Source:
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDONLY)
+        self._direct = DirectFile(path, os.O_RDONLY)
         self.size = os.fstat(self._handle).st_size
 
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        if hasattr(os, "posix_fadvise"):
-            # All of it at once: the kernel by itself reads ahead little, and less when threads take turns in a file.
-            os.posix_fadvise(self._handle, start, len(buffer), os.POSIX_FADV_WILLNEED)
+    def read_into(self, start: int, buffer: memoryview, *, once: bool = False) -> None:
         done = 0
+        # Memory is quicker than any disk. One looks at the middle: the ends may be known from what lies beside them.
+        if once and len(buffer) >= LEAST and not is_remembered(self._handle, start + len(buffer) // 2):
+            while count := self._direct.read(buffer[done:], start + done):
+                done += count
+        if done < len(buffer) and hasattr(os, "posix_fadvise"):
+            # All at once: the kernel by itself reads ahead little, and less when threads take turns in a file.
+            os.posix_fadvise(self._handle, start + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
         while done < len(buffer):
             count = os.preadv(self._handle, [buffer[done:]], start + done)
             if count == 0:
@@ -161,25 +161,21 @@ class _Source:
 
     def close(self) -> None:
         os.close(self._handle)
+        self._direct.close()
 
 
 class _Sink:
-    """A new file. What lies at whole pages of memory goes to the disk directly (O_DIRECT), where there is such a thing.
-
-    That spares the copy into the kernel's cache, which costs more than ten times the CPU of a direct write and pushes
-    out of the cache what training reads.
-    """
+    """A new file. What lies at whole pages of memory goes to the disk directly."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._at = path, 0
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._direct: int | None = None
-        self._can_direct = hasattr(os, "O_DIRECT")
+        self._direct = DirectFile(path, os.O_WRONLY)
 
     def write(self, content: bytes | memoryview) -> None:
         view = memoryview(content)
         while len(view):
-            done = self._write_directly(view) or os.pwrite(self._handle, view[:_AT_ONCE], self._at)
+            done = self._direct.write(view, self._at) or os.pwrite(self._handle, view[:_AT_ONCE], self._at)
             self._at += done
             view = view[done:]
 
@@ -191,30 +187,9 @@ class _Sink:
         self._let_go()
         self._path.unlink(missing_ok=True)
 
-    def _write_directly(self, view: memoryview) -> int:
-        """Write what can be written so from the beginning of `view`; return how much it was."""
-        length = min(len(view) // _BLOCK * _BLOCK, _AT_ONCE)
-        if not self._can_direct or length < _DIRECT or self._at % _BLOCK or _address(view) % _BLOCK:
-            return 0
-        try:
-            if self._direct is None:
-                self._direct = os.open(self._path, os.O_WRONLY | os.O_DIRECT)
-            return os.pwrite(self._direct, view[:length], self._at)
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
-            self._can_direct = False  # the file system cannot, or not from such memory
-            return 0
-
     def _let_go(self) -> None:
         os.close(self._handle)
-        if self._direct is not None:
-            os.close(self._direct)
-
-
-def _address(view: memoryview) -> int:
-    """Return where in memory a buffer begins."""
-    return np.frombuffer(view, dtype=np.uint8).ctypes.data
+        self._direct.close()
 
 
 def _aside(why: str, name: str) -> str:

@@ -158,7 +158,7 @@ class _Source:
     def __init__(self, fs: Any, path: str, size: int) -> None:
         self._fs, self._path, self.size = fs, path, size
 
-    def read_into(self, start: int, buffer: memoryview) -> None:
+    def read_into(self, start: int, buffer: memoryview, *, once: bool = False) -> None:
         content = self._fs.cat_file(self._path, start=start, end=start + len(buffer)) if len(buffer) else b""
         if len(content) != len(buffer):
             raise OSError(f"the object ends at byte {start + len(content)}")

@@ -15,8 +15,14 @@ class SourceFile(Protocol):
         """Its length in bytes."""
         ...
 
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `start`; raises OSError when there are not so many."""
+    def read_into(self, start: int, buffer: memoryview, *, once: bool = False) -> None:
+        """Fill a buffer; raises OSError when the file ends before it is full.
+
+        Args:
+            start: where in the file to begin, in bytes.
+            buffer: what to fill.
+            once: whether these bytes are wanted by nobody else on this machine, so that no cache need hold them.
+        """
         ...
 
     def close(self) -> None:
