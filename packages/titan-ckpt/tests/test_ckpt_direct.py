@@ -4,7 +4,6 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +95,16 @@ class Direct:
 
 
 @pytest.fixture
-def direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
+def direct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Direct:
+    path = tmp_path / "direct"
+    path.write_bytes(bytes(PAGE))
     try:
-        os.close(os.open(tmp_path / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
     except OSError:
         pytest.skip("the file system of temporary folders has no direct access")
+    forget(path)
+    if pages_in_cache(path):
+        pytest.skip("the file system of temporary folders is the kernel's memory itself")
     return Direct(monkeypatch)
 
 
