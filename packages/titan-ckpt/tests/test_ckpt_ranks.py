@@ -26,7 +26,9 @@ def load_on_one(folder: Path) -> dict[str, Any]:
     return ckpt_cases.whole(state)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(one, marks=pytest.mark.slow) if one == "hsdp" else one for one in LAYOUTS]
+)
 def test_saved_on_four_loaded_on_any(group4: WorkerGroup, group2: WorkerGroup, tmp_path: Path, layout: str) -> None:
     asynchronous = layout != "hsdp"
     expected = group4.run(ckpt_cases.save_laid_out, tmp_path, layout, asynchronous)[0]
@@ -37,6 +39,7 @@ def test_saved_on_four_loaded_on_any(group4: WorkerGroup, group2: WorkerGroup, t
     assert same(group4.run(ckpt_cases.load_laid_out, tmp_path, other)[0], expected)
 
 
+@pytest.mark.slow
 def test_saved_on_one_loaded_on_four(group4: WorkerGroup, tmp_path: Path) -> None:
     model = make_model(1)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -53,7 +53,8 @@ def test_without_documents(two: Group, unmasked: dict, kind: str) -> None:
     same(two.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), False), unmasked)
 
 
-@pytest.mark.parametrize("kind", ["ring", *LONGER])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_accumulating_with_selective_checkpointing(two: Group, masked: dict, kind: str) -> None:
     options = ParallelOptions(context=kind, activation_checkpointing="selective")
     same(two.run(cases.train, Degrees(cp=2), options, True, 4), masked)
@@ -96,7 +97,8 @@ def test_inductor(two: Group, masked: dict, kind: str) -> None:
     same(two.run(cases.train, Degrees(cp=2), options, timeout=400.0), masked)
 
 
-@pytest.mark.parametrize("kind", ["ring", *LONGER])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_evaluate_and_predict(one: Group, four: Group, kind: str) -> None:
     total, logits, again = one.run(cases.evaluate_and_predict, Degrees(), kind)[0]
     assert torch.equal(logits, again)

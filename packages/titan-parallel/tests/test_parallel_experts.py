@@ -43,12 +43,14 @@ AC = ParallelOptions(activation_checkpointing="full")
 APART = ParallelOptions(sequence_parallel=False, reshard_after_forward="never")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("degrees", "options"),
     [
         (Degrees(ep=2), SAC),
         (Degrees(tp=2), APART),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((Degrees(tp=2), SAC), (Degrees(ep=2), AC))),
+        (Degrees(tp=2), SAC),
+        (Degrees(ep=2), AC),
     ],
     ids=["ep-sac", "tp-no-sp-no-reshard", "tp-sac", "ep-ac"],
 )

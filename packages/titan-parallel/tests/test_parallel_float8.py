@@ -59,6 +59,7 @@ def test_from_meta(two: Group, plain: dict) -> None:
     near(two.run(parallel_float8.train_from_meta, Degrees(), options), plain)
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_layouts_agree(one: Group, two: Group) -> None:
     # One scale for each token does not depend on what other tokens the rank has; one for a tensor does.

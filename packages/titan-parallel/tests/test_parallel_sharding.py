@@ -49,10 +49,9 @@ def test_what_is_offloaded(one: Group, two: Group) -> None:
             assert places == buffers == {"cpu"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "degrees",
-    [Degrees(dp_replicate=2), *(pytest.param(one, marks=pytest.mark.slow) for one in (Degrees(), Degrees(tp=2)))],
-    ids=["hsdp", "fsdp", "fsdp-tp"],
+    "degrees", [Degrees(dp_replicate=2), Degrees(), Degrees(tp=2)], ids=["hsdp", "fsdp", "fsdp-tp"]
 )
 def test_gradients_summed_once_a_step(four: Group, plain: dict, degrees: Degrees) -> None:
     same(four.run(cases.train, degrees, ParallelOptions(reduce_every_microbatch=False), False, 2), plain)

@@ -56,7 +56,7 @@ def of_files(*files: Path, **more: str) -> dict[str, str]:
     return {"data.source": "files", "data.files": json.dumps([str(file) for file in files]), **found}
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("packing", ["concat", pytest.param("best_fit", marks=pytest.mark.slow)])
 def test_token_shards_train_as_the_text_they_were_made_of(corpus: Path, tmp_path: Path, packing: str) -> None:
     tokenizer = {"data.tokenizer": str(corpus / "tokenizer.model"), "data.packing": packing}
     # Of one name, as the order of the documents is drawn from seed and name.
@@ -152,7 +152,7 @@ STILL = {"optimizer.lr": "1e-30", "training.steps": "5", "metrics.log_interval":
     ("group", "layout"),
     [
         ("one", {}),
-        ("two", {"training.microbatch_size": "2"}),
+        pytest.param("two", {"training.microbatch_size": "2"}, marks=pytest.mark.slow),
         ("two", {"parallel.tp": "2"}),
         pytest.param(
             "four",

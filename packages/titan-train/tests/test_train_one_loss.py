@@ -83,6 +83,7 @@ def test_normed_heads(one: Group, two: Group, four: Group, tmp_path: Path) -> No
         same_curve(result, alone)
 
 
+@pytest.mark.slow
 def test_resumed_on_other_layouts(one: Group, two: Group, four: Group, single: dict, tmp_path: Path) -> None:
     # 4 steps on 2 x 2 processes, 3 more on one, the rest on tensor-parallel 2: the curve must not show it.
     folder = str(tmp_path)

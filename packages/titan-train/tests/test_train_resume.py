@@ -148,6 +148,7 @@ def test_damage_may_end_a_run_instead(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Traceback" not in shown
 
 
+@pytest.mark.slow
 def test_the_best_checkpoints_stay(tmp_path: Path) -> None:
     settings = {"checkpoint__interval": "2", "checkpoint__keep_last": "1", "checkpoint__keep_best": "2"}
     # The learning rate makes the loss rise again after its first steps.
