@@ -4,6 +4,7 @@ import ctypes
 import errno
 import mmap
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,15 @@ def test_a_file_that_is_cut_short_while_it_is_open(tmp_path: Path) -> None:
         os.truncate(path, PAGE + 100)
         with pytest.raises(CheckpointError, match=r"does not read \(the file ends at byte 4196\), needed for model/a"):
             opened.read("model/a")
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path, LENGTHS)
+    forget(path)
+    with open_checkpoint(str(path.parent)) as opened:
+        opened.read("model/c")
+        shutil.rmtree(path.parent)
+        assert torch.equal(opened.read("model/a"), make(LENGTHS).state["a"])
 
 
 @pytest.mark.usefixtures("direct")

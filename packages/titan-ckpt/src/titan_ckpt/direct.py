@@ -54,18 +54,24 @@ class DirectFile:
         length = min(len(view) // BLOCK * BLOCK, _AT_ONCE)
         if not self._can or length < LEAST or at % BLOCK or _address(view) % BLOCK:
             return 0
+        handle = self._opened()
+        if handle is None:
+            return 0
         try:
-            return move(self._opened(), view[:length], at)
+            return move(handle, view[:length], at)
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise
             self._can = False  # the file system cannot, or not with such memory
             return 0
 
-    def _opened(self) -> int:
+    def _opened(self) -> int | None:
         with self._lock:
-            if self._handle is None:
-                self._handle = os.open(self._path, self._flags | os.O_DIRECT)
+            if self._handle is None and self._can:
+                try:
+                    self._handle = os.open(self._path, self._flags | os.O_DIRECT)
+                except OSError:  # the file system cannot, or the file was deleted: the caller still has it open
+                    self._can = False
             return self._handle
 
 
