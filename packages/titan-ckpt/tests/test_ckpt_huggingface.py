@@ -341,6 +341,10 @@ print(status("VmHWM") - resident)
 """
 
 
+# What four threads read into, a piece each in whole huge pages.
+READERS = 4 * (10 << 20)
+
+
 def export_under_a_limit(tmp_path: Path, tensors: int, tensor_bytes: int, file_bytes: int) -> int:
     """Export a checkpoint of `tensors` tensors in a process that cannot take much more memory than a file is long.
 
@@ -365,6 +369,8 @@ def export_under_a_limit(tmp_path: Path, tensors: int, tensor_bytes: int, file_b
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
             "MALLOC_ARENA_MAX": "1",  # or each thread that allocates reserves 64 MiB of addresses besides
+            # Or what is freed of tensors below 32 MiB stays resident, in pieces that depend on the threads' order.
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         },
     )
     assert done.returncode == 0, done.stderr
@@ -375,7 +381,7 @@ def export_under_a_limit(tmp_path: Path, tensors: int, tensor_bytes: int, file_b
 @pytest.mark.slow
 def test_memory_is_bounded_by_one_file(tmp_path: Path) -> None:
     grown = export_under_a_limit(tmp_path, tensors=16, tensor_bytes=16 << 20, file_bytes=96 << 20)
-    assert 16 << 20 <= grown <= 96 << 20
+    assert 16 << 20 <= grown <= (16 << 20) + READERS < 96 << 20
 
 
 @pytest.mark.huge
@@ -387,7 +393,7 @@ def test_twenty_gigabytes_in_less_memory_than_a_file(tmp_path: Path) -> None:
         grown = export_under_a_limit(tmp_path, tensors=40, tensor_bytes=512 << 20, file_bytes=2 << 30)
     finally:
         shutil.rmtree(tmp_path)
-    assert 512 << 20 <= grown <= 2 << 30
+    assert 512 << 20 <= grown <= (512 << 20) + READERS < 2 << 30
 
 
 def test_each_checkpoint_is_exported_as_it_is_published(tmp_path: Path) -> None:
