@@ -31,13 +31,14 @@ FLOOR_TESTS = [
 
 # What a package does for a library that it does not depend on: tests that are skipped without it, slow ones too.
 BESIDE = {
+    "titan-ckpt": {"torchtitan==0.3.0": ["test_ckpt_torchtitan.py"]},
     "titan-parallel": {
         "transformers": [
             "test_parallel_transformers.py",
             "test_parallel_pipeline_transformers.py",
             "test_parallel_readme.py",
         ]
-    }
+    },
 }
 
 
@@ -73,7 +74,7 @@ def _alone(name: str, scratch: Path, constraints: Path) -> bool:
     passed = _tests(python, [f"packages/{name}/tests"])
     for other, tests in BESIDE.get(name, {}).items():
         print(f"--- {name}, beside {other}", flush=True)
-        _install(python, other, "--constraint", str(constraints))
+        _install(python, other, "--overrides", str(constraints))  # even where it would have an older version
         passed &= _tests(python, ["-m", "not huge", *(f"packages/{name}/tests/{test}" for test in tests)])
     return passed
 

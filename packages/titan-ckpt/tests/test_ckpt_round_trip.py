@@ -11,11 +11,16 @@ from ckpt_states import Held, ModelState, OptimizerState, blank_state, holds_ste
 from titan_ckpt import (
     Checkpointer,
     CheckpointError,
+    Retention,
     filewriter,
     list_checkpoints,
     open_checkpoint,
+    open_source,
+    pin,
+    plan_prune,
     planning,
     snapshot,
+    unpin,
     verify,
     writer,
 )
@@ -231,3 +236,15 @@ def test_settings_and_steps_are_checked(tmp_path: Path) -> None:
         ckpt.save(1, make_state(1))
     with pytest.raises(CheckpointError, match="closed"):
         ckpt.load(blank_state())
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_places_are_texts_or_paths(tmp_path: Path, kind: type[str] | type[Path]) -> None:
+    Checkpointer(kind(tmp_path)).save(1, make_state(1))
+    folder, one = kind(tmp_path), kind(tmp_path / "step-00000001")
+    assert [info.step for info in list_checkpoints(folder)] == [1]
+    assert verify(one, level="checksum") == []
+    assert open_checkpoint(one).tensors.keys() == open_source(one).tensors.keys() != set()
+    pin(folder, 1, "first")
+    assert list(plan_prune(folder, Retention(keep_last=1)).keep) == ["step-00000001"]
+    unpin(folder, "first")

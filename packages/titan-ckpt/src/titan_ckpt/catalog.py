@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from titan_ckpt.errors import CheckpointError
@@ -30,7 +31,7 @@ class CheckpointInfo:
     manifest: Manifest = field(repr=False)
 
 
-def list_checkpoints(folder: str) -> list[CheckpointInfo]:
+def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
     """List the checkpoints whose manifest reads; their other files are not looked at (see `verify`).
 
     Args:
@@ -49,7 +50,7 @@ def list_checkpoints(folder: str) -> list[CheckpointInfo]:
     return found
 
 
-def pin(folder: str, step: int, name: str) -> None:
+def pin(folder: str | Path, step: int, name: str) -> None:
     """Keep a checkpoint for good, whatever the retention, until the name is unpinned or given to another step.
 
     Args:
@@ -69,7 +70,7 @@ def pin(folder: str, step: int, name: str) -> None:
     storage.replace(f"{PINS}/{name}", f"{folder_name(step)}\n".encode())
 
 
-def unpin(folder: str, name: str) -> None:
+def unpin(folder: str | Path, name: str) -> None:
     """Take a pin away; the checkpoint is then kept or removed as any other.
 
     Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 from titan_ckpt.checksum import PIECE_BYTES, checksum, pieces, running_checksum
@@ -15,7 +16,7 @@ from titan_ckpt.tensorfiles import TensorFiles
 Level = Literal["size", "checksum"]
 
 
-def verify(path: str, level: Level = "size") -> list[str]:
+def verify(path: str | Path, level: Level = "size") -> list[str]:
     """Check a checkpoint.
 
     Args:

@@ -1,6 +1,7 @@
 """One checkpoint, opened: its manifest, its values, and its tensors, read whole or in parts and always checked."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -113,7 +114,7 @@ class CheckpointReader:
         return self.tensors[name]
 
 
-def open_checkpoint(path: str) -> CheckpointReader:
+def open_checkpoint(path: str | Path) -> CheckpointReader:
     """Open a checkpoint to look at it and to read from it, without a model and without torch.distributed.
 
     Args:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from titan_ckpt.catalog import latest_in, pins_in, step_names
@@ -70,7 +71,7 @@ class PrunePlan:
     remove: Mapping[str, int] = field(default_factory=dict)
 
 
-def plan_prune(folder: str | Storage, policy: Retention, newest: int | None = None) -> PrunePlan:
+def plan_prune(folder: str | Path | Storage, policy: Retention, newest: int | None = None) -> PrunePlan:
     """Decide what to remove; nothing is deleted.
 
     What is damaged on its face (files missing or cut short) is neither counted as kept nor removed: it is evidence.
@@ -85,7 +86,7 @@ def plan_prune(folder: str | Storage, policy: Retention, newest: int | None = No
     Returns:
         What stays, and why, and what goes.
     """
-    storage = open_storage(folder) if isinstance(folder, str) else folder
+    storage = open_storage(str(folder)) if isinstance(folder, str | Path) else folder
     if policy.keeps_all:
         return PrunePlan({name: ["all are kept"] for name in step_names(storage)})
     found = _Found(storage)

@@ -30,7 +30,7 @@ _OPENERS: Mapping[str, Callable[[str], TensorSource]] = {
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
-def open_source(path: str, kind: str | None = None) -> TensorSource:
+def open_source(path: str | Path, kind: str | None = None) -> TensorSource:
     """Open weights or a checkpoint of whatever program.
 
     Args:
@@ -43,7 +43,7 @@ def open_source(path: str, kind: str | None = None) -> TensorSource:
     Raises:
         CheckpointError: when nothing that can be read is there.
     """
-    return _OPENERS[kind or format_at(path)](path)
+    return _OPENERS[kind or format_at(str(path))](str(path))
 
 
 def format_at(path: str) -> str:

@@ -35,7 +35,8 @@ def load_into(
     shards and no more; what the map changes it reads whole. Values are converted to the dtype that the model has.
 
     Args:
-        state: the model's tensors by native name, plain or DTensor; with pipeline stages, those of this rank.
+        state: the model's tensors by native name, plain or DTensor; with pipeline stages, those of this rank. A model
+            whose hooks make them anew for its `state_dict()` wants them back by `load_state_dict` afterwards.
         source: the weights, e.g. a `HuggingFaceFolder`.
         weight_map: makes native tensors of foreign ones; None when names and shapes are the same.
         ignore: shell patterns of foreign names to pass over.
