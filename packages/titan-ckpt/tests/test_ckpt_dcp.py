@@ -358,6 +358,11 @@ def test_two_entries_of_one_path_are_refused(tmp_path: Path) -> None:
         DcpFolder(record.write(tmp_path))
 
 
+def test_half_a_character_in_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\.metadata is refused: the name .* cannot be written as UTF-8"):
+        DcpFolder(save({"w\ud800": torch.ones(2)}, tmp_path / "dcp"))
+
+
 def test_lists_named_a_thousand_times_cost_nothing(tmp_path: Path) -> None:
     """A thousand tensors that share one list of a thousand pieces: a million pieces in a few kilobytes."""
     record = Record()

@@ -161,6 +161,15 @@ FORGED: dict[str, tuple[Forge, str]] = {
         "state.json does not read",
     ),
     "a list": (forge_state_text(lambda _: "[]"), "state.json does not read"),
+    "a name with half a character": (
+        forge_state_text(lambda text: text.replace('"scalar":{', '"scalar\\ud800":{', 1)),
+        "cannot be written as UTF-8",
+    ),
+    "a value's key with half a character": (
+        forge_state(lambda state: state["values"]["data"].update({"\ud800": 1})),
+        "cannot be written as UTF-8",
+    ),
+    "a file's name with half a character": (listed("\ud800"), "cannot be written as UTF-8"),
     "no UTF-8": (put("state.json", b'{"\xff'), "does not read"),
     "tensors that are a list": (forge_state(lambda s: s.update(tensors=[])), "state.json does not read"),
     "piece of zero bytes": (forge_state(lambda s: s.update(piece_bytes=0)), "piece_bytes"),
@@ -206,6 +215,10 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "header that is a list": (forge_file(b"[]"), "is not an object"),
     "header nested deep": (forge_file(deep(100_000).encode()), "no sound safetensors file"),
     "header with a key twice": (forge_file(b'{"a":{},"a":{}}'), "the key 'a' twice"),
+    "header of a name with half a character": (
+        forge_header(lambda header: header.update({"\ud800": header.pop("scalar")})),
+        "no sound safetensors file",
+    ),
     "header with no UTF-8": (forge_file(b'{"\xff":1}'), "no sound safetensors file"),
     "entries that overlap": (forge_header(overlapping), "begin at byte"),
     "entries with a gap": (entry(data_offsets=[0, 1]), "no sound safetensors file"),

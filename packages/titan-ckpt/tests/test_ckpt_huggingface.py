@@ -396,6 +396,13 @@ def test_twenty_gigabytes_in_less_memory_than_a_file(tmp_path: Path) -> None:
     assert 512 << 20 <= grown <= (512 << 20) + READERS < 2 << 30
 
 
+def test_half_a_character_in_a_name_is_refused(tmp_path: Path) -> None:
+    source, rules = Tensors({"model/w": torch.ones(2)}), [Rename(["w"], ["w\ud800"])]
+    with pytest.raises(CheckpointError, match="cannot be written as UTF-8"):
+        export(source, tmp_path / "hf", Map(rules))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_each_checkpoint_is_exported_as_it_is_published(tmp_path: Path) -> None:
     state = {"model": Held(**small_native()), "progress": Held(step=1)}
     export_each = HuggingFaceExport(tmp_path / "hf", small_map(), every=2, max_file_bytes=100)

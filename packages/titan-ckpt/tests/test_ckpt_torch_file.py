@@ -92,6 +92,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             TorchFile(tmp_path / name)
 
 
+@pytest.mark.parametrize("content", [{"w\ud800": torch.ones(2)}, {"a": {"\ud800": 1}}])
+def test_half_a_character_in_a_name_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt: the name .* cannot be written as UTF-8"):
+        TorchFile(tmp_path / "x.pt")
+
+
 def test_an_archive_that_inflates_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1_000_000)}, tmp_path / "w.pt")
     with (

@@ -102,7 +102,9 @@ class Colour(enum.IntEnum):
         ({"a": torch.ones(2, 2).to_sparse()}, r"of layout torch.sparse_coo"),
         ({"a": torch.ones(2, dtype=torch.complex128)}, r"m/a is of torch.complex128, which safetensors files cannot"),
         ({"a": TwoTensor(torch.ones(1), torch.ones(1))}, r"m/a is a TwoTensor, a tensor made of others"),
-        ({"\ud800": torch.ones(1)}, r"name .* cannot be written as UTF-8"),
+        ({"\ud800": torch.ones(1)}, r'state\["m"\] has the key .* cannot be written as UTF-8'),
+        ({"a": {"\ud800": 1}}, r'state\["m"\]\["a"\] has the key .* cannot be written as UTF-8'),
+        ({"a": [{"\ud800": 1}]}, r'state\["m"\]\["a"\]\[0\] has the key .* cannot be written as UTF-8'),
     ],
 )
 def test_what_cannot_be_saved_is_named(tmp_path: Path, part: dict[str, Any], told: str) -> None:

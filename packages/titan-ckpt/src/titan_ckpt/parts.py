@@ -148,8 +148,6 @@ def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
 def _refuse_unfit(name: str, tensor: torch.Tensor) -> None:
     if not is_storable(tensor.dtype):
         raise CheckpointError(f"{name} is of {tensor.dtype}, which safetensors files cannot hold: convert it first")
-    if not name.isascii() and name.encode("utf-8", "replace").decode() != name:
-        raise CheckpointError(f"the name {name!r} cannot be written as UTF-8, as safetensors files need it: rename it")
     if is_dtensor(tensor):
         if any(placement.is_partial() for placement in tensor.placements):
             raise CheckpointError(

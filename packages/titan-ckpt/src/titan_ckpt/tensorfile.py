@@ -17,6 +17,7 @@ from titan_ckpt.boxes import MOST_DIMENSIONS, MOST_ELEMENTS
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.safetensors_types import TYPE_NAMES, TYPES
 from titan_ckpt.storage import SourceFile
+from titan_ckpt.tree import is_unicode
 
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in TYPE_NAMES}
 _HEADER_LIMIT = 100_000_000  # that of the safetensors library
@@ -68,10 +69,15 @@ def make_header(entries: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> by
 
     Returns:
         The first bytes of the file, padded so that what follows begins at a multiple of 4,096.
+
+    Raises:
+        CheckpointError: when a key cannot be written as UTF-8.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, dtype, shape in entries:
+        if not is_unicode(key):
+            raise CheckpointError(f"the name {key!r} cannot be written as UTF-8: rename it")
         stop = at + math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
         at = stop
@@ -128,7 +134,10 @@ def _entries(source: SourceFile) -> dict[str, Entry]:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict as `json` asks for it (`object_pairs_hook`), and refuse two entries of one key."""
+    """Make a dict as `json` asks for it (`object_pairs_hook`); refuse keys that occur twice, or are no text."""
+    for key, _ in pairs:
+        if not is_unicode(key):
+            raise ValueError(f"has the key {key!r}, which cannot be written as UTF-8")
     made = dict(pairs)
     if len(made) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]

@@ -183,8 +183,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written as UTF-8: JSON and pickles may hold halves of characters that cannot."""
+    return text.isascii() or text.encode("utf-8", "replace").decode() == text
+
+
 def key_of(path: tuple[str, ...]) -> str:
-    """Return the flat key of a path, e.g. `("model", "a/b")` gives `model/a~1b`."""
+    """Return the flat key of a path, e.g. `("model", "a/b")` gives `model/a~1b`.
+
+    Raises:
+        CheckpointError: when it cannot be written as UTF-8, which safetensors files and terminals want.
+    """
+    for part in path:
+        if not is_unicode(part):
+            raise CheckpointError(f"the name {part!r} cannot be written as UTF-8: rename it")
     return "/".join(part.replace("~", "~0").replace("/", "~1").replace("@", "~2") for part in path)
 
 
@@ -217,6 +229,8 @@ def _checked_key(key: Any, where: str) -> str:
             f"{where} has the key {key!r}, a {_type_name(key)}: keys must be strings, for JSON would make them so. For "
             "optimizers, torch.distributed.checkpoint.state_dict.get_optimizer_state_dict names states by parameter"
         )
+    if not is_unicode(key):
+        raise CheckpointError(f"{where} has the key {key!r}, which cannot be written as UTF-8: rename it")
     if key == TUPLE_KEY:
         raise CheckpointError(f"{where} has the key {TUPLE_KEY!r}, which this format keeps for itself: rename it")
     return key

@@ -40,7 +40,10 @@ class DcpFolder:
         self.folder = Path(folder)
         index = read_dcp_metadata(self.folder)
         paths = {flat: index.paths.get(flat, (flat,)) for flat in [*index.tensors, *index.objects]}
-        names = {flat: key_of(path) for flat, path in paths.items()}
+        try:
+            names = {flat: key_of(path) for flat, path in paths.items()}
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder / METADATA} is refused: {error}") from error
         if len(set(names.values())) != len(names):
             raise CheckpointError(f"{self.folder / METADATA} is refused: it gives two entries one path")
         self._check_files(place for places in index.places.values() for place in places)

@@ -45,10 +45,13 @@ class TorchFile(Whole):
         self._tensors: dict[str, torch.Tensor] = {}
         self.values: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
-        for key, value in loaded.items():
-            kept = self._take(value, (str(key),), 0)
-            if kept is not None:
-                self.values[str(key)] = kept
+        try:
+            for key, value in loaded.items():
+                kept = self._take(value, (str(key),), 0)
+                if kept is not None:
+                    self.values[str(key)] = kept
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         self.tensors = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
