@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     import pytest
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the tests in two processes, or in this one when a single file is asked for.
+
+    More than two would not help on few cores, and each may hold fourteen ranks alive.
+    """
+    one_file = len(config.args) == 1 and config.args[0].partition("::")[0].endswith(".py")
+    return 0 if one_file or (os.cpu_count() or 1) == 1 else 2
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keep bytecode in pytest's cache where the environment wants none beside the sources.
 

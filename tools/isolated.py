@@ -15,6 +15,8 @@ from pathlib import Path
 
 from workspace import ROOT, leaves, packages
 
+TESTERS = ("pytest", "pytest-xdist", "hypothesis")
+
 # Enough of each package to notice what an older dependency lacks; the whole suites run on the locked versions.
 FLOOR_TESTS = [
     "packages/titan-model/tests",
@@ -67,7 +69,7 @@ def _alone(name: str, scratch: Path, constraints: Path) -> bool:
     _run("uv", "build", "--quiet", "--wheel", "--package", name, "--out-dir", str(dist))
     (wheel,) = dist.glob(f"{name.replace('-', '_')}-*.whl")
     python = _environment(environment)
-    _install(python, str(wheel), "pytest", "hypothesis", "--constraint", str(constraints))
+    _install(python, str(wheel), *TESTERS, "--constraint", str(constraints))
     others = [other.replace("-", "_") for other in packages() if other != name]
     code = f"import importlib.util as u; assert not any(map(u.find_spec, {others})); import {name.replace('-', '_')}"
     _run(str(python), "-c", code)
@@ -92,7 +94,7 @@ def _floor() -> int:
         direct = ("torch==", "pydantic==", "rich==", "tensorboard==", "datasets==", "typing-extensions==")
         print("--- floor:", " ".join(line for line in outside if line.startswith(direct)), flush=True)
         python = _environment(scratch / "venv")
-        _install(python, "--requirement", str(scratch / "floor.txt"), "pytest", "hypothesis")
+        _install(python, "--requirement", str(scratch / "floor.txt"), *TESTERS)
         _install(python, "--no-deps", *map(str, (scratch / "dist").glob("*.whl")))
         passed = _tests(python, FLOOR_TESTS)
     print("floor: passed" if passed else "floor: failed")
