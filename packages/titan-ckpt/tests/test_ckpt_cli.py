@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from rich.progress import Progress
 
 from ckpt_sources import SMALL_JSON, prefixed, read_all, same, small_foreign, small_native
 from ckpt_states import Held, flip_bit, make_state
@@ -134,6 +135,18 @@ class TestVerify:
         assert "step-00000003: DAMAGED\n  step-00000003 has no manifest.json" in told
         monkeypatch.chdir(folder / "step-00000002")
         assert main(["verify", "."]) == 1
+
+    def test_its_bar_moves_within_a_file_and_ends_full(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        Checkpointer(folder).save(4, {"model": Held(w=torch.zeros(5 << 20))})
+        files = [path for path in folder.glob("step-*/*") if path.name != "manifest.json"]
+        expected = sum(path.stat().st_size for path in files)
+        damage(folder / "step-00000002")
+        (folder / "step-00000003/state.json").unlink()
+        moved: list[int] = []
+        monkeypatch.setattr(Progress, "advance", lambda _self, _task, nbytes: moved.append(nbytes))
+        assert main(["verify", str(folder)]) == 1
+        assert sum(moved) == expected
+        assert 8 << 20 in moved  # of a file of 20 MiB
 
     @pytest.mark.parametrize("arguments", [["none"], [".", "--threads", "0"]])
     def test_mistakes(self, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import ckpt_cases
 from ckpt_group import WorkerGroup
 from ckpt_states import Held
-from titan_ckpt import Checkpointer, CheckpointError, open_checkpoint
+from titan_ckpt import Checkpointer, CheckpointError, open_checkpoint, verify
 from titan_ckpt.checksum import PIECE_BYTES
 
 PAGE = mmap.PAGESIZE
@@ -122,6 +122,14 @@ def test_what_is_written_and_read_stays_out_of_the_kernels_memory(tmp_path: Path
     assert pages_in_cache(path) < 100
     load(tmp_path, LENGTHS)  # nothing of the load before is taken for being remembered
     assert direct.count("preadv") > 2 * (path.stat().st_size - (64 << 10))
+
+
+def test_a_check_leaves_the_kernels_memory_as_it_is(tmp_path: Path, direct: Direct) -> None:
+    path = save(tmp_path, LENGTHS)
+    forget(path)
+    assert verify(path.parent, "checksum") == []
+    assert direct.count("preadv") > path.stat().st_size - (64 << 10)
+    assert pages_in_cache(path) < 100
 
 
 def test_what_the_kernel_remembers_is_read_from_its_memory(tmp_path: Path, direct: Direct) -> None:

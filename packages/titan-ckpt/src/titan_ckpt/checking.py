@@ -1,11 +1,12 @@
 """Looking for damage: sizes, or every byte; file by file, so that ranks and threads can share the work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 from titan_ckpt.checksum import PIECE_BYTES, checksum, pieces, running_checksum
+from titan_ckpt.direct import room
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.index import Chunk, Content, TensorSpec, read_content
 from titan_ckpt.manifest import STATE, Manifest, read_manifest
@@ -61,7 +62,13 @@ def wrong_sizes(storage: Storage, name: str, manifest: Manifest) -> list[str]:
         return [told for told in pool.map(told_of, manifest.files) if told is not None]
 
 
-def damage_in(storage: Storage, name: str, manifest: Manifest, files: Sequence[str]) -> list[str]:
+def damage_in(
+    storage: Storage,
+    name: str,
+    manifest: Manifest,
+    files: Sequence[str],
+    advance: Callable[[int], object] = lambda nbytes: None,
+) -> list[str]:
     """Read files in full and compare them with their checksums.
 
     Args:
@@ -69,6 +76,7 @@ def damage_in(storage: Storage, name: str, manifest: Manifest, files: Sequence[s
         name: its name.
         manifest: its manifest.
         files: which of its files to read.
+        advance: called with a number of bytes that have been read since the last call.
 
     Returns:
         What is wrong, one sentence each: for tensor files one per damaged tensor.
@@ -81,7 +89,7 @@ def damage_in(storage: Storage, name: str, manifest: Manifest, files: Sequence[s
                 found.append(told)
             elif file == STATE:
                 _consistent(storage, name, manifest)
-            elif not _matches(storage, f"{name}/{file}", manifest.files[file].checksum):
+            elif not _matches(storage, f"{name}/{file}", manifest.files[file].checksum, advance):
                 found += _damaged_tensors(storage, name, manifest, file)
         except CheckpointError as error:
             found.append(str(error))
@@ -115,13 +123,14 @@ def _consistent(storage: Storage, name: str, manifest: Manifest) -> None:
         files.close()
 
 
-def _matches(storage: Storage, path: str, expected: str) -> bool:
+def _matches(storage: Storage, path: str, expected: str, advance: Callable[[int], object]) -> bool:
     source, running = storage.open(path), running_checksum()
     try:
-        buffer = memoryview(bytearray(min(PIECE_BYTES, source.size)))
+        buffer = room(min(PIECE_BYTES, source.size))
         for start, stop in pieces(source.size):
-            source.read_into(start, buffer[: stop - start])
+            source.read_into(start, buffer[: stop - start], once=True)  # and leaves the kernel's cache to others
             running.update(buffer[: stop - start])
+            advance(stop - start)
     finally:
         source.close()
     return running.hexdigest() == expected

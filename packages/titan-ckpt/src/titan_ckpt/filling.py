@@ -4,9 +4,7 @@ A piece is used once it has matched its checksum and not before, so nothing dama
 read once. Besides the tensors, memory holds one piece per thread.
 """
 
-import contextlib
 import math
-import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +15,10 @@ import torch
 
 from titan_ckpt.boxes import Box, boxes_of_range, intersection
 from titan_ckpt.checksum import checksum
-from titan_ckpt.direct import BLOCK
+from titan_ckpt.direct import BLOCK, room
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.index import Chunk, TensorSpec
 from titan_ckpt.tensorfiles import TensorFiles
-
-_HUGE_PAGE = 2 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,11 @@ def carry_out(files: TensorFiles, reads: Reads, *, once: bool) -> list[str]:
 
     def work(group: list[_Job]) -> list[str]:
         if not hasattr(buffers, "buffer"):
-            buffers.buffer = _room(size, pinned=reads.pinned)
+            buffers.buffer = (
+                torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                if reads.pinned
+                else torch.frombuffer(room(size), dtype=torch.uint8)
+            )
         return _read_group(files, group, buffers.buffer, once)
 
     if len(reads.groups) == 1 or files.parallel == 1:
@@ -140,17 +140,6 @@ def carry_out(files: TensorFiles, reads: Reads, *, once: bool) -> list[str]:
         with ThreadPoolExecutor(min(files.parallel, len(reads.groups)), "titan-ckpt-read") as pool:
             found = list(pool.map(work, reads.groups))
     return _distinct([*reads.damages, *(told for part in found for told in part)])
-
-
-def _room(nbytes: int, *, pinned: bool) -> torch.Tensor:
-    """Take memory to read into, where it can be had in huge pages: a disk fills few large pieces faster than many."""
-    if pinned or nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-    taken = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        taken.madvise(mmap.MADV_HUGEPAGE)
-    room = torch.frombuffer(taken, dtype=torch.uint8)  # holds `taken` for as long as it lives
-    return room[-room.data_ptr() % _HUGE_PAGE :][:nbytes]
 
 
 def _jobs_of(files: TensorFiles, piece_bytes: int, wanted: Wanted) -> Iterator[_Job]:

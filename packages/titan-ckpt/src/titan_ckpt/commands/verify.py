@@ -74,15 +74,24 @@ def _check(
         ThreadPoolExecutor(threads, thread_name_prefix="titan-ckpt-verify") as pool,
     ):
         task = progress.add_task("verify", total=sum(length for length, _, _ in work))
-        running = {
-            pool.submit(damage_in, storage, name, manifests[name], [file]): (length, name)
-            for length, name, file in sorted(work, reverse=True)
-        }
+
+        def check(length: int, name: str, file: str) -> list[str]:
+            left = length
+
+            def advance(nbytes: int) -> None:
+                nonlocal left
+                left -= nbytes
+                progress.advance(task, nbytes)
+
+            found = damage_in(storage, name, manifests[name], [file], advance)
+            progress.advance(task, left)  # of a file that was not read to its end
+            return found
+
+        running = {pool.submit(check, *file): file[1] for file in sorted(work, reverse=True)}
         try:
             for done in as_completed(running):
-                length, name = running[done]
-                problems[name] += [told for told in done.result() if told not in problems[name]]
-                progress.advance(task, length)
+                found = problems[running[done]]
+                found += [told for told in done.result() if told not in found]
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
