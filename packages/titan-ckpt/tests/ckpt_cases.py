@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ckpt_states import Held, ModelState, OptimizerState, blank_state, holds_step, make_model, make_state
-from titan_ckpt import Checkpointer, CheckpointError, checkpointer, local, snapshot
+from titan_ckpt import Checkpointer, CheckpointError, checkpointer, loading, local, snapshot
 from titan_ckpt.direct import DirectFile
 
 
@@ -93,8 +93,11 @@ def load_laid_out(folder: Path, layout: str) -> dict[str, Any]:
     return loaded if dist.get_rank() == 0 else {}
 
 
-def load_one_tensor(folder: Path, length: int, layout: str) -> int:
-    """Load the tensor `a`, sharded over the ranks or whole on each; tell how much passed the kernel's cache by."""
+def load_one_tensor(folder: Path, length: int, layout: str, machines: int = 1) -> int:
+    """Load the tensor `a`, sharded over the ranks or whole on each; tell how much passed the kernel's cache by.
+
+    The ranks take themselves to be spread over `machines`.
+    """
     tensor = torch.zeros(length)
     if layout == "sharded":
         tensor = distribute_tensor(tensor, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
@@ -104,7 +107,8 @@ def load_one_tensor(folder: Path, length: int, layout: str) -> int:
         done.append(read(self, view, at))
         return done[-1]
 
-    with mock.patch.object(DirectFile, "read", counted):
+    where = f"machine {dist.get_rank() % machines}"
+    with mock.patch.object(DirectFile, "read", counted), mock.patch.object(loading, "machine", return_value=where):
         assert Checkpointer(folder).load({"model": Held(a=tensor)}) is not None
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     assert torch.equal(whole, torch.arange(length).remainder_(251).float())

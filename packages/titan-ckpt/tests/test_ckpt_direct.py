@@ -197,6 +197,8 @@ def test_ranks_that_want_the_same_read_it_from_the_disk_once(group2: WorkerGroup
     path = save(tmp_path, {"a": length})
     forget(path)
     assert group2.run(ckpt_cases.load_one_tensor, tmp_path, length, "sharded") == [PIECE_BYTES, PIECE_BYTES]
+    apart = group2.run(ckpt_cases.load_one_tensor, tmp_path, length, "replicated", 2)
+    assert apart == [2 * PIECE_BYTES, 2 * PIECE_BYTES]  # machines that share no memory
     assert pages_in_cache(path) < 100
     assert group2.run(ckpt_cases.load_one_tensor, tmp_path, length, "replicated") == [0, 0]
     assert pages_in_cache(path) * PAGE > path.stat().st_size - (1 << 20)

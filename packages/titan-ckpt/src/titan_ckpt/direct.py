@@ -10,6 +10,7 @@ import ctypes
 import errno
 import mmap
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -75,6 +76,14 @@ class DirectFile:
                 except OSError:  # the file system cannot, or the file was deleted: the caller still has it open
                     self._can = False
             return self._handle
+
+
+def machine() -> str:
+    """Name the machine whose kernel caches files for this process; containers that share one say the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname()
 
 
 def room(nbytes: int) -> memoryview:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from titan_ckpt.catalog import CheckpointInfo, info_of, step_names
 from titan_ckpt.checking import wrong_sizes
 from titan_ckpt.collective import Ranks
+from titan_ckpt.direct import machine
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filling import Reads, Wanted, carry_out, plan_reads
 from titan_ckpt.index import Content, read_content
@@ -219,7 +220,7 @@ def _fill(
     """Fill tensors; collective. Returns what is damaged, by rank."""
     planned: list[Reads] = []
 
-    def plan() -> int:
+    def plan() -> tuple[str, int]:
         layouts = Layouts()
         wanted = (
             Wanted(key, content.tensors[key], part.box, held)
@@ -227,11 +228,12 @@ def _fill(
             for part, held in layouts.parts_of(key, tensor)
         )
         planned.append(plan_reads(files, content.piece_bytes, wanted))
-        return planned[0].nbytes
+        return machine(), planned[0].nbytes
 
-    asked = sum(ranks.share(f"find the tensors of {files.name}", plan))
-    # Where ranks want the same bytes, which replicas do, the disk is to be read once for all that share a machine.
-    once = asked < 2 * sum(spec.nbytes for key, spec in content.tensors.items() if takes(key))
+    shares = ranks.share(f"find the tensors of {files.name}", plan)
+    # Where ranks of one machine want the same bytes, which replicas do, its disk is to be read once for all of them.
+    asked_here = sum(nbytes for where, nbytes in shares if where == machine())
+    once = asked_here < 2 * sum(spec.nbytes for key, spec in content.tensors.items() if takes(key))
     return ranks.share(f"read the tensors of {files.name}", lambda: carry_out(files, planned[0], once=once))
 
 
