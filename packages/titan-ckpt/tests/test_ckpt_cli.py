@@ -377,6 +377,19 @@ def test_as_a_process(folder: Path, tmp_path: Path) -> None:
     assert len(failed.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["ls", "."], ["ls", ".", "--json"], ["prune", ".", "--keep-last", "1"], ["prune", "--help"]],
+)
+def test_what_looks_into_no_tensor_does_without_torch(folder: Path, arguments: list[str]) -> None:
+    script = "import sys; from titan_ckpt.cli import main; code = main(); sys.exit(code or 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=folder, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
 def test_ctrl_c(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> list[str]:
         os.kill(os.getpid(), signal.SIGINT)

@@ -27,5 +27,9 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_the_names_it_lists_are_the_public_ones() -> None:
     import titan_ckpt
 
+    assert set(dir(titan_ckpt)) >= set(titan_ckpt.__all__)
+    assert not hasattr(titan_ckpt, "Nothing")
+    for name in titan_ckpt.__all__:
+        assert getattr(titan_ckpt, name).__module__.startswith("titan_ckpt.")
     listed = set(re.findall(r"^\| `([A-Za-z_]+)", README.read_text(), flags=re.MULTILINE))
     assert listed == set(titan_ckpt.__all__)

@@ -11,7 +11,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from ckpt_states import Held
 from titan_ckpt import Checkpointer, CheckpointError
-from titan_ckpt.tree import TUPLE_KEY, digest, key_of, merge, parts_of, split
+from titan_ckpt.jsonvalues import TUPLE_KEY, digest, key_of, parts_of
+from titan_ckpt.tree import merge, split
 
 KEYS = st.text(max_size=4).filter(lambda key: key != TUPLE_KEY) | st.sampled_from(["/", "~", "~1", "a/b", "", "."])
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)

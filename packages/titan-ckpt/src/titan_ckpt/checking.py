@@ -11,6 +11,7 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.index import Chunk, Content, TensorSpec, read_content
 from titan_ckpt.manifest import STATE, Manifest, read_manifest
 from titan_ckpt.reader import read_state
+from titan_ckpt.sizes import size_problem, wrong_sizes
 from titan_ckpt.storage import Storage, open_storage, parent_and_name
 from titan_ckpt.tensorfiles import TensorFiles
 
@@ -43,25 +44,6 @@ def verify(path: str | Path, level: Level = "size") -> list[str]:
         return list(dict.fromkeys(told for part in found for told in part))
 
 
-def wrong_sizes(storage: Storage, name: str, manifest: Manifest) -> list[str]:
-    """Compare the length of a checkpoint's files with the manifest.
-
-    Args:
-        storage: the folder the checkpoint lies in.
-        name: its name.
-        manifest: its manifest.
-
-    Returns:
-        What is wrong, one sentence per file.
-    """
-
-    def told_of(file: str) -> str | None:
-        return _size_problem(storage, name, manifest, file)
-
-    with ThreadPoolExecutor(storage.parallel, thread_name_prefix="titan-ckpt-size") as pool:
-        return [told for told in pool.map(told_of, manifest.files) if told is not None]
-
-
 def damage_in(
     storage: Storage,
     name: str,
@@ -83,7 +65,7 @@ def damage_in(
     """
     found: list[str] = []
     for file in files:
-        told = _size_problem(storage, name, manifest, file)
+        told = size_problem(storage, name, manifest, file)
         try:
             if told is not None:
                 found.append(told)
@@ -98,18 +80,6 @@ def damage_in(
     return found
 
 
-def _size_problem(storage: Storage, name: str, manifest: Manifest, file: str) -> str | None:
-    try:
-        size = storage.size(f"{name}/{file}")
-    except (FileNotFoundError, NotADirectoryError):
-        return f"{file} is missing"
-    except OSError as error:
-        return f"{file} does not read ({error})"
-    return (
-        f"{file} has {size} bytes instead of {manifest.files[file].size}" if size != manifest.files[file].size else None
-    )
-
-
 def _consistent(storage: Storage, name: str, manifest: Manifest) -> None:
     """See that state.json is intact and says the same as the headers of the files it refers to."""
     content = read_content(read_state(storage, name, manifest), manifest)
@@ -117,7 +87,7 @@ def _consistent(storage: Storage, name: str, manifest: Manifest) -> None:
     try:
         for tensor, spec in content.tensors.items():
             for chunk in spec.chunks:
-                if not _size_problem(storage, name, manifest, chunk.file):  # else it is told for the file itself
+                if not size_problem(storage, name, manifest, chunk.file):  # else it is told for the file itself
                     files.entry_of(tensor, spec, chunk, content.piece_bytes)
     finally:
         files.close()

@@ -5,12 +5,21 @@ Exit codes: 0 all is well; 1 it failed, or what was looked at is damaged or diff
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from titan_ckpt.commands import convert, diff, ls, prune, show, verify
 from titan_ckpt.commands.text import printable
 from titan_ckpt.errors import CheckpointError
+
+COMMANDS = {
+    "ls": "list the checkpoints of a folder: steps, sizes, times, validity",
+    "show": "show a checkpoint: names, shapes, dtypes, bytes, metadata, the config",
+    "verify": "check every byte of a checkpoint, or of all in a folder",
+    "diff": "compare two checkpoints: names, shapes, largest absolute differences",
+    "convert": "convert between this package's format, Hugging Face's, DCP (torchtitan), torch.save and Meta's files",
+    "prune": "remove checkpoints that are not to be kept; --dry-run to only look",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="exit codes: 0 all is well; 1 failed, damaged or different; 2 the command line is wrong; 130 Ctrl-C",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (ls, show, verify, diff, convert, prune):
-        command.add(commands)
+    parsers = {name: commands.add_parser(name, help=told) for name, told in COMMANDS.items()}
+    asked = (sys.argv[1:] if argv is None else argv)[:1]
     try:
+        if asked and asked[0] in parsers:
+            # No other is imported: those that look into tensors bring torch, which takes seconds.
+            importlib.import_module(f"titan_ckpt.commands.{asked[0]}").declare(parsers[asked[0]])
         arguments = parser.parse_args(argv)
         code: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -15,9 +15,9 @@ import torch
 
 from titan_ckpt.boxes import Box, flaw_in_cover
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.jsonvalues import check_values, unique
 from titan_ckpt.manifest import Manifest
-from titan_ckpt.tensorfile import dtype_name, dtype_of, unique
-from titan_ckpt.tree import check_values
+from titan_ckpt.tensorfile import dtype_name, dtype_of
 
 _HASH = re.compile(r"[0-9a-f]{32}")
 

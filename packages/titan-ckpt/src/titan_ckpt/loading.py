@@ -6,19 +6,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from titan_ckpt.catalog import CheckpointInfo, info_of, step_names
-from titan_ckpt.checking import wrong_sizes
 from titan_ckpt.collective import Ranks
 from titan_ckpt.direct import machine
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filling import Reads, Wanted, carry_out, plan_reads
 from titan_ckpt.index import Content, read_content
+from titan_ckpt.jsonvalues import parts_of
 from titan_ckpt.manifest import Manifest, folder_name, read_manifest
 from titan_ckpt.parts import Layouts
 from titan_ckpt.reader import read_state
 from titan_ckpt.selection import Comparison, Selection, compare, describe, overlaid, value_names
+from titan_ckpt.sizes import wrong_sizes
 from titan_ckpt.storage import Storage
 from titan_ckpt.tensorfiles import TensorFiles
-from titan_ckpt.tree import Stateful, merge, parts_of, split
+from titan_ckpt.tree import Stateful, merge, split
 
 OnDamage = Literal["previous", "raise"]
 

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from titan_ckpt.checksum import ALGORITHM, checksum
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.jsonvalues import check_values, decode, unique
 from titan_ckpt.storage import Storage
-from titan_ckpt.tensorfile import unique
-from titan_ckpt.tree import check_values, decode
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

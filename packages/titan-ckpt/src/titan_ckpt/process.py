@@ -15,8 +15,8 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filewriter import WrittenFile, write_file
 from titan_ckpt.storage import Storage, open_storage
 
-# Importing the package imports torch: seconds, and hundreds of MiB, that a process that writes bytes has no use for.
-# So this one gets the package's modules without its `__init__`.
+# This process gets the package from where the other one has it, whatever its path of modules is, and nothing else: no
+# torch, whose seconds and hundreds of MiB a process that writes bytes has no use for.
 _START = """
 import sys, types
 package = types.ModuleType("titan_ckpt")

@@ -12,10 +12,10 @@ from titan_ckpt.checksum import checksum
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filling import Wanted, fill
 from titan_ckpt.index import Content, TensorSpec, read_content
+from titan_ckpt.jsonvalues import decode
 from titan_ckpt.manifest import STATE, Manifest, read_manifest
 from titan_ckpt.storage import Storage, open_storage, parent_and_name
 from titan_ckpt.tensorfiles import TensorFiles
-from titan_ckpt.tree import decode
 
 
 class CheckpointReader:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from titan_ckpt.catalog import latest_in, pins_in, step_names
-from titan_ckpt.checking import wrong_sizes
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.manifest import Manifest, read_manifest, step_of
+from titan_ckpt.sizes import wrong_sizes
 from titan_ckpt.storage import Storage, open_storage
 
 

@@ -10,9 +10,9 @@ import torch
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.index import TensorSpec
+from titan_ckpt.jsonvalues import TUPLE_KEY, key_of, parts_of
 from titan_ckpt.manifest import digest_of
 from titan_ckpt.tensorfile import dtype_name, dtype_of
-from titan_ckpt.tree import TUPLE_KEY, key_of, parts_of
 
 # name -> (dtype, global shape)
 Description = dict[str, tuple[str, list[int]]]

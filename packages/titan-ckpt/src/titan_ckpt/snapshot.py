@@ -8,10 +8,11 @@ import torch
 
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.jsonvalues import encode
 from titan_ckpt.manifest import digest_of
 from titan_ckpt.parts import Layouts, Part, collect
 from titan_ckpt.planning import FILE_BYTES, PlannedFile, divide
-from titan_ckpt.tree import Stateful, encode, split
+from titan_ckpt.tree import Stateful, split
 
 
 @dataclass(frozen=True)

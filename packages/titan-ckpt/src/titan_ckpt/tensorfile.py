@@ -7,7 +7,6 @@ https://github.com/huggingface/safetensors describes the format.
 import json
 import math
 import struct
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ import torch
 
 from titan_ckpt.boxes import MOST_DIMENSIONS, MOST_ELEMENTS
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.jsonvalues import is_unicode, unique
 from titan_ckpt.safetensors_types import TYPE_NAMES, TYPES
 from titan_ckpt.storage import SourceFile
-from titan_ckpt.tree import is_unicode
 
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in TYPE_NAMES}
 _HEADER_LIMIT = 100_000_000  # that of the safetensors library
@@ -131,18 +130,6 @@ def _entries(source: SourceFile) -> dict[str, Entry]:
     if at != source.size:
         raise ValueError(f"describes {at} bytes, in a file of {source.size}")
     return entries
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict as `json` asks for it (`object_pairs_hook`); refuse keys that occur twice, or are no text."""
-    for key, _ in pairs:
-        if not is_unicode(key):
-            raise ValueError(f"has the key {key!r}, which cannot be written as UTF-8")
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"has the key {twice!r} twice")
-    return made
 
 
 def _entry(key: str, described: Any, base: int) -> Entry:

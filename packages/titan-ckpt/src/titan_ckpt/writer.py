@@ -21,6 +21,7 @@ from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filewriter import WrittenFile
 from titan_ckpt.index import Chunk, TensorSpec, chunk_key, content_text
+from titan_ckpt.jsonvalues import decode
 from titan_ckpt.lock import FolderLock
 from titan_ckpt.manifest import (
     LINEAGE_FROM_METADATA,
@@ -36,7 +37,6 @@ from titan_ckpt.planning import PlannedFile
 from titan_ckpt.retention import Retention, plan_prune, prune
 from titan_ckpt.storage import Staged, Storage
 from titan_ckpt.tensorfile import make_header
-from titan_ckpt.tree import decode
 
 logger = logging.getLogger(__name__)
 

@@ -31,12 +31,8 @@ _FOREIGN = ("hf", "meta")
 _STATES = ("titan", "dcp", "dcp-safetensors")
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "convert",
-        help="convert between this package's checkpoints, Hugging Face, DCP (torchtitan), torch.save and Meta's files",
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("source", metavar="SOURCE", help="what to convert")
     parser.add_argument("target", metavar="TARGET", help="what to make; for titan, the folder of checkpoints")
     parser.add_argument("--to", required=True, choices=_TARGETS, help="the format to write")

@@ -8,16 +8,15 @@ import torch
 
 from titan_ckpt.commands.text import printable
 from titan_ckpt.foreign.formats import FORMATS, open_source
+from titan_ckpt.jsonvalues import encode
 from titan_ckpt.source import AnySpec, TensorSource, Under
 from titan_ckpt.tensorfile import dtype_name
-from titan_ckpt.tree import encode
 
 _ROWS = 1 << 24  # elements compared at a time, so that the comparison takes little memory besides the tensors
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("diff", help="compare two checkpoints: names, shapes, largest absolute differences")
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("a", metavar="A", help="a checkpoint of this package or another format")
     parser.add_argument("b", metavar="B", help="another one")
     parser.add_argument("--prefix", default="", help="compare only tensors whose names begin so, e.g. model/")

@@ -5,16 +5,15 @@ import json
 from typing import Any
 
 from titan_ckpt.catalog import latest_in, pins_in, step_names
-from titan_ckpt.checking import Level, verify
 from titan_ckpt.commands.text import printable, size, table
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.manifest import read_manifest, step_of
+from titan_ckpt.sizes import wrong_sizes
 from titan_ckpt.storage import Storage, open_storage
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("ls", help="list the checkpoints of a folder: steps, sizes, times, validity")
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("folder", metavar="FOLDER", help="a folder of checkpoints, as a path or URL")
     parser.add_argument(
         "--check", action="store_true", help="read every byte to tell which are sound, not only which are complete"
@@ -31,8 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{arguments.folder}: there is no such folder, or it is empty")
     pins = pins_in(storage)
     latest = latest_in(storage)
-    level: Level = "checksum" if arguments.check else "size"
-    found = [_described(storage, name, level, latest, pins) for name in names]
+    found = [_described(storage, name, arguments.check, latest, pins) for name in names]
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -47,23 +45,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _described(storage: Storage, name: str, level: Level, latest: str | None, pins: dict[str, str]) -> dict[str, Any]:
+def _described(storage: Storage, name: str, check: bool, latest: str | None, pins: dict[str, str]) -> dict[str, Any]:
     path = f"{storage.url.rstrip('/')}/{name}"
-    problems = verify(path, level)
     try:
         manifest = read_manifest(storage, name)
         created, nbytes, metrics = manifest.created, manifest.nbytes, manifest.metrics
-    except CheckpointError:
-        created, nbytes, metrics = None, None, {}
+        problems = _damage_at(path) if check else wrong_sizes(storage, name, manifest)
+    except CheckpointError as error:
+        created, nbytes, metrics, problems = None, None, {}, [str(error)]
     return {
         "step": step_of(name),
         "path": path,
         "created": created,
         "bytes": nbytes,
         "sound": not problems,
-        "checked": level,
+        "checked": "checksum" if check else "size",
         "problems": problems,
         "metrics": metrics,
         "latest": name == latest,
         "pins": sorted(pin for pin, target in pins.items() if target == name),
     }
+
+
+def _damage_at(path: str) -> list[str]:
+    from titan_ckpt.checking import verify  # it needs torch, which takes seconds to import
+
+    return verify(path, "checksum")

@@ -10,9 +10,8 @@ from titan_ckpt.retention import KeepBest, Retention, plan_prune, prune
 from titan_ckpt.storage import open_storage
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("prune", help="remove checkpoints that are not to be kept; --dry-run to only look")
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("folder", metavar="FOLDER", help="a folder of checkpoints, as a path or URL")
     parser.add_argument("--keep-last", type=int, metavar="K", help="keep the newest K")
     parser.add_argument("--keep-every", type=int, metavar="N", help="keep those whose step N divides")

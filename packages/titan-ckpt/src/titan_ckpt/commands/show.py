@@ -8,15 +8,14 @@ from typing import Any
 
 from titan_ckpt.commands.text import printable, size
 from titan_ckpt.foreign.formats import FORMATS, config_of, format_at, open_source
+from titan_ckpt.jsonvalues import encode
 from titan_ckpt.reader import CheckpointReader
 from titan_ckpt.source import AnySpec, TensorSource, size_of
 from titan_ckpt.tensorfile import dtype_name
-from titan_ckpt.tree import encode
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("show", help="show a checkpoint: names, shapes, dtypes, bytes, metadata, the config")
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of this package or another format")
     parser.add_argument("--from", dest="kind", choices=FORMATS, help="its format; found out if not given")
     parser.add_argument("--json", action="store_true", help="write JSON")

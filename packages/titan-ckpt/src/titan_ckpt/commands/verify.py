@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -17,9 +16,8 @@ from titan_ckpt.manifest import MANIFEST, Manifest, read_manifest
 from titan_ckpt.storage import Storage, open_storage, parent_and_name
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("verify", help="check every byte of a checkpoint, or of all in a folder")
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     parser.add_argument("path", metavar="PATH", help="a checkpoint, or a folder of checkpoints, as a path or URL")
     parser.add_argument(
         "--threads", type=int, default=min(8, os.cpu_count() or 1), help="how many files to read at once"

@@ -13,7 +13,7 @@ from titan_ckpt.foreign.dcp_metadata import METADATA, Place, read_dcp_metadata
 from titan_ckpt.foreign.pieces import assemble
 from titan_ckpt.foreign.plain_file import file_size
 from titan_ckpt.foreign.torch_entries import load_entry
-from titan_ckpt.tree import encode, key_of
+from titan_ckpt.jsonvalues import encode, key_of
 
 
 class DcpFolder:

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.dcp_in import put
 from titan_ckpt.foreign.folder_out import new_folder
+from titan_ckpt.jsonvalues import parts_of
 from titan_ckpt.source import TensorSource
-from titan_ckpt.tree import parts_of
 
 
 class _LazyPlanner(DefaultSavePlanner):

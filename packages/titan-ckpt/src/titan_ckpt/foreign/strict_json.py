@@ -6,7 +6,7 @@ from typing import Any
 
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.plain_file import file_size
-from titan_ckpt.tensorfile import unique
+from titan_ckpt.jsonvalues import unique
 
 
 def read_json(path: Path, max_bytes: int = 1 << 28) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from titan_ckpt.boxes import whole
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.filewriter import WrittenFile, write_file
+from titan_ckpt.jsonvalues import encode
 from titan_ckpt.lock import FolderLock
 from titan_ckpt.manifest import folder_name
 from titan_ckpt.parts import Part
@@ -18,7 +19,6 @@ from titan_ckpt.planning import FILE_BYTES, PlannedFile, divide
 from titan_ckpt.source import Cast, TensorSource, Without
 from titan_ckpt.storage import open_storage
 from titan_ckpt.tensorfile import bytes_of, is_storable
-from titan_ckpt.tree import encode
 from titan_ckpt.weight_map import Mapped, WeightMap
 from titan_ckpt.writer import Order, Origin, write_checkpoint
 

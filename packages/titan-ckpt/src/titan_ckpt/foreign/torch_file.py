@@ -11,9 +11,9 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.foreign.folder_out import new_file
 from titan_ckpt.foreign.plain_file import file_size
 from titan_ckpt.foreign.torch_entries import load_entry
+from titan_ckpt.jsonvalues import encode, key_of
 from titan_ckpt.source import Spec, TensorSource, Whole, size_of
 from titan_ckpt.tensorfile import bytes_of
-from titan_ckpt.tree import encode, key_of
 
 _ALIGNMENT = 64
 
