@@ -79,9 +79,9 @@ class DirectFile:
 
 
 def machine() -> str:
-    """Name the machine whose kernel caches files for this process; containers that share one say the same."""
+    """Name the running kernel of this machine; containers that share it, and its cache of files, say the same."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
 

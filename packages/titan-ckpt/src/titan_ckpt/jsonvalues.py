@@ -4,7 +4,6 @@ Tuples, which JSON lacks and optimizers have ("betas"), are written `{"$tuple": 
 here needs torch.
 """
 
-import hashlib
 import json
 from collections import Counter
 from typing import Any
@@ -88,18 +87,6 @@ def check_values(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"it is nested deeper than {_MOST_NESTED} levels")
-
-
-def digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, whatever the order of its dicts' keys.
-
-    Args:
-        value: what `json` can write.
-
-    Returns:
-        The digest in hexadecimal.
-    """
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def is_unicode(text: str) -> bool:

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from titan_ckpt.direct import machine
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.storage import Storage
 
@@ -157,7 +158,7 @@ def _identity() -> dict[str, Any]:
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
-        "boot": _line("/proc/sys/kernel/random/boot_id"),
+        "boot": machine(),
         "namespace": _link("/proc/self/ns/pid"),  # in another container a process has another number
         "pid": pid,
         "started": _start_of(pid),
