@@ -21,8 +21,8 @@ TESTERS = ("pytest", "pytest-xdist", "hypothesis")
 FLOOR_TESTS = [
     "packages/titan-model/tests",
     "packages/titan-data/tests",
-    "packages/titan-ckpt/tests/test_ckpt_round_trip.py",
-    "packages/titan-ckpt/tests/test_ckpt_ranks.py",
+    "packages/titan-ckpt/tests/test_round_trip.py",
+    "packages/titan-ckpt/tests/test_ranks.py",
     "packages/titan-parallel/tests/test_parallel_mesh.py",
     "packages/titan-parallel/tests/test_parallel_one_loss.py",
     "packages/titan-parallel/tests/test_parallel_pipeline.py",
@@ -33,7 +33,7 @@ FLOOR_TESTS = [
 
 # What a package does for a library that it does not depend on: tests that are skipped without it, slow ones too.
 BESIDE = {
-    "titan-ckpt": {"torchtitan==0.3.0": ["test_ckpt_torchtitan.py"]},
+    "titan-ckpt": {"torchtitan==0.3.0": ["convert/test_torchtitan.py"]},
     "titan-parallel": {
         "transformers": [
             "test_parallel_transformers.py",

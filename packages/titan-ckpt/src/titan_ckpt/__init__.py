@@ -4,23 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titan_ckpt.catalog import CheckpointInfo, list_checkpoints, pin, unpin
-    from titan_ckpt.checking import verify
     from titan_ckpt.checkpointer import Checkpointer, Exporter
+    from titan_ckpt.convert.formats import open_source
+    from titan_ckpt.convert.huggingface.writer import HuggingFaceExport, export
+    from titan_ckpt.convert.load_into import load_into
+    from titan_ckpt.convert.source import TensorSource
+    from titan_ckpt.convert.titan_writer import import_weights
+    from titan_ckpt.convert.torch_file import export_torch
+    from titan_ckpt.convert.weight_map import TensorRule, WeightMap
     from titan_ckpt.errors import CheckpointError
-    from titan_ckpt.foreign.formats import open_source
-    from titan_ckpt.foreign.huggingface_out import HuggingFaceExport, export
-    from titan_ckpt.foreign.load import load_into
-    from titan_ckpt.foreign.titan_out import import_weights
-    from titan_ckpt.foreign.torch_file import export_torch
-    from titan_ckpt.index import Chunk, TensorSpec
-    from titan_ckpt.loading import Loaded
-    from titan_ckpt.manifest import Manifest
-    from titan_ckpt.reader import CheckpointReader, open_checkpoint
-    from titan_ckpt.retention import KeepBest, PrunePlan, Retention, plan_prune
-    from titan_ckpt.source import TensorSource
-    from titan_ckpt.tree import Stateful
-    from titan_ckpt.weight_map import TensorRule, WeightMap
+    from titan_ckpt.format.index import Chunk, TensorSpec
+    from titan_ckpt.format.manifest import Manifest
+    from titan_ckpt.load.loading import Loaded
+    from titan_ckpt.load.reader import CheckpointReader, open_checkpoint
+    from titan_ckpt.manage.listing import CheckpointInfo, list_checkpoints, pin, unpin
+    from titan_ckpt.manage.retention import KeepBest, PrunePlan, Retention, plan_prune
+    from titan_ckpt.manage.verify import verify
+    from titan_ckpt.state.tree import Stateful
 
 __all__ = [
     "CheckpointError",
@@ -56,34 +56,34 @@ __all__ = [
 # Where each name is at home. It is imported when it is first asked for: torch takes seconds to import, and who only
 # lists checkpoints, or clears them away, does without.
 _HOMES = {
-    "CheckpointInfo": "titan_ckpt.catalog",
-    "list_checkpoints": "titan_ckpt.catalog",
-    "pin": "titan_ckpt.catalog",
-    "unpin": "titan_ckpt.catalog",
-    "verify": "titan_ckpt.checking",
+    "CheckpointInfo": "titan_ckpt.manage.listing",
+    "list_checkpoints": "titan_ckpt.manage.listing",
+    "pin": "titan_ckpt.manage.listing",
+    "unpin": "titan_ckpt.manage.listing",
+    "verify": "titan_ckpt.manage.verify",
     "Checkpointer": "titan_ckpt.checkpointer",
     "Exporter": "titan_ckpt.checkpointer",
     "CheckpointError": "titan_ckpt.errors",
-    "open_source": "titan_ckpt.foreign.formats",
-    "HuggingFaceExport": "titan_ckpt.foreign.huggingface_out",
-    "export": "titan_ckpt.foreign.huggingface_out",
-    "load_into": "titan_ckpt.foreign.load",
-    "import_weights": "titan_ckpt.foreign.titan_out",
-    "export_torch": "titan_ckpt.foreign.torch_file",
-    "Chunk": "titan_ckpt.index",
-    "TensorSpec": "titan_ckpt.index",
-    "Loaded": "titan_ckpt.loading",
-    "Manifest": "titan_ckpt.manifest",
-    "CheckpointReader": "titan_ckpt.reader",
-    "open_checkpoint": "titan_ckpt.reader",
-    "KeepBest": "titan_ckpt.retention",
-    "PrunePlan": "titan_ckpt.retention",
-    "Retention": "titan_ckpt.retention",
-    "plan_prune": "titan_ckpt.retention",
-    "TensorSource": "titan_ckpt.source",
-    "Stateful": "titan_ckpt.tree",
-    "TensorRule": "titan_ckpt.weight_map",
-    "WeightMap": "titan_ckpt.weight_map",
+    "open_source": "titan_ckpt.convert.formats",
+    "HuggingFaceExport": "titan_ckpt.convert.huggingface.writer",
+    "export": "titan_ckpt.convert.huggingface.writer",
+    "load_into": "titan_ckpt.convert.load_into",
+    "import_weights": "titan_ckpt.convert.titan_writer",
+    "export_torch": "titan_ckpt.convert.torch_file",
+    "Chunk": "titan_ckpt.format.index",
+    "TensorSpec": "titan_ckpt.format.index",
+    "Loaded": "titan_ckpt.load.loading",
+    "Manifest": "titan_ckpt.format.manifest",
+    "CheckpointReader": "titan_ckpt.load.reader",
+    "open_checkpoint": "titan_ckpt.load.reader",
+    "KeepBest": "titan_ckpt.manage.retention",
+    "PrunePlan": "titan_ckpt.manage.retention",
+    "Retention": "titan_ckpt.manage.retention",
+    "plan_prune": "titan_ckpt.manage.retention",
+    "TensorSource": "titan_ckpt.convert.source",
+    "Stateful": "titan_ckpt.state.tree",
+    "TensorRule": "titan_ckpt.convert.weight_map",
+    "WeightMap": "titan_ckpt.convert.weight_map",
 }
 
 if not TYPE_CHECKING:  # or type checkers would take every name for one of this package

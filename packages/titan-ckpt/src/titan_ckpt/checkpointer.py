@@ -10,18 +10,18 @@ import torch.distributed as dist
 
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.filewriter import WrittenFile, write_file
-from titan_ckpt.loading import Loaded, OnDamage, Request, load
-from titan_ckpt.lock import FolderLock
-from titan_ckpt.process import WriterProcess
-from titan_ckpt.retention import KeepBest, Retention
-from titan_ckpt.selection import Selection
-from titan_ckpt.snapshot import Planner, Snapshot
-from titan_ckpt.staging import HostBuffer
-from titan_ckpt.storage import open_storage
-from titan_ckpt.tensorfile import bytes_of
-from titan_ckpt.tree import Stateful
-from titan_ckpt.writer import Order, Origin, tidy, write_checkpoint
+from titan_ckpt.format.safetensors_header import bytes_of
+from titan_ckpt.load.loading import Loaded, OnDamage, Request, load
+from titan_ckpt.load.selection import Selection
+from titan_ckpt.manage.retention import KeepBest, Retention
+from titan_ckpt.save.file_writer import WrittenFile, write_file
+from titan_ckpt.save.host_buffer import HostBuffer
+from titan_ckpt.save.snapshot import Planner, Snapshot
+from titan_ckpt.save.writer import Order, Origin, tidy, write_checkpoint
+from titan_ckpt.save.writer_process import WriterProcess
+from titan_ckpt.state.tree import Stateful
+from titan_ckpt.storage.lock import FolderLock
+from titan_ckpt.storage.open import open_storage
 
 logger = logging.getLogger(__name__)
 

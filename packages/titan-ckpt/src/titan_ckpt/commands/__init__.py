@@ -1,1 +1,0 @@
-"""The commands of `titan-ckpt`, one per file: `add` declares the arguments, `run` does the work."""

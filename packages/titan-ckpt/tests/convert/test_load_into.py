@@ -1,0 +1,69 @@
+"""Weights of other programs into models that are there already."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckpt_group import WorkerGroup
+from ckpt_load_cases import blank, fsdp, one_dimension, refuses_to_import, two_dimensions
+from ckpt_sources import Fused, Map, Rename, Tensors, prefixed, same, small_foreign, small_map, small_native
+from titan_ckpt import CheckpointError
+from titan_ckpt.convert.huggingface.reader import HuggingFaceFolder
+from titan_ckpt.convert.huggingface.writer import export
+from titan_ckpt.convert.load_into import load_into
+
+
+def test_one_process(tmp_path: Path) -> None:
+    export(Tensors(prefixed(small_native())), tmp_path / "hf", small_map())
+    state = blank()
+    load_into(state, HuggingFaceFolder(tmp_path / "hf"), small_map())
+    assert same(state, small_native())
+
+
+def test_parameters_are_filled_in_place_in_their_own_dtype() -> None:
+    model = torch.nn.Linear(3, 2).bfloat16()
+    weight = torch.randn(2, 3)
+    before = model.weight
+    with pytest.raises(CheckpointError, match=r"missing in the file|missing in the weight map"):
+        load_into(dict(model.named_parameters()), Tensors({"weight": weight}))
+    load_into(dict(model.named_parameters()), Tensors({"weight": weight, "bias": torch.ones(2)}))
+    assert model.weight is before
+    assert torch.equal(model.weight, weight.bfloat16())
+    assert model.weight.requires_grad
+
+
+def test_all_misfits_are_told_at_once_and_nothing_is_changed() -> None:
+    rules = [Rename(["a"], ["A"]), Rename(["b"], ["B"]), Fused(["c"], ["C", "D"], [1, 1]), Rename(["e"], ["E"])]
+    source = Tensors({name: torch.ones(1) for name in ("A", "C", "D", "stray", "x.inv_freq")})
+    state = {name: torch.zeros(1) for name in ("a", "b", "c", "new")}
+    with pytest.raises(CheckpointError) as error:
+        load_into(state, source, Map(rules), ignore=["*.inv_freq"])
+    told = str(error.value)
+    assert "missing in the file (1):\n    B\n" in told
+    assert "missing in the weight map (1):\n    new\n" in told
+    assert "in the file but not in the weight map (1):\n    stray" in told
+    assert "inv_freq" not in told
+    assert not source.whole
+    del state["b"], state["new"]
+    with pytest.raises(CheckpointError, match=r"of another shape \(1\):\n    c: \[2\] in the file, \[1\] in the model"):
+        load_into(state, source, Map(rules), ignore=["*.inv_freq", "stray"])
+    assert all(not tensor.any() for tensor in state.values())
+
+
+def test_a_stage_reads_only_its_own() -> None:
+    source = Tensors(small_foreign())
+    state = {"qkv": torch.zeros(8, 4)}
+    load_into(state, source, small_map())
+    assert torch.equal(state["qkv"], small_native()["qkv"])
+    assert source.whole == ["q", "k", "v"]
+
+
+@pytest.mark.parametrize("case", [one_dimension, two_dimensions, fsdp])
+def test_shards(case: Callable[[], None], group4: WorkerGroup) -> None:
+    group4.run(case)
+
+
+def test_ranks_do_not_import_together(group4: WorkerGroup) -> None:
+    assert all("one process makes a checkpoint" in told for told in group4.run(refuses_to_import))

@@ -1,0 +1,127 @@
+import gc
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_states import blank_state, holds_step, make_state
+from ckpt_victim import Victims, save_until_killed
+from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints
+from titan_ckpt.storage.base import Storage
+from titan_ckpt.storage.lock import FolderLock
+from titan_ckpt.storage.open import open_storage
+
+
+def storage_of(folder: Path) -> Storage:
+    return open_storage(str(folder))
+
+
+def write_lock(folder: Path, **changes: Any) -> dict[str, Any]:
+    """As another job would have left it."""
+    held = FolderLock(storage_of(folder))
+    content = {**json.loads((folder / ".lock").read_text()), "token": "other", **changes}
+    held.release()
+    (folder / ".lock").write_text(json.dumps(content))
+    return content
+
+
+def test_the_second_job_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    victims = Victims(1, tmp_path, save_until_killed, folder, False)
+    assert victims.told(60)
+    ckpt = Checkpointer(folder)
+    for call in (ckpt.claim, lambda: ckpt.save(10**6, make_state(1))):
+        with pytest.raises(CheckpointError) as error:
+            call()
+        told = str(error.value)
+        assert f"{folder} is being written to by another job: process {victims.processes[0].pid} on" in told
+        assert "stop that one, or give this one another folder" in told
+    assert ckpt.load({}) is not None  # to read is open to all
+    victims.processes[0].kill()
+    victims.end()
+    ckpt.save(10**6, make_state(1))  # a killed job blocks nobody
+    assert list_checkpoints(folder)[-1].step == 10**6
+
+
+def test_two_in_one_process(tmp_path: Path) -> None:
+    first, second = Checkpointer(tmp_path), Checkpointer(tmp_path)
+    first.save(1, make_state(1))
+    with pytest.raises(CheckpointError, match=r"That is this very process: close\(\) its other"):
+        second.save(2, make_state(2))
+    first.close()
+    assert not (tmp_path / ".lock").exists()
+    second.save(2, make_state(2))
+    del second  # given back with the object, too
+    gc.collect()
+    Checkpointer(tmp_path).save(3, make_state(3))
+    assert [info.step for info in list_checkpoints(tmp_path)] == [1, 2, 3]
+
+
+def test_a_process_number_that_came_again_is_another_process(tmp_path: Path) -> None:
+    write_lock(tmp_path, pid=os.getpid(), started="12345")
+    FolderLock(storage_of(tmp_path)).release()
+
+
+def test_a_dead_job_on_another_machine_is_watched_and_then_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_lock(tmp_path, host="elsewhere")
+    with caplog.at_level(logging.WARNING):
+        held = FolderLock(storage_of(tmp_path), patience=0.3)
+    assert "watching for 0 s whether it lives" in caplog.text
+    assert "took over" in caplog.text
+    held.confirm()
+    held.release()
+
+
+def test_a_live_job_on_another_machine_is_refused(tmp_path: Path) -> None:
+    content = write_lock(tmp_path, host="elsewhere")
+    beat = {**content, "beats": 5}
+    timer = threading.Timer(0.2, lambda: storage_of(tmp_path).replace(".lock", json.dumps(beat).encode()))
+    timer.start()
+    with pytest.raises(CheckpointError, match=r"process .* on elsewhere"):
+        FolderLock(storage_of(tmp_path), patience=20)
+    timer.join()
+    assert json.loads((tmp_path / ".lock").read_text())["beats"] == 5  # left alone
+
+
+def test_the_holder_beats(tmp_path: Path) -> None:
+    held = FolderLock(storage_of(tmp_path), beat=0.01)
+    until = threading.Event()
+    while json.loads((tmp_path / ".lock").read_text())["beats"] < 3:
+        until.wait(0.01)
+    held.release()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_who_lost_the_folder_publishes_nothing(tmp_path: Path) -> None:
+    """As after a long pause in which another machine took the job for dead."""
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, make_state(1))
+    content = json.loads((tmp_path / ".lock").read_text())
+    (tmp_path / ".lock").write_text(json.dumps({**content, "token": "other", "host": "elsewhere"}))
+    with pytest.raises(CheckpointError, match=r"another job took the folder .* on elsewhere"):
+        ckpt.save(2, make_state(2))
+    assert [info.step for info in list_checkpoints(tmp_path)] == [1]
+    ckpt.close()
+    assert (tmp_path / ".lock").exists()  # it is the other's
+
+
+def test_a_lock_that_does_not_read_is_judged_by_whether_it_changes(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("{")
+    FolderLock(storage_of(tmp_path), patience=0.2).release()
+
+
+def test_a_deleted_lock_is_written_again(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path)
+    ckpt.save(1, make_state(1))
+    (tmp_path / ".lock").unlink()
+    ckpt.save(2, make_state(2))
+    state = blank_state()
+    ckpt.load(state)
+    assert holds_step(state, 2)
+    assert (tmp_path / ".lock").exists()
