@@ -33,9 +33,10 @@ import numpy as np
 import torch
 
 from titan_data import Fingerprint, Loader, Packing, RandomAccessSource, StdlibSource, Tokenizer
-from titan_data.files import load_files
-from titan_data.load_tokenizer import load_tokenizer
-from titan_data.packing import Place
+from titan_data.batching.packing import Place
+from titan_data.batching.state import dump_state
+from titan_data.files.load import load_files
+from titan_data.shards.dataset import TokenShards
 from titan_data.shards.format import (
     MANIFEST,
     OFFSETS,
@@ -48,10 +49,9 @@ from titan_data.shards.format import (
     token_dtype,
 )
 from titan_data.shards.prepare import prepare as prepare_shards
-from titan_data.shards.reader import TokenShards
 from titan_data.shards.writer import ShardWriter, write_manifest
-from titan_data.state import dump_state
-from titan_data.train_tokenizer import train_tokenizer
+from titan_data.tokenizers.load import load_tokenizer
+from titan_data.tokenizers.train import train_tokenizer
 
 VOCAB = 32_000
 ROWS = 16

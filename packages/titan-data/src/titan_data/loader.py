@@ -11,20 +11,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from titan_data.batch import Batch
-from titan_data.best_fit import BestFit
-from titan_data.checks import check_sizes, check_tokenizers
-from titan_data.documents import Encode, encode_documents
+from titan_data.batching.batch import Batch
+from titan_data.batching.best_fit import BestFit
+from titan_data.batching.checks import check_sizes, check_tokenizers
+from titan_data.batching.documents import Encode, encode_documents
+from titan_data.batching.feeds import Feed, open_feed
+from titan_data.batching.global_batches import Position, Reader
+from titan_data.batching.mixing import Stage, Weighted, plan_phases
+from titan_data.batching.packing import Concat, OnePerRow, Packer, Packing
+from titan_data.batching.prefetch import Prefetcher
+from titan_data.batching.shared_tokens import TokenShare
+from titan_data.batching.state import Settings, dump_state, read_state
 from titan_data.errors import DataError
-from titan_data.feeds import Feed, open_feed
-from titan_data.mixing import Stage, Weighted, plan_phases
-from titan_data.packing import Concat, OnePerRow, Packer, Packing
-from titan_data.prefetch import Prefetcher
-from titan_data.reader import Position, Reader
-from titan_data.sources import Source, TokenSource
-from titan_data.state import Settings, dump_state, read_state
-from titan_data.token_share import TokenShare
-from titan_data.tokenizer import Tokenizer
+from titan_data.sources.base import Source, TokenSource
+from titan_data.tokenizers.base import Tokenizer
 
 _EXIT_SECONDS = 5.0  # a read that hangs (a network, say) is not waited for longer when the process ends …
 _CLOSE_SECONDS = 60.0  # … or when the loader is told to stop; making a large batch may take a while

@@ -1,1 +1,5 @@
-"""Ready-made tokens on disk: titan-data's own token shards, and other people's token files."""
+"""Tokens on disk: `prepare` writes shards, `TokenShards`, `RawTokens` and `MegatronTokens` read them without copies.
+
+Called by users and by the command line. See docs/token-shards.md for the format.
+Hands on token sources, whose documents the loader packs without tokenizing again.
+"""

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from titan_data.errors import DataError
 from titan_data.fingerprint import Fingerprint
-from titan_data.shards.mapping import map_array
-from titan_data.shards.sampling import sample_digest
-from titan_data.sources import Tokens
+from titan_data.shards.digest import sample_digest
+from titan_data.shards.mmap import map_array
+from titan_data.sources.base import Tokens
 
 # Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py: magic, version, code of the type, number of
 # sequences, number of borders of documents (one more than documents); then lengths (int32), byte offsets (int64) of

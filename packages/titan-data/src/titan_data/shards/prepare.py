@@ -25,8 +25,8 @@ from titan_data.shards.format import (
 )
 from titan_data.shards.workers import Encoded, Encoders
 from titan_data.shards.writer import STAGING, ShardWriter, explain_full_disk, write_manifest, write_whole
-from titan_data.sources import RandomAccessSource, Source, StreamSource
-from titan_data.tokenizer import Tokenizer
+from titan_data.sources.base import RandomAccessSource, Source, StreamSource
+from titan_data.tokenizers.base import Tokenizer
 
 SHARD_TOKENS = 1 << 28  # half a GiB of 16-bit ids, one GiB of 32-bit ones
 _BATCH_CHARACTERS = 1 << 18

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from titan_data.errors import DataError
 from titan_data.fingerprint import Fingerprint
-from titan_data.shards.mapping import map_array
-from titan_data.shards.sampling import sample_digest
-from titan_data.sources import Tokens
+from titan_data.shards.digest import sample_digest
+from titan_data.shards.mmap import map_array
+from titan_data.sources.base import Tokens
 
 RawType = Literal["uint16", "uint32"]
 

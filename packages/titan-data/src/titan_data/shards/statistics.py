@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titan_data.sources import TokenSource
+from titan_data.sources.base import TokenSource
 
 _CHUNK = 1 << 20  # documents looked at at a time
 

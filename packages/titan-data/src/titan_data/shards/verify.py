@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from titan_data.errors import DataError
+from titan_data.shards.dataset import check_header
 from titan_data.shards.format import (
     HEADER_SIZE,
     MANIFEST,
@@ -22,8 +23,7 @@ from titan_data.shards.format import (
     shard_size,
     token_dtype,
 )
-from titan_data.shards.mapping import map_array
-from titan_data.shards.reader import check_header
+from titan_data.shards.mmap import map_array
 
 _CHUNK = 1 << 24  # bytes
 

@@ -14,9 +14,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from titan_data.documents import encode_document
+from titan_data.batching.documents import encode_document
 from titan_data.errors import DataError
-from titan_data.tokenizer import Tokenizer
+from titan_data.tokenizers.base import Tokenizer
 
 _AHEAD = 4  # batches for each worker, results that wait for their turn included: none runs dry while sizes differ
 _CHARACTERS_AHEAD = 1 << 26  # in all of them together: huge documents do not pile up in memory

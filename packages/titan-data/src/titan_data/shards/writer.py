@@ -25,7 +25,7 @@ from titan_data.shards.format import (
     shard_name,
     token_dtype,
 )
-from titan_data.shards.mapping import map_array
+from titan_data.shards.mmap import map_array
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SYNC_BYTES = 16 << 20  # written to the disk at a time, so that little is left for the end, when workers would wait

@@ -1,0 +1,106 @@
+"""`titan-data prepare`: text to token shards."""
+
+import argparse
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from titan_data.cli._numbers import count, positive
+from titan_data.cli._source_arguments import add_source_arguments, open_source
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "prepare",
+        help="tokenize text into token shards",
+        description="Tokenize text into a folder of memory-mapped token shards. Stopped or killed at any moment, "
+        "the same command goes on, and ends with the very same files.",
+    )
+    add_source_arguments(parser)
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="file or folder of a tokenizer, or 'bytes'")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
+    parser.add_argument("--workers", type=count, metavar="N", help="processes; 0 for none (default: one per core)")
+    parser.add_argument(
+        "--shard-tokens", type=positive, metavar="N", help="the most tokens of a shard (default: 268,435,456)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prepare, with a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from titan_data.shards import prepare as engine
+    from titan_data.shards.dataset import TokenShards
+    from titan_data.shards.statistics import count_lengths
+    from titan_data.tokenizers.load import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    source = open_source(options)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[what]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar, _interrupted_between_batches() as check_interrupt:
+        task = bar.add_task("prepare", total=None, what="starting")
+
+        def report(progress: engine.Progress) -> None:
+            check_interrupt()
+            seconds = bar.tasks[0].elapsed or 1e-9
+            what = (
+                f"{progress.documents:,} documents, {progress.tokens:,} tokens, {progress.shards} shards, "
+                f"{progress.new_tokens / seconds:,.0f} tokens/s"
+            )
+            bar.update(task, completed=progress.done, total=progress.total, what=what)
+
+        engine.prepare(
+            source,
+            tokenizer,
+            options.out,
+            workers=options.workers,
+            shard_tokens=options.shard_tokens or engine.SHARD_TOKENS,
+            report=report,
+        )
+    found = count_lengths(TokenShards(options.out))
+    print(f"{options.out}: {found.documents:,} documents, {found.tokens:,} tokens")
+    if found.empty:
+        print(f"{found.empty:,} of the documents are empty (no text, or malformed)")
+    if malformed := getattr(source, "malformed", 0):
+        print(f"{malformed:,} malformed records were met in this run")
+    return 0
+
+
+@contextlib.contextmanager
+def _interrupted_between_batches() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until what is given here is called; a second one ends at once.
+
+    Python would raise KeyboardInterrupt at any instruction: amid the drawing of the bar, or where it is lost because a
+    destructor is at work.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    asked = threading.Event()
+
+    def remember(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+        check()  # it came after the last batch
+    finally:
+        signal.signal(signal.SIGINT, before)

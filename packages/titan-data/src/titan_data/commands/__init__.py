@@ -1,1 +1,0 @@
-"""The commands of `titan-data`: each module has `add_parser` and a `run` that imports what is heavy."""

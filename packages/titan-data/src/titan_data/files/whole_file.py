@@ -1,0 +1,61 @@
+"""Plain text whose files are one document each. Those of lines or paragraphs are read by `lines`."""
+
+from collections.abc import Generator
+
+from titan_data.files.compression import CorruptFileError, open_bytes
+from titan_data.files.malformed import MalformedRecords
+from titan_data.files.retry import Retry
+from titan_data.files.storage import DataFile
+
+
+class WholeFiles:
+    """Each file is one document, compressed or not, wherever it is.
+
+    Args:
+        malformed: told of malformed files.
+        retry: how often to try where the storage fails.
+    """
+
+    kind = "text"
+
+    def __init__(self, malformed: MalformedRecords, retry: Retry) -> None:
+        self._malformed = malformed
+        self._retry = retry
+
+    def check(self, file: DataFile) -> None:
+        """Nothing to look for: any text will do."""
+
+    def stream(self, file: DataFile, start: int) -> Generator[str, None, int]:
+        """Give the one document, unless it is to be left out."""
+        if start == 0:
+            yield self.text(file)
+        return 1
+
+    def index(self, file: DataFile) -> "WholeFile":
+        """Make the one document readable; nothing is read yet."""
+        return WholeFile(self, file)
+
+    def text(self, file: DataFile) -> str:
+        """Read a file; what is malformed is reported and empty."""
+        try:
+            with open_bytes(file, self._retry) as data:
+                return str(data.read().removeprefix(b"\xef\xbb\xbf"), "utf-8")
+        except CorruptFileError as error:
+            self._malformed.report(file.label, str(error))
+        except UnicodeDecodeError as error:
+            self._malformed.report(file.label, f"invalid UTF-8: {error.reason} at byte {error.start}")
+        return ""
+
+
+class WholeFile:
+    """The one document of a file."""
+
+    def __init__(self, whole_files: WholeFiles, file: DataFile) -> None:
+        self._whole_files = whole_files
+        self._file = file
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int, /) -> str:
+        return self._whole_files.text(self._file)

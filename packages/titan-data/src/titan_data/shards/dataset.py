@@ -1,0 +1,156 @@
+"""Token shards as a source: memory-mapped, opened in no time however large."""
+
+import os
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from titan_data.errors import DataError
+from titan_data.fingerprint import Fingerprint
+from titan_data.shards.format import HEADER_SIZE, OFFSETS, Header, ShardEntry, read_manifest, shard_size, token_dtype
+from titan_data.shards.mmap import map_array
+from titan_data.sources.base import Tokens
+
+# Each open shard holds a file descriptor, of which a process often has no more than 1,024 (256 on macOS). A shard left
+# out for others is opened again in some 15 microseconds.
+_OPEN_SHARDS = 128
+_SHOWN = 10
+
+
+class TokenShards:
+    """The documents of a folder that `titan-data prepare` has written, as a `TokenSource`.
+
+    Opening reads the manifest and the sizes of the files; a shard is mapped when a document of it is first asked for.
+
+    Args:
+        path: the folder.
+        name: what to call the source; the folder's name if None.
+
+    Attributes:
+        name: what people call this source.
+        tokenizer_fingerprint: of the tokenizer that made the tokens.
+        vocab_size: of that tokenizer; every id is below it.
+        bos_id: the first token of each document, if it is not None.
+        eos_id: the last token of each document, if it is not None.
+        pad_id: the tokenizer's id for filling up.
+        tokens: number of tokens in all documents.
+
+    Raises:
+        DataError: the folder holds no finished token shards, or files of it are missing, cut off or damaged.
+    """
+
+    def __init__(self, path: str | Path, *, name: str | None = None) -> None:
+        self.path = Path(path).expanduser()
+        manifest = read_manifest(self.path)
+        job = manifest.job
+        self.name = name if name is not None else self.path.absolute().name
+        self.tokenizer_fingerprint: str | None = job.tokenizer
+        self.vocab_size, self.bos_id, self.eos_id, self.pad_id = job.vocab_size, job.bos_id, job.eos_id, job.pad_id
+        self.tokens = manifest.tokens
+        self._shards = manifest.shards
+        self._documents = manifest.documents
+        self._dtype = token_dtype(job.vocab_size)
+        self._check_sizes()
+        self._first_tokens = [0, *accumulate(shard.tokens for shard in self._shards)]
+        self._first_documents = [0, *accumulate(shard.documents for shard in self._shards)]
+        self._offsets = map_array(self.path / OFFSETS, "<i8", self._documents + 1)
+        self._open: dict[int, Tokens] = {}
+        self._checked: set[int] = set()  # shards whose headers are known to be right
+        self._opening = Lock()  # several loaders may read one source, each from a thread of its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.name)
+
+    def fingerprint(self) -> Fingerprint:
+        """Name the shards with their checksums, as the manifest has them."""
+        return Fingerprint.of(
+            "token shards",
+            ((shard.name, shard.sha256[:16]) for shard in self._shards),
+            {"tokenizer": self.tokenizer_fingerprint},
+        )
+
+    def __len__(self) -> int:
+        return self._documents
+
+    def lengths(self, indices: npt.NDArray[np.int64], /) -> npt.NDArray[np.int64]:
+        """Numbers of tokens of some documents: int64 `[D]` for int64 `[D]`."""
+        lengths: npt.NDArray[np.int64] = self._offsets[indices + 1] - self._offsets[indices]
+        return lengths
+
+    def __getitem__(self, index: int, /) -> Tokens:
+        if not 0 <= index < self._documents:
+            raise IndexError(f"document {index} of {self._documents}")
+        start, stop = int(self._offsets[index]), int(self._offsets[index + 1])
+        if start == stop:
+            return np.empty(0, dtype=self._dtype)
+        shard = bisect_right(self._first_tokens, start) - 1
+        tokens = self._open.get(shard)
+        if tokens is None:
+            tokens = self._open_shard(shard)
+        first = self._first_tokens[shard]
+        document = tokens[start - first : stop - first]
+        if len(document) != stop - start:
+            raise DataError(f"{self.path / OFFSETS} is damaged: document {index} would end beyond its shard")
+        return document
+
+    def _open_shard(self, number: int) -> Tokens:
+        with self._opening:
+            shard = self._shards[number]
+            path = self.path / shard.name
+            if number not in self._checked:
+                check_header(path, shard, self._first_documents[number])
+                self._checked.add(number)
+            tokens = map_array(path, self._dtype, shard.tokens, HEADER_SIZE)
+            while len(self._open) >= _OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))  # arrays handed out keep the map itself alive
+            self._open[number] = tokens
+            return tokens
+
+    def _check_sizes(self) -> None:
+        """Find what is missing or cut off now rather than after days of training."""
+        with os.scandir(self.path) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries}
+        expected = {shard.name: shard_size(shard.documents, shard.tokens, self._dtype) for shard in self._shards}
+        expected[OFFSETS] = 8 * (self._documents + 1)
+        wrong = [
+            f"{name} is missing" if name not in sizes else f"{name} has {sizes[name]} bytes, but should have {size}"
+            for name, size in expected.items()
+            if sizes.get(name) != size
+        ]
+        if wrong:
+            more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            raise DataError(f"{self.path} is damaged:\n  " + "\n  ".join(wrong[:_SHOWN]) + more)
+
+
+def check_header(path: Path, shard: ShardEntry, first_document: int) -> Header:
+    """Read a shard's header and hold it against the manifest.
+
+    Args:
+        path: of the shard.
+        shard: what the manifest says of it.
+        first_document: the number that its first document should have.
+
+    Returns:
+        The header.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or belongs to another place or folder.
+    """
+    try:
+        with path.open("rb") as file:
+            header = Header.unpack(file.read(HEADER_SIZE), str(path))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    found = (header.first_document, header.documents, header.tokens, header.sha256)
+    if found != (first_document, shard.documents, shard.tokens, shard.sha256):
+        raise DataError(f"{path} is not the shard that the manifest lists: it comes from elsewhere")
+    return header
+
+
+def _reopen(path: Path, name: str) -> TokenShards:
+    return TokenShards(path, name=name)

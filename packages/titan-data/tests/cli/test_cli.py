@@ -1,0 +1,265 @@
+"""`titan-data` on the command line: from text to tokens, messages of one line, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from titan_data import ByteTokenizer, ListSource, cli
+from titan_data.shards.dataset import TokenShards
+from titan_data.tokenizers.load import load_tokenizer
+
+TEXTS = [f"document {i} has so many words " * (i % 9) for i in range(50)]
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Two files of JSON lines in the present folder; one record is broken."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    lines[30] = '{"text": \n'
+    (tmp_path / "part-1.jsonl").write_text("".join(lines[:25]))
+    (tmp_path / "part-2.jsonl").write_text("".join(lines[25:]))
+    return [*TEXTS[:30], "", *TEXTS[31:]]
+
+
+def run(capsys, *arguments):
+    """Run a command; give its exit code and what it wrote."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    written = capsys.readouterr()
+    assert "Traceback" not in written.err
+    return code, written.out, written.err
+
+
+def prepare(capsys, *arguments):
+    return run(capsys, "prepare", "part-*.jsonl", "--tokenizer", "bytes", "--workers", "0", "--out", "out", *arguments)
+
+
+def test_prepare_inspect_verify(corpus, capsys):
+    code, out, _ = prepare(capsys)
+    tokens = sum(len(text) + 2 for text in corpus if text)
+    assert code == 0
+    assert f"out: 50 documents, {tokens:,} tokens" in out
+    assert "7 of the documents are empty" in out
+    assert "1 malformed records were met" in out
+    shards = TokenShards("out")
+    assert [bytes(shards[i].tolist()[1:-1]).decode() for i in range(50)] == corpus
+
+    code, out, _ = run(capsys, "inspect", "out", "--tokenizer", "bytes", "--samples", "2")
+    assert code == 0
+    assert f"out: 50 documents, {tokens:,} tokens, tokenizer titan-data/bytes/1" in out
+    assert "tokens of a document: 31 to 242, " in out
+    assert "empty documents: 7" in out
+    rows = [line.split()[:4] for line in out.splitlines() if " to " in line and line.strip()[0].isdigit()]
+    assert [row[0] for row in rows] == ["16", "32", "64", "128"]
+    assert sum(int(row[3]) for row in rows) == 43
+    assert out.count("has so many words") >= 2
+    assert run(capsys, "inspect", "out", "--samples", "1")[1].rstrip().endswith("257]")
+    samples = {run(capsys, "inspect", "out", "--samples", "1", "--seed", seed)[1] for seed in ("1", "2", "3")}
+    assert len(samples) > 1
+
+    code, out, _ = run(capsys, "verify", "out")
+    assert (code, out) == (0, "out: no damage\n")
+
+
+@pytest.mark.parametrize(("flags", "streaming"), [((), None), (("--streaming",), True)])
+def test_a_dataset_is_a_stream_where_that_is_asked_for_or_its_default(flags, streaming, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def load(path, **request):
+        asked.append((path, request["name"], request["streaming"]))
+        return ListSource(TEXTS)
+
+    monkeypatch.setattr("titan_data.sources.huggingface.load_huggingface", load)
+    out = str(tmp_path / "out")
+    code, _, _ = run(capsys, "prepare", "hf:c4:en", "--tokenizer", "bytes", "--workers", "0", "--out", out, *flags)
+    assert code == 0
+    assert asked == [("c4", "en", streaming)]
+
+
+def test_verify_names_every_damaged_file(corpus, capsys, tmp_path):
+    prepare(capsys, "--shard-tokens", "1_000")
+    for name in ("shard-000001.tokens", "shard-000003.tokens"):
+        path = tmp_path / "out" / name
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    code, out, err = run(capsys, "verify", "out")
+    assert code == 1
+    assert [line.partition(":")[0] for line in out.splitlines()] == [
+        "out/shard-000001.tokens",
+        "out/shard-000003.tokens",
+    ]
+    assert "2 damaged" in err
+
+
+def test_train_tokenizer_and_use_it(corpus, capsys):
+    pytest.importorskip("tokenizers")
+    for kind, size in (("bpe", 530), ("sentencepiece", 300)):
+        words = [
+            "train-tokenizer",
+            "part-1.jsonl",
+            "--kind",
+            kind,
+            "--vocab-size",
+            str(size),
+            "--out",
+            f"{kind}/t.model",
+        ]
+        code, out, _ = run(capsys, *words)
+        assert code == 0
+        assert out.startswith(f"{kind}/t.model: {size} ids, fingerprint ")
+        assert load_tokenizer(f"{kind}/t.model").vocab_size == size
+        code, _, err = run(capsys, *words)
+        assert (code, err) == (1, f"titan-data: {kind}/t.model is already there: remove it, or give another --out\n")
+    run(capsys, "train-tokenizer", "part-1.jsonl", "--kind", "bpe", "--vocab-size", "530", "--out", "same.model")
+    assert Path("same.model").read_bytes() == Path("bpe/t.model").read_bytes()
+    words = ["train-tokenizer", "part-1.jsonl", "--kind", "bpe", "--vocab-size", "513", "--max-documents", "1"]
+    assert "there is no text to train a tokenizer on" in run(capsys, *words, "--out", "few.model")[2]
+    assert run(capsys, "prepare", "part-*", "--tokenizer", "bpe/t.model", "--out", "b", "--workers", "0")[0] == 0
+    code, out, _ = run(capsys, "inspect", "b", "--tokenizer", "bpe/t.model", "--samples", "9")
+    assert (code, "has so many words" in out) == (0, True)
+    code, _, err = run(capsys, "inspect", "b", "--tokenizer", "bytes")
+    assert code == 1
+    assert "these tokens were made by tokenizer tiktoken/" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["prepare", "nothing-*.jsonl", "--tokenizer", "bytes", "--out", "out"], 1, "no file that matches nothing-"),
+        (["prepare", "stdlib", "x.txt", "--tokenizer", "bytes", "--out", "out"], 1, "stdlib is a source by itself"),
+        (["prepare", "stdlib", "--tokenizer", "nowhere", "--out", "out"], 1, "there is no tokenizer nowhere"),
+        (["prepare", "stdlib", "--out", "out"], 2, "required: --tokenizer"),
+        (["prepare", "stdlib", "--tokenizer", "bytes", "--out", "out", "--workers", "-1"], 2, "-1 is less than 0"),
+        (["prepare", "stdlib", "--tokenizer", "bytes", "--out", "out", "--shard-tokens", "0"], 2, "at least 1"),
+        (["inspect", "nowhere"], 1, "holds no token shards"),
+        (["inspect", "x.bin"], 1, "say of which --dtype"),
+        (["inspect", "x.bin", "--dtype", "uint16"], 1, "cannot read x.bin"),
+        (["verify", "nowhere"], 1, "holds no token shards"),
+        (["verify"], 2, "required: path"),
+        ([], 2, "required: COMMAND"),
+        (["prepar"], 2, "invalid choice: 'prepar'"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(words, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = run(capsys, *words)
+    assert (found, out) == (code, "")
+    assert message in err
+    lines = [line for line in err.splitlines() if line.startswith("titan-data")]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("command", ["", "prepare", "inspect", "verify", "train-tokenizer", "download-tokenizer"])
+def test_help(command, capsys):
+    code, out, _ = run(capsys, *command.split(), "--help")
+    assert code == 0
+    assert "usage: titan-data" in out
+
+
+def test_other_formats_of_tokens(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.array([5, 6, 0, 7, 0], dtype=np.uint16).tofile("train.bin")
+    code, out, _ = run(capsys, "inspect", "train.bin", "--dtype", "uint16", "--eos-id", "0")
+    assert code == 0
+    assert "train.bin: 2 documents, 5 tokens, tokenizer not known" in out
+    assert "[5, 6, 0]" in out
+    assert "holds id 7" in run(capsys, "inspect", "train.bin", "--dtype", "uint16", "--vocab-size", "7")[2]
+
+
+@pytest.fixture
+def heeds_ctrl_c():
+    """As at a terminal: the background jobs of a shell begin without Python's handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class Interrupted(ByteTokenizer):
+    """Presses Ctrl-C while it tokenizes document number `at`."""
+
+    def __init__(self, at, presses=1):
+        super().__init__()
+        self.left, self.presses = at, presses
+
+    def encode_batch(self, texts):
+        self.left -= len(texts)
+        if self.left < 0 and self.presses:
+            for _ in range(self.presses):
+                os.kill(os.getpid(), signal.SIGINT)
+            self.presses = 0
+        return super().encode_batch(texts)
+
+
+@pytest.mark.parametrize("at", [0, 2, 7, 11])
+@pytest.mark.usefixtures("heeds_ctrl_c")
+def test_stopped_by_ctrl_c_it_goes_on(at, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("titan_data.shards.prepare._BATCH_CHARACTERS", 1)  # a batch, and a look at Ctrl-C, per document
+    for number in range(12):
+        Path(f"{number:02}.txt").write_text("a line of text\n" * 10)
+    words = ["prepare", "*.txt", "--tokenizer", "bytes", "--shard-tokens", "400", "--workers", "0", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["titan_data.tokenizers.load"], "load_tokenizer", lambda path: Interrupted(at))
+        code, _, err = run(capsys, *words)
+    assert (code, err.splitlines()[-1]) == (130, "titan-data: stopped")
+    assert not list(Path("out").glob("*.part"))
+    kept = {path: path.stat().st_mtime_ns for path in Path("out").glob("shard-*")}
+    assert len(kept) == at // 2
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert out.startswith("out: 12 documents, 1,824 tokens")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished shards were written again"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
+def test_a_second_ctrl_c_ends_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("text")
+    tokenizer = Interrupted(0, presses=2)
+    monkeypatch.setattr(sys.modules["titan_data.tokenizers.load"], "load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", lambda self, texts: pytest.fail("it goes on"))
+    code, _, err = run(capsys, "prepare", "*.txt", "--tokenizer", "bytes", "--workers", "0", "--out", "out")
+    assert (code, err.splitlines()[-1]) == (130, "titan-data: stopped")
+
+
+PRESSED = """
+import os, signal, sys
+from titan_data import cli
+from titan_data.shards.writer import ShardWriter
+
+publish = ShardWriter.publish
+
+
+def and_press(self, source_end):
+    header = publish(self, source_end)
+    os.kill(os.getpid(), signal.SIGINT)
+    ShardWriter.publish = publish
+    return header
+
+
+ShardWriter.publish = and_press
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_real_command_leaves_one_line(corpus):
+    words = ["prepare", "part-*.jsonl", "--tokenizer", "bytes", "--shard-tokens", "500", "--out", "out"]
+    command = [sys.executable, "-c", PRESSED, *words, "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr.splitlines()[-1] == "titan-data: stopped"
+    assert "Traceback" not in ended.stderr
+    assert Path("out/shard-000000.tokens").exists()
+    assert not Path("out/index.json").exists()
+    assert not list(Path("out").glob("*.part"))
