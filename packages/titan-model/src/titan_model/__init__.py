@@ -1,23 +1,23 @@
 """Decoder language models as plain PyTorch modules: families, weights in and out, initialisation, loss, cost."""
 
-from titan_model.balancing import EXPERT_FIGURES, balance_experts, set_loss_normaliser, set_sequence_sum
-from titan_model.cache import KVCache
 from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
+from titan_model.convert.errors import WeightsError
+from titan_model.convert.huggingface_config import config_from_huggingface, config_to_huggingface
+from titan_model.convert.huggingface_files import load_huggingface, save_huggingface
+from titan_model.convert.huggingface_names import huggingface_map
+from titan_model.convert.meta_llama import load_meta, meta_map
+from titan_model.convert.weight_map import WeightMap
 from titan_model.cost import count_active_parameters, count_parameters, flops_per_token
 from titan_model.decoder import Decoder, build
-from titan_model.generation import generate
-from titan_model.huggingface import huggingface_map
-from titan_model.huggingface_config import config_from_huggingface, config_to_huggingface
-from titan_model.huggingface_files import load_huggingface, save_huggingface
-from titan_model.initialisation import init_parameters
+from titan_model.generation.generate import generate
+from titan_model.generation.sampling import sample
+from titan_model.init import init_parameters
+from titan_model.layers.kv_cache import KVCache
 from titan_model.loss import LossSums, linear_cross_entropy
-from titan_model.meta_llama import load_meta, meta_map
+from titan_model.moe.load_balancing import EXPERT_FIGURES, balance_experts, set_loss_normaliser, set_sequence_sum
+from titan_model.moe.router import Router
 from titan_model.plan import DecoderPlan, parallel_plan
 from titan_model.presets import preset, preset_names
-from titan_model.routing import Router
-from titan_model.sampling import sample
-from titan_model.weight_map import WeightMap
-from titan_model.weights_error import WeightsError
 
 __all__ = [
     "EXPERT_FIGURES",

@@ -13,16 +13,16 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from titan_model.attention import Attention, Rope
-from titan_model.attention_mask import Mask, make_mask
-from titan_model.cache import KVCache, LayerCache
 from titan_model.config import DecoderConfig
-from titan_model.feed_forward import FeedForward
-from titan_model.head import Head
+from titan_model.layers.attention import Attention, Rope
+from titan_model.layers.feed_forward import FeedForward
+from titan_model.layers.kv_cache import KVCache, LayerCache
+from titan_model.layers.lm_head import Head
+from titan_model.layers.masks import Mask, make_mask
+from titan_model.layers.norms import make_norm
+from titan_model.layers.rope import inverse_frequencies, rotation
 from titan_model.loss import LossSums
-from titan_model.moe import MoE
-from titan_model.norms import make_norm
-from titan_model.rope import inverse_frequencies, rotation
+from titan_model.moe.layer import MoE
 
 
 class Block(nn.Module):

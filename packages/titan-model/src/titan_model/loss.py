@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from titan_model.fused import autocast_dtype
+from titan_model.fused_ops import autocast_dtype
 
 NOT_SCORED = -100
 _CHUNK_LOGITS = 1 << 26  # logits held at once, 256 MiB in fp32

@@ -1,0 +1,56 @@
+"""Grouped-query attention over heads of a config."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from titan_model.config import DecoderConfig
+from titan_model.fused_ops import rotate
+from titan_model.layers.attention_backends import AttentionCore
+from titan_model.layers.kv_cache import LayerCache
+from titan_model.layers.masks import Mask
+from titan_model.layers.norms import make_head_norm
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions and, where the config says so, normed queries and keys."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.attention_head_dim
+        q_dim, kv_dim = config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_norm = make_head_norm(config) if config.qk_norm else None
+        self.k_norm = make_head_norm(config) if config.qk_norm else None
+        # A module of its own, so that whoever splits the sequence over ranks can put another in its place.
+        self.core = AttentionCore()
+
+    def forward(self, x: Tensor, rope: Rope, mask: Mask | None, cache: LayerCache | None = None) -> Tensor:
+        """Attend within each sequence.
+
+        Args:
+            x: `[B, S, D]`.
+            rope: Cosine and sine of the rotary angles.
+            mask: Where a query may look; None is plain causal.
+            cache: Keys and values of earlier positions, to which those of `x` are added; None for no such.
+
+        Returns:
+            `[B, S, D]`.
+        """
+        # Heads are counted from the projections' width, not the config: under tensor parallelism each rank holds some.
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, S, H, Dh]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hkv, Dh]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)  # under autocast a norm may widen
+        q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)  # [B, H, S, Dh]
+        if cache is not None:
+            k, v = cache.extend(k, v)  # [B, Hkv, T, Dh]
+        out = self.core(q, k, v, mask).transpose(1, 2).flatten(2)  # [B, S, H * Dh]
+        projected: Tensor = self.o_proj(out)  # [B, S, D]
+        return projected
