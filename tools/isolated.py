@@ -23,12 +23,12 @@ FLOOR_TESTS = [
     "packages/titan-data/tests",
     "packages/titan-ckpt/tests/test_round_trip.py",
     "packages/titan-ckpt/tests/test_ranks.py",
-    "packages/titan-parallel/tests/test_parallel_mesh.py",
-    "packages/titan-parallel/tests/test_parallel_one_loss.py",
-    "packages/titan-parallel/tests/test_parallel_pipeline.py",
-    "packages/titan-train/tests/test_train_settings.py",
-    "packages/titan-train/tests/test_train_metrics.py",
-    "packages/titan-train/tests/test_train_seams.py",
+    "packages/titan-parallel/tests/test_mesh.py",
+    "packages/titan-parallel/tests/test_one_loss.py",
+    "packages/titan-parallel/tests/pipeline/test_pipeline.py",
+    "packages/titan-train/tests/test_settings.py",
+    "packages/titan-train/tests/test_metrics.py",
+    "packages/titan-train/tests/test_seams.py",
 ]
 
 # What a package does for a library that it does not depend on: tests that are skipped without it, slow ones too.
@@ -36,9 +36,9 @@ BESIDE = {
     "titan-ckpt": {"torchtitan==0.3.0": ["convert/test_torchtitan.py"]},
     "titan-parallel": {
         "transformers": [
-            "test_parallel_transformers.py",
-            "test_parallel_pipeline_transformers.py",
-            "test_parallel_readme.py",
+            "test_transformers_plan.py",
+            "pipeline/test_transformers.py",
+            "test_readme.py",
         ]
     },
 }

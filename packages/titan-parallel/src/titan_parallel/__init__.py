@@ -1,14 +1,14 @@
 """Parallel training of any nn.Module over a device mesh."""
 
-from titan_parallel.clipping import clip_grad_norm
-from titan_parallel.context import context_attention
+from titan_parallel.apply import parallelize
+from titan_parallel.clip_grad import clip_grad_norm
+from titan_parallel.context.attention import context_attention
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import MESH_DIMS, DataAxis, Degrees, build_mesh, data_axis
 from titan_parallel.model import ParallelModel
 from titan_parallel.options import Float8Options, ParallelOptions, PipelineOptions
-from titan_parallel.parallelize import parallelize
+from titan_parallel.pipeline.schedules import SCHEDULES, bubble_share, check_pipeline, choose_microbatches
 from titan_parallel.plan import ParallelPlan, check_plan
-from titan_parallel.schedules import SCHEDULES, bubble_share, check_pipeline, choose_microbatches
 from titan_parallel.sequential import Microbatch
 from titan_parallel.transformers_plan import plan_from_transformers
 

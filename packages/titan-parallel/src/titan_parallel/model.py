@@ -13,15 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_parallel.agreement import check_agreement
-from titan_parallel.context_inputs import SequenceCut
+from titan_parallel.context.inputs import SequenceCut
 from titan_parallel.describe import Layout, describe
 from titan_parallel.float8 import prepare_weights
+from titan_parallel.fsdp import reshard
 from titan_parallel.mesh import MESH_DIMS
 from titan_parallel.plan import clean_name
 from titan_parallel.sequential import LossFunction, Microbatch, Run
-from titan_parallel.sharding import reshard
-from titan_parallel.tensor_parallel import settle_gradients
-from titan_parallel.tying import tie_weights
+from titan_parallel.tensor.styles import settle_gradients
+from titan_parallel.tied_weights import tie_weights
 
 
 class ParallelModel:

@@ -11,7 +11,7 @@ from typing import Literal, TypedDict, get_args
 from torch import nn
 from typing_extensions import ReadOnly
 
-from titan_parallel.context_layout import check_heads, check_length
+from titan_parallel.context.layout import check_heads, check_length
 from titan_parallel.errors import LayoutError
 from titan_parallel.mesh import Degrees
 from titan_parallel.options import ContextKind, ParallelOptions, check_options

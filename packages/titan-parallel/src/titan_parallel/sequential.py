@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import loss_parallel
 
-from titan_parallel.clipping import clip_grad_norm
-from titan_parallel.sharding import set_last_microbatch
-from titan_parallel.tensor_parallel import to_full, whole
+from titan_parallel.clip_grad import clip_grad_norm
+from titan_parallel.fsdp import set_last_microbatch
+from titan_parallel.tensor.styles import to_full, whole
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -1,0 +1,89 @@
+"""Gradient norm and clipping over parameters of any sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from titan_parallel.tensor.styles import settle_gradients
+
+
+@torch.no_grad()
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float | None,
+    *,
+    stages: dist.ProcessGroup | None = None,
+    copies: Iterable[nn.Parameter] = (),
+) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most `max_norm`.
+
+    Parameters are grouped by the mesh dims that they are sharded over; each group's squares are summed over those.
+    No gradient is gathered.
+
+    Args:
+        parameters: All parameters of this rank; those without a gradient are passed over.
+        max_norm: The bound; None only measures.
+        stages: The ranks of a pipeline, each with parameters of its own; None if there is none.
+        copies: Those of the parameters that another rank of `stages` counts. They are scaled with the rest.
+
+    Returns:
+        The norm before clipping, a plain fp32 scalar that is equal on all ranks; not finite if any gradient is not.
+    """
+    parameters = list(parameters)
+    settle_gradients(parameters)
+    groups: dict[tuple[DeviceMesh, tuple[bool, ...]] | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            groups.setdefault(_sharding(gradient), []).append(parameter)
+    uncounted = {id(parameter) for parameter in copies}
+    squares = [torch.zeros((), device=parameters[0].device if parameters else None)]
+    for group in groups.values():
+        gradients = [p.grad for p in group if p.grad is not None and id(p) not in uncounted]
+        if gradients:
+            squares.append(_sum_of_squares(gradients))
+    square = torch.stack(squares).sum()
+    if stages is not None:
+        dist.all_reduce(square, group=stages)
+    total: Tensor = square.sqrt()
+    if max_norm is not None:
+        _scale([p.grad for p in parameters if p.grad is not None], (max_norm / (total + 1e-6)).clamp(max=1))
+    return total
+
+
+def _scale(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiply each rank's shards: DTensor would first work out how all of them lie, each at the others' cost."""
+    devices: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        devices.setdefault(local.device, []).append(local)
+    for device, shards in devices.items():
+        torch._foreach_mul_(shards, factor.to(device))
+
+
+def _sharding(gradient: Tensor) -> tuple[DeviceMesh, tuple[bool, ...]] | None:
+    if not isinstance(gradient, DTensor):
+        return None
+    return gradient.device_mesh, tuple(not placement.is_replicate() for placement in gradient.placements)
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    """Sum over all ranks, for gradients of one group; in fp32 whatever their dtype, so that layouts round alike."""
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    total: Tensor = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).square().sum()
+    sharding = _sharding(gradients[0])
+    if sharding is None:
+        return total
+    mesh, sharded = sharding
+    total = total.to(mesh.device_type)  # gradients may be offloaded, but ranks speak between devices
+    # Dim by dim: torch 2.11 cannot sum a DTensor over the three dims that experts may lie on.
+    for dim, is_sharded in enumerate(sharded):
+        if is_sharded and mesh.size(dim) > 1:
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+    return total

@@ -1,0 +1,129 @@
+"""What the ranks that share a sequence send one another, as operators that torch.compile takes as they are.
+
+Each has its counterpart as its gradient. All wait: nothing is in flight when they return.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import P2POp, ProcessGroup, Work, distributed_c10d
+
+from titan_parallel.context.layout import by_rank, in_order
+
+
+class Peers(NamedTuple):
+    """The ranks that share a sequence.
+
+    Attributes:
+        group: Name of their process group, which operators take where they cannot take the group.
+        rank: This one's place among them.
+        size: How many they are.
+    """
+
+    group: str
+    rank: int
+    size: int
+
+
+def _group(name: str) -> ProcessGroup:
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    found: ProcessGroup = resolve(name)
+    return found
+
+
+def peers_of(group: ProcessGroup) -> Peers:
+    """Return the ranks of a process group."""
+    return Peers(group.group_name, group.rank(), group.size())
+
+
+@torch.library.custom_op("titan_parallel::context_gather", mutates_args=())
+def gather_sequence(x: Tensor, dim: int, group: str, size: int, balanced: bool) -> Tensor:
+    """Return whole sequences, in their order, from the ranks' parts.
+
+    Args:
+        x: This rank's part, the sequence in `dim`.
+        dim: Counted from the front.
+        group: Name of the process group.
+        size: Number of its ranks.
+        balanced: Whether a part is an early and a late chunk.
+    """
+    parts = x.new_empty(size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=_group(group))
+    return in_order(parts.view(size, *x.shape), dim, balanced=balanced)
+
+
+@torch.library.custom_op("titan_parallel::context_scatter", mutates_args=())
+def scatter_sequence(x: Tensor, dim: int, group: str, size: int, balanced: bool) -> Tensor:
+    """Return this rank's part of the sum of all ranks' `x`; arguments are those of `gather_sequence`."""
+    parts = by_rank(x, dim, size, balanced=balanced)
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=_group(group))
+    return out
+
+
+@torch.library.custom_op("titan_parallel::context_all_to_all", mutates_args=())
+def all_to_all(x: Tensor, group: str) -> Tensor:
+    """Send entry `i` of dim 0 to rank `i`; return what came from each, in the order of ranks."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=_group(group))
+    return out
+
+
+@gather_sequence.register_fake
+def _gathered_shape(x: Tensor, dim: int, group: str, size: int, balanced: bool) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] *= size
+    return x.new_empty(shape)
+
+
+@scatter_sequence.register_fake
+def _scattered_shape(x: Tensor, dim: int, group: str, size: int, balanced: bool) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] //= size
+    return x.new_empty(shape)
+
+
+@all_to_all.register_fake
+def _exchanged_shape(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_how(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.how = inputs
+
+
+def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return scatter_sequence(grad, *ctx.how), None, None, None, None
+
+
+def _exchange_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return all_to_all(grad, *ctx.how), None
+
+
+gather_sequence.register_autograd(_scatter_gradient, setup_context=_keep_how)
+all_to_all.register_autograd(_exchange_gradient, setup_context=_keep_how)
+
+
+class Passing:
+    """Tensors on their way around the ring: to the next rank, and others like them from the one before."""
+
+    def __init__(self, x: Tensor, group: str) -> None:
+        process_group = _group(group)
+        rank, size = process_group.rank(), process_group.size()
+        self._sent = x  # has to stay until it is sent
+        self._received = torch.empty_like(x)
+        steps = [
+            P2POp(dist.isend, x, group=process_group, group_peer=(rank + 1) % size),
+            P2POp(dist.irecv, self._received, group=process_group, group_peer=(rank - 1) % size),
+        ]
+        self._works: list[Work] = dist.batch_isend_irecv(steps)
+
+    def wait(self) -> Tensor:
+        """Return what has come."""
+        for work in self._works:
+            work.wait()
+        return self._received

@@ -1,0 +1,72 @@
+"""What FSDP2 keeps gathered, offloads and sums when changes memory and traffic, not what is learnt."""
+
+from __future__ import annotations
+
+import pytest
+
+import parallel_cases as cases
+import parallel_sharding
+from parallel_curves import same
+from parallel_group import Group
+from titan_parallel import Degrees, LayoutError, ParallelOptions
+from titan_parallel.options import check_options, reshard_blocks
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_resharding_by_case(pp: int) -> None:
+    answers = {
+        asked: reshard_blocks(ParallelOptions(reshard_after_forward=asked), pp) for asked in ("always", "never", 4)
+    }
+    assert answers == {"always": True, "never": False, 4: 4}
+    assert reshard_blocks(ParallelOptions(), pp) is (pp == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "ranks"),
+    [("default", 4), ("never", 1), (2, 2)],
+)
+def test_what_stays_gathered(four: Group, plain: dict, asked: str | int, ranks: int) -> None:
+    options = ParallelOptions(reshard_after_forward=asked)
+    assert four.run(parallel_sharding.gathered_between, options) == [[ranks] * 3] * 4
+    same(four.run(cases.train, Degrees(), options), plain)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "microbatches"),
+    [(Degrees(), 1), (Degrees(dp_replicate=2), 1), pytest.param(Degrees(tp=2), 2, marks=pytest.mark.slow)],
+    ids=["fsdp", "ddp", "tp"],
+)
+def test_offload(two: Group, plain: dict, degrees: Degrees, microbatches: int) -> None:
+    same(two.run(cases.train, degrees, ParallelOptions(cpu_offload=True), False, microbatches), plain)
+
+
+def test_what_is_offloaded(one: Group, two: Group) -> None:
+    for group in (one, two):
+        for offload, places, buffers in group.run(parallel_sharding.offloaded):
+            assert len(offload) == 6  # the table, three blocks, norm, head
+            assert all(offload)
+            assert places == buffers == {"cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "degrees", [Degrees(dp_replicate=2), Degrees(), Degrees(tp=2)], ids=["hsdp", "fsdp", "fsdp-tp"]
+)
+def test_gradients_summed_once_a_step(four: Group, plain: dict, degrees: Degrees) -> None:
+    same(four.run(cases.train, degrees, ParallelOptions(reduce_every_microbatch=False), False, 2), plain)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("sometimes", "'sometimes' is none of ['default', 'always', 'never', 'a number of ranks']"),
+        (False, "reshard_after_forward is False; say 'never'"),
+        (5, "no way to share 12 ranks (dp_shard x cp x ep); these numbers would be: [2, 3, 4, 6]"),
+    ],
+)
+def test_refusals(asked: str | int, says: str) -> None:
+    check_options(ParallelOptions(reshard_after_forward=3), Degrees(dp_shard=3, cp=2, ep=2))
+    with pytest.raises(LayoutError) as refused:
+        check_options(ParallelOptions(reshard_after_forward=asked), Degrees(dp_shard=3, cp=2, ep=2))
+    assert says in str(refused.value)
