@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pytest
 
+pytest_plugins = ("ranks",)
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Run the tests in two processes, or in this one when a single file is asked for.

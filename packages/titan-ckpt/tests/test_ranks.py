@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import ckpt_cases
-from ckpt_group import WorkerGroup
 from ckpt_states import ModelState, OptimizerState, flip_bit, make_model, make_state
+from ranks import Ranks
 from titan_ckpt import Checkpointer, list_checkpoints, verify
 
 LAYOUTS = ["fsdp", "hsdp", "fsdp x tp", "plain"]
@@ -29,28 +29,28 @@ def load_on_one(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "layout", [pytest.param(one, marks=pytest.mark.slow) if one == "hsdp" else one for one in LAYOUTS]
 )
-def test_saved_on_four_loaded_on_any(group4: WorkerGroup, group2: WorkerGroup, tmp_path: Path, layout: str) -> None:
+def test_saved_on_four_loaded_on_any(ranks4: Ranks, ranks2: Ranks, tmp_path: Path, layout: str) -> None:
     asynchronous = layout != "hsdp"
-    expected = group4.run(ckpt_cases.save_laid_out, tmp_path, layout, asynchronous)[0]
+    expected = ranks4.run(ckpt_cases.save_laid_out, tmp_path, layout, asynchronous)[0]
     assert verify(tmp_path / "step-00000003", level="checksum") == []
     assert same(load_on_one(tmp_path), expected)
-    assert same(group2.run(ckpt_cases.load_laid_out, tmp_path, "fsdp")[0], expected)
+    assert same(ranks2.run(ckpt_cases.load_laid_out, tmp_path, "fsdp")[0], expected)
     other = LAYOUTS[(LAYOUTS.index(layout) + 1) % 3]
-    assert same(group4.run(ckpt_cases.load_laid_out, tmp_path, other)[0], expected)
+    assert same(ranks4.run(ckpt_cases.load_laid_out, tmp_path, other)[0], expected)
 
 
 @pytest.mark.slow
-def test_saved_on_one_loaded_on_four(group4: WorkerGroup, tmp_path: Path) -> None:
+def test_saved_on_one_loaded_on_four(ranks4: Ranks, tmp_path: Path) -> None:
     model = make_model(1)
     optimizer = torch.optim.AdamW(model.parameters())
     ckpt_cases.train(model, optimizer)
     state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
     Checkpointer(tmp_path).save(1, state)
-    assert same(group4.run(ckpt_cases.load_laid_out, tmp_path, "fsdp x tp")[0], ckpt_cases.whole(state))
+    assert same(ranks4.run(ckpt_cases.load_laid_out, tmp_path, "fsdp x tp")[0], ckpt_cases.whole(state))
 
 
-def test_each_rank_may_own_weights(group2: WorkerGroup, tmp_path: Path) -> None:
-    told = group2.run(ckpt_cases.own_weights_per_rank, tmp_path)
+def test_each_rank_may_own_weights(ranks2: Ranks, tmp_path: Path) -> None:
+    told = ranks2.run(ckpt_cases.own_weights_per_rank, tmp_path)
     assert told[0] == told[1]
     assert "unexpected, in the checkpoint but not asked for (1):\n    model/layer1/w" in told[0][0]
 
@@ -71,9 +71,9 @@ def test_each_rank_may_own_weights(group2: WorkerGroup, tmp_path: Path) -> None:
     ],
 )
 def test_one_rank_fails_and_all_are_told(
-    group2: WorkerGroup, tmp_path: Path, where: str, rank: int, asynchronous: bool
+    ranks2: Ranks, tmp_path: Path, where: str, rank: int, asynchronous: bool
 ) -> None:
-    first, second = group2.run(ckpt_cases.one_rank_fails, tmp_path, where, rank, asynchronous)
+    first, second = ranks2.run(ckpt_cases.one_rank_fails, tmp_path, where, rank, asynchronous)
     assert first == second
     told, *names = first
     assert f"No space in {where}" in told
@@ -82,8 +82,8 @@ def test_one_rank_fails_and_all_are_told(
     assert names == [".lock", "latest", "step-00000001"]
 
 
-def test_states_that_differ_are_refused(group2: WorkerGroup, tmp_path: Path) -> None:
-    first, second = group2.run(ckpt_cases.states_that_differ, tmp_path)
+def test_states_that_differ_are_refused(ranks2: Ranks, tmp_path: Path) -> None:
+    first, second = ranks2.run(ckpt_cases.states_that_differ, tmp_path)
     assert first == second
     assert 'state["data"] is not the same on all ranks' in first["json"]
     assert 'state["data"] is not the same on all ranks' in first["float"]
@@ -97,41 +97,41 @@ def test_states_that_differ_are_refused(group2: WorkerGroup, tmp_path: Path) -> 
     assert [info.step for info in list_checkpoints(tmp_path)] == [1]
 
 
-def test_all_ranks_agree_on_what_is_damaged(group2: WorkerGroup, tmp_path: Path) -> None:
-    assert group2.run(ckpt_cases.load_what_may_be_damaged, tmp_path) == [None, None]
+def test_all_ranks_agree_on_what_is_damaged(ranks2: Ranks, tmp_path: Path) -> None:
+    assert ranks2.run(ckpt_cases.load_what_may_be_damaged, tmp_path) == [None, None]
     ckpt = Checkpointer(tmp_path)
     for step in (1, 2, 3):
         ckpt.save(step, make_state(step))
     # One file of each size: each falls to another rank.
     flip_bit(tmp_path / "step-00000003" / "tensors-00000-of-00001.safetensors")
     flip_bit(tmp_path / "step-00000002" / "state.json")
-    assert group2.run(ckpt_cases.load_what_may_be_damaged, tmp_path) == [1, 1]
+    assert ranks2.run(ckpt_cases.load_what_may_be_damaged, tmp_path) == [1, 1]
 
 
-def test_loading_fails_on_one_rank(group2: WorkerGroup, tmp_path: Path) -> None:
-    first, second = group2.run(ckpt_cases.loading_fails_on_one_rank, tmp_path)
+def test_loading_fails_on_one_rank(ranks2: Ranks, tmp_path: Path) -> None:
+    first, second = ranks2.run(ckpt_cases.loading_fails_on_one_rank, tmp_path)
     assert first == second
     assert "rank 1: KeyError: 'no such thing'" in first
 
 
-def test_a_mismatch_on_one_rank_is_told_to_all(group2: WorkerGroup, tmp_path: Path) -> None:
-    first, second = group2.run(ckpt_cases.mismatch_on_one_rank, tmp_path)
+def test_a_mismatch_on_one_rank_is_told_to_all(ranks2: Ranks, tmp_path: Path) -> None:
+    first, second = ranks2.run(ckpt_cases.mismatch_on_one_rank, tmp_path)
     assert first == second
     assert "model/w: float32 [10] in the checkpoint, float32 [11] asked for" in first
 
 
-def test_a_group_of_some_ranks(group4: WorkerGroup, tmp_path: Path) -> None:
-    assert group4.run(ckpt_cases.half_of_the_ranks, tmp_path) == [[], [], [1, 1], [1, 1]]
+def test_a_group_of_some_ranks(ranks4: Ranks, tmp_path: Path) -> None:
+    assert ranks4.run(ckpt_cases.half_of_the_ranks, tmp_path) == [[], [], [1, 1], [1, 1]]
 
 
-def test_many_checkpointers_in_a_row(group4: WorkerGroup, tmp_path: Path) -> None:
-    left_open = group4.run(ckpt_cases.many_checkpointers, tmp_path)
+def test_many_checkpointers_in_a_row(ranks4: Ranks, tmp_path: Path) -> None:
+    left_open = ranks4.run(ckpt_cases.many_checkpointers, tmp_path)
     assert max(left_open) < 8, left_open
     assert [info.step for info in list_checkpoints(tmp_path)] == [6, 7]
 
 
-def test_one_rank_dies_and_the_other_is_told(group2: WorkerGroup, tmp_path: Path) -> None:
+def test_one_rank_dies_and_the_other_is_told(ranks2: Ranks, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="a rank died in one_rank_dies"):
-        group2.run(ckpt_cases.one_rank_dies, tmp_path / "checkpoints", tmp_path / "tale")
+        ranks2.run(ckpt_cases.one_rank_dies, tmp_path / "checkpoints", tmp_path / "tale")
     assert "the ranks lost one another while saving or loading; has one died?" in (tmp_path / "tale").read_text()
     assert [info.step for info in list_checkpoints(tmp_path / "checkpoints")] == [1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from model_group import run_ranks
+from ranks import Ranks
 from titan_model import Decoder, LossSums, linear_cross_entropy
 
 
@@ -161,14 +161,14 @@ def all_placements() -> list[object]:
     return [on_ranks(placement, z) for placement in ("plain", "replicated", "sequence") for z in (0.0, 0.3)]
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_vocabulary_split_over_ranks(world: int) -> None:
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_vocabulary_split_over_ranks(size: int, ranks: Callable[[int], Ranks]) -> None:
     case = make_case(vocab=11)
     expected = []
     for z_loss in (0.0, 0.3):
         sums = by_formula(case, z_loss)
         expected.append([value.detach() for value in (*sums, *gradients(sums.total, case))])
-    for answer in run_ranks(world, all_placements):
+    for answer in ranks(size).run(all_placements):
         for i, got in enumerate(answer):
             for value, want in zip(got, expected[i % 2], strict=True):
                 torch.testing.assert_close(torch.tensor(value).double(), want.double(), rtol=1e-4, atol=1e-5)

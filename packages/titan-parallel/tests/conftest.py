@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import parallel_cases
-from parallel_group import Group
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -17,33 +16,5 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def one() -> Iterator[Group]:
-    group = Group(1)
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="session")
-def two() -> Iterator[Group]:
-    group = Group(2)
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Group]:
-    group = Group(4)
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="session")
 def plain() -> dict:
     return parallel_cases.reference()
-
-
-@pytest.fixture(scope="session")
-def eight() -> Iterator[Group]:
-    group = Group(8)
-    yield group
-    group.close()

@@ -9,7 +9,7 @@ import torch
 
 import parallel_describe
 from parallel_cases import build
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, Float8Options, ParallelOptions
 from titan_parallel.describe import _blocks
 
@@ -36,8 +36,8 @@ def spelt_out(name: str) -> list[str]:
     [(Degrees(), True), (Degrees(tp=2), True), (Degrees(dp_replicate=2), False), (Degrees(tp=4), False)],
     ids=["fsdp-tied", "fsdp-tp-tied", "hsdp-untied", "tp4-untied"],
 )
-def test_parameters_and_bytes(four: Group, degrees: Degrees, tied: bool) -> None:
-    for text, local, sharded in four.run(parallel_describe.table, degrees, tied):
+def test_parameters_and_bytes(ranks4: Ranks, degrees: Degrees, tied: bool) -> None:
+    for text, local, sharded in ranks4.run(parallel_describe.table, degrees, tied):
         lines = rows(text)
         found = sorted(name for line in lines for name in spelt_out(line[0]))
         assert found == [name for name in NAMES if not (tied and name == "vocab_out.weight")]
@@ -62,8 +62,8 @@ def test_parameters_and_bytes(four: Group, degrees: Degrees, tied: bool) -> None
     ],
     ids=str,
 )
-def test_style_and_placement(four: Group, degrees: Degrees, style: str, placement: str) -> None:
-    text = four.run(parallel_describe.table, degrees, False)[0][0]
+def test_style_and_placement(ranks4: Ranks, degrees: Degrees, style: str, placement: str) -> None:
+    text = ranks4.run(parallel_describe.table, degrees, False)[0][0]
     line = next(line for line in rows(text) if line[0] == "stack.0-2.mix.query.weight")
     assert line[1:3] == [style, placement]
     if degrees.tp > 1:
@@ -72,8 +72,8 @@ def test_style_and_placement(four: Group, degrees: Degrees, style: str, placemen
         assert norm[2].endswith("tp copy")
 
 
-def test_notes(two: Group, one: Group) -> None:
-    text = one.run(parallel_describe.table, Degrees(), False)[0][0]
+def test_notes(ranks2: Ranks, ranks1: Ranks) -> None:
+    text = ranks1.run(parallel_describe.table, Degrees(), False)[0][0]
     assert text.startswith("1 ranks: nothing is split\n\n")
     assert {line[2] for line in rows(text)} == {"whole"}
     options = ParallelOptions(
@@ -84,7 +84,7 @@ def test_notes(two: Group, one: Group) -> None:
         cpu_offload=True,
         reshard_after_forward="never",
     )
-    notes = two.run(parallel_describe.table, Degrees(), False, options)[0][0].split("\n\n")[0].splitlines()
+    notes = ranks2.run(parallel_describe.table, Degrees(), False, options)[0][0].split("\n\n")[0].splitlines()
     assert notes == [
         "2 ranks: dp_shard 2",
         "forward and backward in torch.bfloat16, gradients summed in torch.float32",
@@ -96,10 +96,10 @@ def test_notes(two: Group, one: Group) -> None:
 
 
 @pytest.mark.slow
-def test_float8_is_told(two: Group) -> None:
+def test_float8_is_told(ranks2: Ranks) -> None:
     pytest.importorskip("torchao")
     options = ParallelOptions(float8=Float8Options(emulate=True, skip=["stack.1"]))
-    text = two.run(parallel_describe.table, Degrees(tp=2), False, options)[0][0]
+    text = ranks2.run(parallel_describe.table, Degrees(tp=2), False, options)[0][0]
     assert "float8: 12 linears, tensorwise, emulated" in text
     styles = {line[0]: line[1] for line in rows(text)}
     assert styles["stack.0,2.mix.query.weight"] == "colwise, float8"

@@ -12,7 +12,7 @@ from torch import nn
 
 import parallel_cases as cases
 import parallel_float8
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, Float8Options, LayoutError, ParallelOptions
 from titan_parallel.float8 import check_float8, convert_linears, is_float8
 from titan_parallel.options import check_options
@@ -32,8 +32,8 @@ def near(results: list[dict], plain: dict) -> None:
 
 @needs_torchao
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
-def test_recipes(one: Group, plain: dict, recipe: str) -> None:
-    near(one.run(cases.train, Degrees(), ParallelOptions(float8=replace(EMULATED, recipe=recipe))), plain)
+def test_recipes(ranks1: Ranks, plain: dict, recipe: str) -> None:
+    near(ranks1.run(cases.train, Degrees(), ParallelOptions(float8=replace(EMULATED, recipe=recipe))), plain)
 
 
 @needs_torchao
@@ -48,36 +48,36 @@ def test_recipes(one: Group, plain: dict, recipe: str) -> None:
     ],
     ids=["fsdp-gather-ac", "tp-rowwise", "tp-sac", "fsdp-compile"],
 )
-def test_two_ranks(two: Group, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
-    near(two.run(cases.train, degrees, options), plain)
+def test_two_ranks(ranks2: Ranks, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
+    near(ranks2.run(cases.train, degrees, options), plain)
 
 
 @needs_torchao
 @pytest.mark.slow
-def test_from_meta(two: Group, plain: dict) -> None:
+def test_from_meta(ranks2: Ranks, plain: dict) -> None:
     options = ParallelOptions(float8=replace(EMULATED, fsdp_all_gather=True))
-    near(two.run(parallel_float8.train_from_meta, Degrees(), options), plain)
+    near(ranks2.run(parallel_float8.train_from_meta, Degrees(), options), plain)
 
 
 @pytest.mark.slow
 @needs_torchao
-def test_layouts_agree(one: Group, two: Group) -> None:
+def test_layouts_agree(ranks1: Ranks, ranks2: Ranks) -> None:
     # One scale for each token does not depend on what other tokens the rank has; one for a tensor does.
     options = ParallelOptions(float8=replace(EMULATED, recipe="rowwise_with_gw_hp"))
-    alone = one.run(cases.train, Degrees(), options)[0]
-    for result in two.run(cases.train, Degrees(), options):
+    alone = ranks1.run(cases.train, Degrees(), options)[0]
+    for result in ranks2.run(cases.train, Degrees(), options):
         assert result["losses"] == pytest.approx(alone["losses"], abs=1e-4)
 
 
 @needs_torchao
-def test_what_is_converted(two: Group) -> None:
+def test_what_is_converted(ranks2: Ranks) -> None:
     linears = [f"stack.{i}.{name}" for i in range(3) for name in ("mix.query", "mix.key", "mix.value", "mix.out")]
     linears += [f"stack.{i}.mlp.{j}" for i in range(3) for j in (0, 2)]
-    for names, parameters in two.run(parallel_float8.converted, Degrees(tp=2), ParallelOptions(float8=EMULATED)):
+    for names, parameters in ranks2.run(parallel_float8.converted, Degrees(tp=2), ParallelOptions(float8=EMULATED)):
         assert sorted(names) == sorted(linears)  # not the head
         assert set(parameters) == set(cases.build(False).state_dict())
     skip = replace(EMULATED, skip=["stack.*.mix", "stack.1.mlp.0"])
-    for names, _ in two.run(parallel_float8.converted, Degrees(tp=2), ParallelOptions(float8=skip)):
+    for names, _ in ranks2.run(parallel_float8.converted, Degrees(tp=2), ParallelOptions(float8=skip)):
         assert sorted(names) == ["stack.0.mlp.0", "stack.0.mlp.2", "stack.1.mlp.2", "stack.2.mlp.0", "stack.2.mlp.2"]
 
 

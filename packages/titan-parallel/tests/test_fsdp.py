@@ -7,7 +7,7 @@ import pytest
 import parallel_cases as cases
 import parallel_sharding
 from parallel_curves import same
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, ParallelOptions
 from titan_parallel.options import check_options, reshard_blocks
 
@@ -26,10 +26,10 @@ def test_resharding_by_case(pp: int) -> None:
     ("asked", "ranks"),
     [("default", 4), ("never", 1), (2, 2)],
 )
-def test_what_stays_gathered(four: Group, plain: dict, asked: str | int, ranks: int) -> None:
+def test_what_stays_gathered(ranks4: Ranks, plain: dict, asked: str | int, ranks: int) -> None:
     options = ParallelOptions(reshard_after_forward=asked)
-    assert four.run(parallel_sharding.gathered_between, options) == [[ranks] * 3] * 4
-    same(four.run(cases.train, Degrees(), options), plain)
+    assert ranks4.run(parallel_sharding.gathered_between, options) == [[ranks] * 3] * 4
+    same(ranks4.run(cases.train, Degrees(), options), plain)
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,12 @@ def test_what_stays_gathered(four: Group, plain: dict, asked: str | int, ranks: 
     [(Degrees(), 1), (Degrees(dp_replicate=2), 1), pytest.param(Degrees(tp=2), 2, marks=pytest.mark.slow)],
     ids=["fsdp", "ddp", "tp"],
 )
-def test_offload(two: Group, plain: dict, degrees: Degrees, microbatches: int) -> None:
-    same(two.run(cases.train, degrees, ParallelOptions(cpu_offload=True), False, microbatches), plain)
+def test_offload(ranks2: Ranks, plain: dict, degrees: Degrees, microbatches: int) -> None:
+    same(ranks2.run(cases.train, degrees, ParallelOptions(cpu_offload=True), False, microbatches), plain)
 
 
-def test_what_is_offloaded(one: Group, two: Group) -> None:
-    for group in (one, two):
+def test_what_is_offloaded(ranks1: Ranks, ranks2: Ranks) -> None:
+    for group in (ranks1, ranks2):
         for offload, places, buffers in group.run(parallel_sharding.offloaded):
             assert len(offload) == 6  # the table, three blocks, norm, head
             assert all(offload)
@@ -53,8 +53,8 @@ def test_what_is_offloaded(one: Group, two: Group) -> None:
 @pytest.mark.parametrize(
     "degrees", [Degrees(dp_replicate=2), Degrees(), Degrees(tp=2)], ids=["hsdp", "fsdp", "fsdp-tp"]
 )
-def test_gradients_summed_once_a_step(four: Group, plain: dict, degrees: Degrees) -> None:
-    same(four.run(cases.train, degrees, ParallelOptions(reduce_every_microbatch=False), False, 2), plain)
+def test_gradients_summed_once_a_step(ranks4: Ranks, plain: dict, degrees: Degrees) -> None:
+    same(ranks4.run(cases.train, degrees, ParallelOptions(reduce_every_microbatch=False), False, 2), plain)
 
 
 @pytest.mark.parametrize(

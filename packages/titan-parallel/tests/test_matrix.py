@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import parallel_matrix as matrix
 import parallel_net as net
-from parallel_group import Group
 from parallel_matrix import Case
+from ranks import Ranks
 
 
 @functools.cache
 def expected(shape: net.Shape) -> dict:
     return net.reference(shape)
-
-
-@pytest.fixture(scope="module")
-def eight() -> Iterator[Group]:
-    group = Group(8)
-    yield group
-    group.close()
 
 
 @pytest.mark.parametrize("shape", [matrix.DENSE, matrix.MOE, net.Shape(tied=True)], ids=["dense", "moe", "tied"])
@@ -38,11 +31,10 @@ def test_losses_move(shape: net.Shape) -> None:
     "case",
     [pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.slow else []) for case in matrix.cases()],
 )
-def test_one_loss(case: Case, request: pytest.FixtureRequest) -> None:
-    group: Group = request.getfixturevalue({1: "one", 2: "two", 4: "four", 8: "eight"}[case.world])
+def test_one_loss(case: Case, ranks: Callable[[int], Ranks]) -> None:
     plain = expected(case.shape)
     held = set()
-    for result in group.run(matrix.train, case, timeout=300.0):
+    for result in ranks(case.world).run(matrix.train, case, timeout=300.0):
         assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
         assert result["norms"] == pytest.approx(plain["norms"], abs=1e-5, rel=1e-5)
         for name, weight in result["weights"].items():

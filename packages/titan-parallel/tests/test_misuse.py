@@ -7,7 +7,7 @@ import torch
 
 import parallel_misuse as misuse
 from parallel_cases import plan
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, check_plan
 
 WITHOUT_INNER = {name: style for name, style in plan(False)["tensor"].items() if not name.startswith("stack.*.mlp.")}
@@ -34,13 +34,13 @@ WITHOUT_INNER = {name: style for name, style in plan(False)["tensor"].items() if
     ],
     ids=["divide", "glob", "no-plan", "style", "tensor-glob", "experts", "kind", "parameter", "uncovered"],
 )
-def test_refusals(two: Group, changed: dict, says: str) -> None:
-    for message in two.run(misuse.refusal, Degrees(tp=2), False, changed):
+def test_refusals(ranks2: Ranks, changed: dict, says: str) -> None:
+    for message in ranks2.run(misuse.refusal, Degrees(tp=2), False, changed):
         assert says in message
 
 
-def test_experts_that_are_not_there(two: Group) -> None:
-    for message in two.run(misuse.refusal, Degrees(), False, {"experts": ["stack.*.moe"]}):
+def test_experts_that_are_not_there(ranks2: Ranks) -> None:
+    for message in ranks2.run(misuse.refusal, Degrees(), False, {"experts": ["stack.*.moe"]}):
         assert "'stack.*.moe' (nearest: stack.0" in message
 
 
@@ -61,8 +61,8 @@ def test_experts_that_are_not_there(two: Group) -> None:
     ],
     ids=["unknown", "untied", "units"],
 )
-def test_refusals_of_tied_weights(two: Group, shared: bool, changed: dict, says: str) -> None:
-    for message in two.run(misuse.refusal, Degrees(), shared, changed):
+def test_refusals_of_tied_weights(ranks2: Ranks, shared: bool, changed: dict, says: str) -> None:
+    for message in ranks2.run(misuse.refusal, Degrees(), shared, changed):
         assert says in message
 
 
@@ -79,14 +79,14 @@ def test_refusals_of_tied_weights(two: Group, shared: bool, changed: dict, says:
         ("evaluate", "the number of microbatches of evaluate is 1 on rank 0 and 2 on rank 1"),
     ],
 )
-def test_ranks_that_disagree(two: Group, what: str, says: str) -> None:
-    for message in two.run(misuse.disagreement, what):
+def test_ranks_that_disagree(ranks2: Ranks, what: str, says: str) -> None:
+    for message in ranks2.run(misuse.disagreement, what):
         assert message.startswith("LayoutError: ranks were not asked for the same, and would wait for one another: ")
         assert says in message
 
 
-def test_what_was_laid_out_before(two: Group) -> None:
-    for sharded, again, wrapped, parallel, mesh in two.run(misuse.laid_out_before):
+def test_what_was_laid_out_before(ranks2: Ranks) -> None:
+    for sharded, again, wrapped, parallel, mesh in ranks2.run(misuse.laid_out_before):
         assert sharded.startswith("LayoutError: Net is laid out already (stack.1 is sharded)")
         assert again.startswith("LayoutError: FSDPNet is laid out already (itself is sharded)")
         assert wrapped.startswith("LayoutError: the model is wrapped by DistributedDataParallel: give its `module`")
@@ -94,25 +94,25 @@ def test_what_was_laid_out_before(two: Group) -> None:
         assert mesh.startswith("LayoutError: the mesh has the dims ('dp',), not ('pp', ")
 
 
-def test_states_of_other_layouts(two: Group) -> None:
-    for plain, other in two.run(misuse.states_of_other_layouts):
+def test_states_of_other_layouts(ranks2: Ranks) -> None:
+    for plain, other in ranks2.run(misuse.states_of_other_layouts):
         assert "table.weight is a plain tensor, but on a mesh of ('fsdp',) [2] in the model: distribute it" in plain
         assert "table.weight is on a mesh of ('tp',) [2], but on a mesh of ('fsdp',) [2]" in other
 
 
-def test_dropout_of_what_ranks_have_in_whole(two: Group) -> None:
-    for message in two.run(misuse.dropped, 1, False):
+def test_dropout_of_what_ranks_have_in_whole(ranks2: Ranks) -> None:
+    for message in ranks2.run(misuse.dropped, 1, False):
         assert message.startswith("LayoutError: ranks were not asked for the same")
         assert "the state of torch's random generator, for dropout, is " in message
     for seed, sequence_parallel in ((0, False), (1, True)):
-        assert two.run(misuse.dropped, seed, sequence_parallel) == ["no error"] * 2
+        assert ranks2.run(misuse.dropped, seed, sequence_parallel) == ["no error"] * 2
 
 
-def test_parameters_that_cannot_be_sharded(two: Group) -> None:
-    for message in two.run(misuse.unshardable, Degrees()):
+def test_parameters_that_cannot_be_sharded(ranks2: Ranks) -> None:
+    for message in ranks2.run(misuse.unshardable, Degrees()):
         assert "last.temperature has no dims, make its shape [1]" in message
         assert "vocab_out.weight [32, 32] has strides [1, 32], make its data contiguous" in message
-    assert two.run(misuse.unshardable, Degrees(tp=2)) == ["no error"] * 2
+    assert ranks2.run(misuse.unshardable, Degrees(tp=2)) == ["no error"] * 2
 
 
 def test_unknown_entries_of_the_plan() -> None:
@@ -120,8 +120,8 @@ def test_unknown_entries_of_the_plan() -> None:
         check_plan({"block": ["stack.*"]}, Degrees())  # type: ignore[typeddict-unknown-key]
 
 
-def test_wrong_calls(two: Group) -> None:
-    for no_step, nothing_to_evaluate, no_number, incomplete, misshapen in two.run(misuse.wrong_calls):
+def test_wrong_calls(ranks2: Ranks) -> None:
+    for no_step, nothing_to_evaluate, no_number, incomplete, misshapen in ranks2.run(misuse.wrong_calls):
         assert no_step.startswith("ValueError: there is no microbatch")
         assert nothing_to_evaluate.startswith("ValueError: there is no microbatch")
         assert no_number.endswith("the sum over what it scores, a scalar, but returned a tensor [32]")
@@ -129,27 +129,27 @@ def test_wrong_calls(two: Group) -> None:
         assert misshapen == "ValueError: the state does not fit the model: last.bias is (1,), not (32,)"
 
 
-def test_a_look_changes_nothing(two: Group) -> None:
+def test_a_look_changes_nothing(ranks2: Ranks) -> None:
     # FSDP keeps some weights gathered after a forward; an update or an optimizer must not meet them.
     plain, evaluated, predicted = (
-        two.run(misuse.look_between, Degrees(), look)[0] for look in ("", "evaluate", "predict")
+        ranks2.run(misuse.look_between, Degrees(), look)[0] for look in ("", "evaluate", "predict")
     )
     for name, weight in plain.items():
         assert torch.equal(evaluated[name], weight)
         assert torch.equal(predicted[name], weight)
 
 
-def test_modes_come_back_after_an_error(two: Group) -> None:
-    assert two.run(misuse.modes_after_an_error) == [(True, ["stack.1"])] * 2
+def test_modes_come_back_after_an_error(ranks2: Ranks) -> None:
+    assert ranks2.run(misuse.modes_after_an_error) == [(True, ["stack.1"])] * 2
 
 
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2)], ids=["fsdp", "tp"])
-def test_gradients_add_up_over_calls(two: Group, degrees: Degrees) -> None:
-    assert max(two.run(misuse.add_twice, degrees)) < 1e-6
+def test_gradients_add_up_over_calls(ranks2: Ranks, degrees: Degrees) -> None:
+    assert max(ranks2.run(misuse.add_twice, degrees)) < 1e-6
 
 
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2)], ids=["fsdp", "tp"])
-def test_norm_of_low_precision_gradients(two: Group, degrees: Degrees) -> None:
-    for norm, exact, is_fp32 in two.run(misuse.norm_of_bf16, degrees):
+def test_norm_of_low_precision_gradients(ranks2: Ranks, degrees: Degrees) -> None:
+    for norm, exact, is_fp32 in ranks2.run(misuse.norm_of_bf16, degrees):
         assert norm == pytest.approx(exact, rel=1e-5)
         assert is_fp32

@@ -7,7 +7,7 @@ import torch
 
 import parallel_cases as cases
 from parallel_curves import same
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
 
@@ -27,13 +27,13 @@ def test_losses_move(plain: dict) -> None:
     ],
     ids=["plain", "ac-full", "ac-selective", "compile"],
 )
-def test_one_process(one: Group, plain: dict, options: ParallelOptions) -> None:
-    same(one.run(cases.train, Degrees(), options), plain)
+def test_one_process(ranks1: Ranks, plain: dict, options: ParallelOptions) -> None:
+    same(ranks1.run(cases.train, Degrees(), options), plain)
 
 
 @pytest.mark.slow
-def test_tensor_parallel_accumulating(two: Group, plain: dict) -> None:
-    same(two.run(cases.train, Degrees(tp=2), None, False, 4), plain)
+def test_tensor_parallel_accumulating(ranks2: Ranks, plain: dict) -> None:
+    same(ranks2.run(cases.train, Degrees(tp=2), None, False, 4), plain)
 
 
 @pytest.mark.parametrize(
@@ -45,30 +45,30 @@ def test_tensor_parallel_accumulating(two: Group, plain: dict) -> None:
     ],
     ids=["tp-no-sp", "fsdp-no-reshard", "tp-sac"],
 )
-def test_two_processes_with_options(two: Group, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
-    same(two.run(cases.train, degrees, options), plain)
+def test_two_processes_with_options(ranks2: Ranks, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
+    same(ranks2.run(cases.train, degrees, options), plain)
 
 
 @pytest.mark.slow
-def test_fsdp_and_tensor_parallel(four: Group, plain: dict) -> None:
-    same(four.run(cases.train, Degrees(tp=2)), plain)
+def test_fsdp_and_tensor_parallel(ranks4: Ranks, plain: dict) -> None:
+    same(ranks4.run(cases.train, Degrees(tp=2)), plain)
 
 
 @pytest.mark.slow
-def test_hsdp_accumulating(four: Group, plain: dict) -> None:
-    same(four.run(cases.train, Degrees(dp_replicate=2), None, False, 2), plain)
+def test_hsdp_accumulating(ranks4: Ranks, plain: dict) -> None:
+    same(ranks4.run(cases.train, Degrees(dp_replicate=2), None, False, 2), plain)
 
 
 @pytest.mark.slow
-def test_tied_weights(four: Group) -> None:
-    same(four.run(cases.train, Degrees(tp=2), None, True), cases.reference(tied=True))
+def test_tied_weights(ranks4: Ranks) -> None:
+    same(ranks4.run(cases.train, Degrees(tp=2), None, True), cases.reference(tied=True))
 
 
 @pytest.mark.slow
-def test_bf16_stays_near(two: Group, one: Group, plain: dict) -> None:
+def test_bf16_stays_near(ranks2: Ranks, ranks1: Ranks, plain: dict) -> None:
     for results in (
-        one.run(cases.train, Degrees(), cases.bf16_options()),
-        two.run(cases.train, Degrees(tp=2), cases.bf16_options()),
+        ranks1.run(cases.train, Degrees(), cases.bf16_options()),
+        ranks2.run(cases.train, Degrees(tp=2), cases.bf16_options()),
     ):
         for result in results:
             assert result["losses"] == pytest.approx(plain["losses"], abs=5e-2)
@@ -77,17 +77,17 @@ def test_bf16_stays_near(two: Group, one: Group, plain: dict) -> None:
 
 
 @pytest.mark.slow
-def test_inductor(four: Group, plain: dict) -> None:
+def test_inductor(ranks4: Ranks, plain: dict) -> None:
     options = ParallelOptions(compile_blocks=True, activation_checkpointing="selective")
-    same(four.run(cases.train, Degrees(tp=2), options, timeout=400.0), plain)
+    same(ranks4.run(cases.train, Degrees(tp=2), options, timeout=400.0), plain)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_from_meta(one: Group, four: Group, tied: bool) -> None:
-    answers = [one.run(cases.fill_from_meta, Degrees(), tied)[0]]
+def test_from_meta(ranks1: Ranks, ranks4: Ranks, tied: bool) -> None:
+    answers = [ranks1.run(cases.fill_from_meta, Degrees(), tied)[0]]
     for degrees in (Degrees(), Degrees(tp=2)):
-        answers += four.run(cases.fill_from_meta, degrees, tied)
+        answers += ranks4.run(cases.fill_from_meta, degrees, tied)
     plain_net = cases.build(tied)
     names, state_names, _, _ = answers[0]
     assert names == [name for name, _ in plain_net.named_parameters()]
@@ -97,15 +97,15 @@ def test_from_meta(one: Group, four: Group, tied: bool) -> None:
 
 
 @pytest.mark.slow
-def test_evaluate_and_predict(one: Group, four: Group) -> None:
-    expected_loss, expected_logits, training = one.run(cases.evaluate_and_predict, Degrees())[0]
+def test_evaluate_and_predict(ranks1: Ranks, ranks4: Ranks) -> None:
+    expected_loss, expected_logits, training = ranks1.run(cases.evaluate_and_predict, Degrees())[0]
     assert training
     for degrees in (Degrees(), Degrees(tp=2)):
-        for loss, logits, training in four.run(cases.evaluate_and_predict, degrees):
+        for loss, logits, training in ranks4.run(cases.evaluate_and_predict, degrees):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             torch.testing.assert_close(logits, expected_logits)
             assert training
 
 
-def test_state_round_trip(four: Group) -> None:
-    assert all(four.run(cases.state_round_trip, Degrees(tp=2)))
+def test_state_round_trip(ranks4: Ranks) -> None:
+    assert all(ranks4.run(cases.state_round_trip, Degrees(tp=2)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import parallel_regressor
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
 
@@ -24,9 +24,9 @@ def plain() -> dict:
     ],
     ids=["fsdp", "tp", "tp-no-sp"],
 )
-def test_regressor(two: Group, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
+def test_regressor(ranks2: Ranks, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
     assert plain["losses"][0] / plain["losses"][-1] > 1.2
-    for result in two.run(parallel_regressor.train, degrees, options):
+    for result in ranks2.run(parallel_regressor.train, degrees, options):
         assert result["losses"] == pytest.approx(plain["losses"], rel=1e-5)
         assert result["weights"].keys() == plain["weights"].keys()
         for name, weight in plain["weights"].items():

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 
 import parallel_traffic
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
 pytestmark = pytest.mark.skipif(find_spec("numpy") is None, reason="torch's CommDebugMode imports numpy")
@@ -19,15 +19,15 @@ BLOCKS = 3
 FSDP_UNITS = 1 + BLOCKS + 1
 
 
-def count(group: Group, degrees: Degrees, options: ParallelOptions, microbatches: int = 1) -> tuple[dict, dict]:
+def count(group: Ranks, degrees: Degrees, options: ParallelOptions, microbatches: int = 1) -> tuple[dict, dict]:
     first, *others = group.run(parallel_traffic.collectives, degrees, options, microbatches)
     assert all(other == first for other in others)
     return first
 
 
 @pytest.mark.parametrize("reshard", ["default", "always", "never"])
-def test_fsdp(two: Group, reshard: str) -> None:
-    training, clipping = count(two, Degrees(), ParallelOptions(reshard_after_forward=reshard))
+def test_fsdp(ranks2: Ranks, reshard: str) -> None:
+    training, clipping = count(ranks2, Degrees(), ParallelOptions(reshard_after_forward=reshard))
     # Forward gathers every unit. Backward gathers the blocks once more if they were freed; not the last unit, which is
     # kept because its backward comes at once, nor the table, whose gradient does not depend on its values.
     assert training == {"all_gather": FSDP_UNITS + (0 if reshard == "never" else BLOCKS), "reduce_scatter": FSDP_UNITS}
@@ -35,25 +35,25 @@ def test_fsdp(two: Group, reshard: str) -> None:
 
 
 @pytest.mark.parametrize("reduce_every", [True, False])
-def test_fsdp_accumulating(two: Group, reduce_every: bool) -> None:
+def test_fsdp_accumulating(ranks2: Ranks, reduce_every: bool) -> None:
     options = ParallelOptions(reshard_after_forward="never", reduce_every_microbatch=reduce_every)
-    training, _ = count(two, Degrees(), options, 3)
+    training, _ = count(ranks2, Degrees(), options, 3)
     # Weights are freed after each backward; gradients are scattered then too, or once. At the end of a backward that
     # others came before, torch fetches one unit in advance that nobody asks for.
     assert training == {"all_gather": 3 * FSDP_UNITS + 1, "reduce_scatter": (3 if reduce_every else 1) * FSDP_UNITS}
 
 
-def test_replicas_exchange_gradients_once_a_step(two: Group) -> None:
+def test_replicas_exchange_gradients_once_a_step(ranks2: Ranks) -> None:
     # Shards of one rank are gathered and scattered without a word. Each unit's gradient is summed over the replicas in
     # the last microbatch only, for it holds those of the others.
     for microbatches in (1, 3):
-        training, _ = count(two, Degrees(dp_replicate=2), ParallelOptions(), microbatches)
+        training, _ = count(ranks2, Degrees(dp_replicate=2), ParallelOptions(), microbatches)
         assert training == {"all_reduce": FSDP_UNITS}
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_tensor_parallel_with_sequence_parallel(two: Group, checkpointing: str) -> None:
-    training, clipping = count(two, Degrees(tp=2), ParallelOptions(activation_checkpointing=checkpointing))
+def test_tensor_parallel_with_sequence_parallel(ranks2: Ranks, checkpointing: str) -> None:
+    training, clipping = count(ranks2, Degrees(tp=2), ParallelOptions(activation_checkpointing=checkpointing))
     # Attention and MLP each gather the sequence before and scatter their sum after, and the other way round in
     # backward: 2 x 2 of both kinds a block. The table scatters its sum in forward (backward: gather), the vocabulary
     # matrix gathers its input (backward: scatter).
@@ -76,8 +76,8 @@ def test_tensor_parallel_with_sequence_parallel(two: Group, checkpointing: str) 
     assert clipping == {"all_reduce": 1}
 
 
-def test_shared_heads(two: Group) -> None:
-    training, clipping = two.run(parallel_traffic.collectives_of_shared_heads)[0]
+def test_shared_heads(ranks2: Ranks) -> None:
+    training, clipping = ranks2.run(parallel_traffic.collectives_of_shared_heads)[0]
     # The sequence is gathered and scattered as above. Beside what is copied on every rank, the ranks sum the gradients
     # of the head that they share: weight and bias of keys, weight of values.
     gathers = 4 * BLOCKS + 2
@@ -86,8 +86,8 @@ def test_shared_heads(two: Group) -> None:
     assert clipping == {"all_reduce": 1}
 
 
-def test_tensor_parallel_without_sequence_parallel(two: Group) -> None:
-    training, _ = count(two, Degrees(tp=2), ParallelOptions(sequence_parallel=False))
+def test_tensor_parallel_without_sequence_parallel(ranks2: Ranks) -> None:
+    training, _ = count(ranks2, Degrees(tp=2), ParallelOptions(sequence_parallel=False))
     # What was a scatter and a gather is one all-reduce: forward, attention, MLP and table; backward, attention, MLP and
     # vocabulary matrix. Norms see whole sequences, and so have whole gradients, but for those of a rank's heads. The
     # loss needs 3, as above.

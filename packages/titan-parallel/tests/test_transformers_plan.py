@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import parallel_transformers
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, ParallelOptions, check_plan, plan_from_transformers
 
 pytest.importorskip("transformers")
@@ -19,7 +19,7 @@ def plain(request: pytest.FixtureRequest) -> tuple[str, list[float], dict[str, T
     return request.param, *parallel_transformers.reference(parallel_transformers.build(request.param))
 
 
-def same(group: Group, plain: tuple[str, list[float], dict[str, Tensor]], *layout: object) -> None:
+def same(group: Ranks, plain: tuple[str, list[float], dict[str, Tensor]], *layout: object) -> None:
     family, expected, weights = plain
     assert expected[0] - expected[-1] > 0.05  # a curve to follow
     answers = group.run(parallel_transformers.train, family, *layout)
@@ -32,8 +32,8 @@ def same(group: Group, plain: tuple[str, list[float], dict[str, Tensor]], *layou
 
 
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2)], ids=["fsdp", "tp"])
-def test_two_processes(two: Group, plain: tuple[str, list[float], dict[str, Tensor]], degrees: Degrees) -> None:
-    same(two, plain, degrees, ParallelOptions())
+def test_two_processes(ranks2: Ranks, plain: tuple[str, list[float], dict[str, Tensor]], degrees: Degrees) -> None:
+    same(ranks2, plain, degrees, ParallelOptions())
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ def test_two_processes(two: Group, plain: tuple[str, list[float], dict[str, Tens
     ids=["sp", "no-sp-sac"],
 )
 def test_four_processes(
-    four: Group, plain: tuple[str, list[float], dict[str, Tensor]], options: ParallelOptions
+    ranks4: Ranks, plain: tuple[str, list[float], dict[str, Tensor]], options: ParallelOptions
 ) -> None:
-    same(four, plain, Degrees(tp=2), options)
+    same(ranks4, plain, Degrees(tp=2), options)
 
 
 def test_plans_of_models_that_are_split_in_other_words() -> None:

@@ -3,8 +3,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from train_group import Group
-
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
@@ -13,24 +11,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def one() -> Iterator[Group]:
-    group = Group(1)
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="session")
-def two() -> Iterator[Group]:
-    group = Group(2)
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Group]:
-    group = Group(4)
-    yield group
-    group.close()

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 import titan_data
 import titan_model
+from ranks import Ranks
 from titan_train.assembly import model_config
 from titan_train.config import Config
 from titan_train.schedule import lr_factor
 from train_cases import run_here, tiny
-from train_group import Group
 
 
 def by_hand(config: Config, file: str, masked: bool) -> tuple[dict[int, float], dict[int, float]]:
@@ -47,7 +47,7 @@ def by_hand(config: Config, file: str, masked: bool) -> tuple[dict[int, float], 
     return losses, norms
 
 
-def test_same_as_by_hand(one: Group, tmp_path: Path) -> None:
+def test_same_as_by_hand(ranks1: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     file = tmp_path / "short.jsonl"  # several documents in each row, so that their boundaries matter
     texts = [f"{i} and {i + 1} make {2 * i + 1}." for i in range(300)]
@@ -59,7 +59,7 @@ def test_same_as_by_hand(one: Group, tmp_path: Path) -> None:
         mask = {"data__mask_documents": str(masked).lower()}
         config = tiny(run__folder=folder, training__z_loss=z_loss, **mask, **data)
         losses, norms = by_hand(config, str(file), masked)
-        (result,) = one.run(run_here, config)
+        (result,) = ranks1.run(run_here, config)
         assert result["losses"] == pytest.approx(losses, abs=1e-5)
         assert result["norms"] == pytest.approx(norms, rel=1e-4)
         curves.append(losses)

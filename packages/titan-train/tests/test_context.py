@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import train_context as cases
+from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
-from train_group import Group
 
 KINDS = ["allgather", "ring", "ulysses"]
 
@@ -17,7 +17,7 @@ def single(request: pytest.FixtureRequest) -> tuple[str, dict]:
     return request.param, cases.reference(request.param)
 
 
-def same(group: Group, single: tuple[str, dict], degrees: Degrees, options: ParallelOptions) -> None:
+def same(group: Ranks, single: tuple[str, dict], degrees: Degrees, options: ParallelOptions) -> None:
     family, expected = single
     assert expected["losses"][0] - expected["losses"][-1] > 0.05  # a curve to follow
     for result in group.run(cases.train, family, degrees, options):
@@ -30,8 +30,8 @@ def same(group: Group, single: tuple[str, dict], degrees: Degrees, options: Para
 @pytest.mark.parametrize(
     "kind", ["ring", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "ring")]
 )
-def test_two_processes(two: Group, single: tuple[str, dict], kind: str) -> None:
-    same(two, single, Degrees(cp=2), ParallelOptions(context=kind))
+def test_two_processes(ranks2: Ranks, single: tuple[str, dict], kind: str) -> None:
+    same(ranks2, single, Degrees(cp=2), ParallelOptions(context=kind))
 
 
 @pytest.mark.slow
@@ -43,20 +43,20 @@ def test_two_processes(two: Group, single: tuple[str, dict], kind: str) -> None:
     ],
     ids=["allgather-tp", "ulysses-fsdp"],
 )
-def test_four_processes(four: Group, single: tuple[str, dict], kind: str, degrees: Degrees) -> None:
-    same(four, single, degrees, ParallelOptions(context=kind))
+def test_four_processes(ranks4: Ranks, single: tuple[str, dict], kind: str, degrees: Degrees) -> None:
+    same(ranks4, single, degrees, ParallelOptions(context=kind))
 
 
 @pytest.mark.slow
-def test_compiled(four: Group) -> None:
+def test_compiled(ranks4: Ranks) -> None:
     options = ParallelOptions(
         context="ring", compile_blocks=True, compile_backend="aot_eager", activation_checkpointing="selective"
     )
-    same(four, ("qwen3", cases.reference("qwen3")), Degrees(cp=2, tp=2), options)
+    same(ranks4, ("qwen3", cases.reference("qwen3")), Degrees(cp=2, tp=2), options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits(two: Group, kind: str) -> None:
+def test_logits(ranks2: Ranks, kind: str) -> None:
     expected = cases.build("llama")(cases.batch(0)["tokens"])
-    for found in two.run(cases.logits, "llama", Degrees(cp=2), ParallelOptions(context=kind)):
+    for found in ranks2.run(cases.logits, "llama", Degrees(cp=2), ParallelOptions(context=kind)):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ import torch
 
 import titan_data
 import titan_model
+from ranks import Ranks
 from titan_model import LossSums
 from titan_train import load
 from titan_train.assembly import check, model_config
@@ -25,7 +26,6 @@ from titan_train.data import load_tokenizer, open_loader
 from titan_train.errors import ConfigError, ExitCode
 from titan_train.source_loss import SourceLosses
 from train_cases import TINY, run_here
-from train_group import Group
 
 
 @pytest.fixture(scope="module")
@@ -151,21 +151,21 @@ STILL = {"optimizer.lr": "1e-30", "training.steps": "5", "metrics.log_interval":
 @pytest.mark.parametrize(
     ("group", "layout"),
     [
-        ("one", {}),
-        pytest.param("two", {"training.microbatch_size": "2"}, marks=pytest.mark.slow),
-        ("two", {"parallel.tp": "2"}),
+        ("ranks1", {}),
+        pytest.param("ranks2", {"training.microbatch_size": "2"}, marks=pytest.mark.slow),
+        ("ranks2", {"parallel.tp": "2"}),
         pytest.param(
-            "four",
+            "ranks4",
             {"parallel.dp_replicate": "2", "parallel.dp_shard": "2", "training.microbatch_size": "1"},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["one", "accumulation", "tp", "hsdp"],
+    ids=["ranks1", "accumulation", "tp", "hsdp"],
 )
 def test_loss_by_source_is_that_of_its_tokens_whoever_had_them(
     group: str, layout: dict[str, str], corpus: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    ranks: Group = request.getfixturevalue(group)
+    ranks: Ranks = request.getfixturevalue(group)
     config = tiny_config({**mixed(corpus, **STILL), **layout, "run.folder": str(tmp_path)})
     for reported in ranks.run(run_here, config):
         assert [*reported["sources"]] == [1, 3, 5]
@@ -192,23 +192,23 @@ def test_one_source_has_the_loss_of_the_run(corpus: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_sequences_become_longer_at_their_step_on_any_number_of_ranks(
-    corpus: Path, tmp_path: Path, one: Group, two: Group, four: Group
+    corpus: Path, tmp_path: Path, ranks1: Ranks, ranks2: Ranks, ranks4: Ranks
 ) -> None:
     """Unbroken on one rank, and stopped at one switch and after the other with other ranks and layouts."""
     stages = "[{from_step = 3, seq_len = 96}, {from_step = 5, seq_len = 32, weights = {cubes = 1.0}}]"
     settings = mixed(corpus, **{"data.stages": stages, "training.steps": "7"})
 
-    def part(group: Group, folder: str, steps: int, **layout: str) -> dict[str, Any]:
+    def part(group: Ranks, folder: str, steps: int, **layout: str) -> dict[str, Any]:
         more = {"training.steps": str(steps), "run.folder": str(tmp_path / folder)}
         config = tiny_config({**settings, **more, **{key.replace("__", "."): v for key, v in layout.items()}})
         found: dict[str, Any] = group.run(run_here, config)[0]
         return found
 
-    whole = part(one, "whole", 7)
+    whole = part(ranks1, "whole", 7)
     parts = [
-        part(four, "parts", 3, parallel__dp_shard="2", parallel__tp="2"),
-        part(one, "parts", 6, training__microbatch_size="4"),
-        part(two, "parts", 7),
+        part(ranks4, "parts", 3, parallel__dp_shard="2", parallel__tp="2"),
+        part(ranks1, "parts", 6, training__microbatch_size="4"),
+        part(ranks2, "parts", 7),
     ]
     losses = {step: loss for found in parts for step, loss in found["losses"].items()}
     assert losses == pytest.approx(whole["losses"], abs=2e-5)

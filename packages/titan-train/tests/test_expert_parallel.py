@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from ranks import Ranks
 from titan_train.assembly import check
 from titan_train.config import Config
 from titan_train.errors import ConfigError
 from train_balance import router_of_parts
 from train_cases import run_here, tiny
-from train_group import Group
 
 # A balancing loss that weighs, so that one counted twice shows; a bias that moves; an expert beside the chosen ones.
 EXPERTS = {
@@ -30,8 +30,8 @@ def config(folder: Path, **changes: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return one.run(run_here, config(tmp_path_factory.mktemp("single")))[0]
+def single(ranks1: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return ranks1.run(run_here, config(tmp_path_factory.mktemp("single")))[0]
 
 
 def same(results: list[dict], expected: dict) -> None:
@@ -53,27 +53,27 @@ def same(results: list[dict], expected: dict) -> None:
     ],
     ids=["ep-accumulating-sac", "tp-no-sp-ac"],
 )
-def test_two_processes(two: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
-    same(two.run(run_here, config(tmp_path, **layout)), single)
+def test_two_processes(ranks2: Ranks, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+    same(ranks2.run(run_here, config(tmp_path, **layout)), single)
 
 
 @pytest.mark.slow
-def test_four_processes(four: Group, single: dict, tmp_path: Path) -> None:
-    same(four.run(run_here, config(tmp_path, **(EP | TP))), single)
+def test_four_processes(ranks4: Ranks, single: dict, tmp_path: Path) -> None:
+    same(ranks4.run(run_here, config(tmp_path, **(EP | TP))), single)
 
 
 @pytest.mark.slow
-def test_compiled(two: Group, single: dict, tmp_path: Path) -> None:
+def test_compiled(ranks2: Ranks, single: dict, tmp_path: Path) -> None:
     compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
-    same(two.run(run_here, config(tmp_path, **EP, **compiled), timeout=240.0), single)
+    same(ranks2.run(run_here, config(tmp_path, **EP, **compiled), timeout=240.0), single)
 
 
 @pytest.mark.slow
-def test_resumed_on_another_layout(one: Group, two: Group, tmp_path: Path) -> None:
+def test_resumed_on_another_layout(ranks1: Ranks, ranks2: Ranks, tmp_path: Path) -> None:
     constant = {"schedule__decay": "none"}
-    expected = one.run(run_here, config(tmp_path / "once", **constant))[0]
-    two.run(run_here, config(tmp_path / "twice", training__steps="4", **constant, **EP))
-    resumed = one.run(run_here, config(tmp_path / "twice", **constant))[0]
+    expected = ranks1.run(run_here, config(tmp_path / "once", **constant))[0]
+    ranks2.run(run_here, config(tmp_path / "twice", training__steps="4", **constant, **EP))
+    resumed = ranks1.run(run_here, config(tmp_path / "twice", **constant))[0]
     assert resumed["losses"] == pytest.approx({s: x for s, x in expected["losses"].items() if s > 4}, abs=1e-5)
     assert resumed["buffers"] == expected["buffers"]
 
@@ -88,6 +88,6 @@ def test_refused_before_anything_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
-def test_balance_of_sequences_that_ranks_share(two: Group, tmp_path: Path, compiled: bool) -> None:
-    for off in two.run(router_of_parts, config(tmp_path), compiled):
+def test_balance_of_sequences_that_ranks_share(ranks2: Ranks, tmp_path: Path, compiled: bool) -> None:
+    for off in ranks2.run(router_of_parts, config(tmp_path), compiled):
         assert max(off) < 1e-5

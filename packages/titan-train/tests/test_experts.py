@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from ranks import Ranks
 from titan_train.assembly import check
 from titan_train.config import Config
 from titan_train.errors import ConfigError
 from train_cases import run_here, tiny
-from train_group import Group
 
 # A balancing loss that weighs, so that a wrong normaliser shows; and a bias that moves.
 EXPERTS = {
@@ -28,8 +28,8 @@ def config(folder: Path, **changes: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return one.run(run_here, config(tmp_path_factory.mktemp("single")))[0]
+def single(ranks1: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return ranks1.run(run_here, config(tmp_path_factory.mktemp("single")))[0]
 
 
 def same(result: dict, expected: dict) -> None:
@@ -51,31 +51,31 @@ def test_what_is_reported(single: dict) -> None:
     assert all(any(biases) for biases in single["buffers"].values())
 
 
-def test_the_balancing_loss_acts(one: Group, single: dict, tmp_path: Path) -> None:
-    without = one.run(run_here, config(tmp_path, moe__balance_loss="0"))[0]
+def test_the_balancing_loss_acts(ranks1: Ranks, single: dict, tmp_path: Path) -> None:
+    without = ranks1.run(run_here, config(tmp_path, moe__balance_loss="0"))[0]
     assert max(abs(without["norms"][step] - norm) for step, norm in single["norms"].items()) > 1e-3
 
 
 @pytest.mark.slow
-def test_two_processes(two: Group, single: dict, tmp_path: Path) -> None:
+def test_two_processes(ranks2: Ranks, single: dict, tmp_path: Path) -> None:
     layout = {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"}
-    for result in two.run(run_here, config(tmp_path, **layout)):
+    for result in ranks2.run(run_here, config(tmp_path, **layout)):
         same(result, single)
 
 
 @pytest.mark.slow
-def test_four_processes(four: Group, single: dict, tmp_path: Path) -> None:
+def test_four_processes(ranks4: Ranks, single: dict, tmp_path: Path) -> None:
     layout = {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "full"}
-    for result in four.run(run_here, config(tmp_path, **layout)):
+    for result in ranks4.run(run_here, config(tmp_path, **layout)):
         same(result, single)
 
 
 @pytest.mark.slow
-def test_resumed_bit_for_bit(one: Group, tmp_path: Path) -> None:
+def test_resumed_bit_for_bit(ranks1: Ranks, tmp_path: Path) -> None:
     constant = {"schedule__decay": "none"}
-    unbroken = one.run(run_here, config(tmp_path / "once", **constant))[0]
-    first = one.run(run_here, config(tmp_path / "twice", training__steps="4", **constant))[0]
-    second = one.run(run_here, config(tmp_path / "twice", **constant))[0]
+    unbroken = ranks1.run(run_here, config(tmp_path / "once", **constant))[0]
+    first = ranks1.run(run_here, config(tmp_path / "twice", training__steps="4", **constant))[0]
+    second = ranks1.run(run_here, config(tmp_path / "twice", **constant))[0]
     assert second["resumed"] == 4
     assert second["final"] == unbroken["final"]
     assert second["buffers"] == unbroken["buffers"] != first["buffers"]
@@ -84,11 +84,11 @@ def test_resumed_bit_for_bit(one: Group, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resumed_on_other_layouts(one: Group, four: Group, single: dict, tmp_path: Path) -> None:
+def test_resumed_on_other_layouts(ranks1: Ranks, ranks4: Ranks, single: dict, tmp_path: Path) -> None:
     constant = {"schedule__decay": "none"}
-    expected = one.run(run_here, config(tmp_path / "once", **constant))[0]
-    four.run(run_here, config(tmp_path / "twice", training__steps="4", parallel__dp_replicate="2", **constant))
-    resumed = one.run(run_here, config(tmp_path / "twice", **constant))[0]
+    expected = ranks1.run(run_here, config(tmp_path / "once", **constant))[0]
+    ranks4.run(run_here, config(tmp_path / "twice", training__steps="4", parallel__dp_replicate="2", **constant))
+    resumed = ranks1.run(run_here, config(tmp_path / "twice", **constant))[0]
     assert resumed["losses"] == pytest.approx({s: x for s, x in expected["losses"].items() if s > 4}, abs=1e-5)
     assert resumed["buffers"] == expected["buffers"]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from ranks import Ranks
 from train_cases import run_here, tiny
-from train_group import Group
 
 
 @pytest.fixture(scope="session")
-def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return one.run(run_here, tiny(run__folder=str(tmp_path_factory.mktemp("single"))))[0]
+def single(ranks1: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return ranks1.run(run_here, tiny(run__folder=str(tmp_path_factory.mktemp("single"))))[0]
 
 
 def same_curve(result: dict, expected: dict) -> None:
@@ -26,14 +26,14 @@ def test_ten_steps_of_one_process(single: dict) -> None:
     assert single["initial"] != single["final"]
 
 
-def test_two_processes_fsdp(two: Group, single: dict, tmp_path: Path) -> None:
-    for result in two.run(run_here, tiny(run__folder=str(tmp_path))):
+def test_two_processes_fsdp(ranks2: Ranks, single: dict, tmp_path: Path) -> None:
+    for result in ranks2.run(run_here, tiny(run__folder=str(tmp_path))):
         assert result["initial"] == single["initial"]
         same_curve(result, single)
 
 
-def test_two_processes_tp(two: Group, single: dict, tmp_path: Path) -> None:
-    for result in two.run(run_here, tiny(run__folder=str(tmp_path), parallel__tp="2")):
+def test_two_processes_tp(ranks2: Ranks, single: dict, tmp_path: Path) -> None:
+    for result in ranks2.run(run_here, tiny(run__folder=str(tmp_path), parallel__tp="2")):
         assert result["initial"] == single["initial"]
         same_curve(result, single)
 
@@ -48,16 +48,16 @@ def test_two_processes_tp(two: Group, single: dict, tmp_path: Path) -> None:
     ],
     ids=["hsdp-ac", "fsdp-tp-no-sp-accumulating", "tp"],
 )
-def test_four_processes(four: Group, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
-    for result in four.run(run_here, tiny(run__folder=str(tmp_path), **layout)):
+def test_four_processes(ranks4: Ranks, single: dict, tmp_path: Path, layout: dict[str, str]) -> None:
+    for result in ranks4.run(run_here, tiny(run__folder=str(tmp_path), **layout)):
         assert result["initial"] == single["initial"]
         same_curve(result, single)
 
 
 @pytest.mark.slow
-def test_bfloat16_learns_with_float32_weights(one: Group, two: Group, single: dict, tmp_path: Path) -> None:
-    alone = one.run(run_here, tiny(run__folder=str(tmp_path / "1"), training__dtype="bfloat16"))[0]
-    split = two.run(run_here, tiny(run__folder=str(tmp_path / "2"), training__dtype="bfloat16"))[0]
+def test_bfloat16_learns_with_float32_weights(ranks1: Ranks, ranks2: Ranks, single: dict, tmp_path: Path) -> None:
+    alone = ranks1.run(run_here, tiny(run__folder=str(tmp_path / "1"), training__dtype="bfloat16"))[0]
+    split = ranks2.run(run_here, tiny(run__folder=str(tmp_path / "2"), training__dtype="bfloat16"))[0]
     for result in (alone, split):
         assert result["initial"] == single["initial"]
         assert result["losses"] == pytest.approx(single["losses"], abs=0.05)
@@ -65,18 +65,25 @@ def test_bfloat16_learns_with_float32_weights(one: Group, two: Group, single: di
 
 
 @pytest.mark.slow
-def test_documents_masked_is_another_loss_but_one(one: Group, two: Group, single: dict, tmp_path: Path) -> None:
-    alone = one.run(run_here, tiny(run__folder=str(tmp_path / "1"), data__mask_documents="true"))[0]
-    split = two.run(run_here, tiny(run__folder=str(tmp_path / "2"), data__mask_documents="true", parallel__tp="2"))[0]
+def test_documents_masked_is_another_loss_but_one(ranks1: Ranks, ranks2: Ranks, single: dict, tmp_path: Path) -> None:
+    alone = ranks1.run(run_here, tiny(run__folder=str(tmp_path / "1"), data__mask_documents="true"))[0]
+    split = ranks2.run(run_here, tiny(run__folder=str(tmp_path / "2"), data__mask_documents="true", parallel__tp="2"))[
+        0
+    ]
     same_curve(split, alone)
 
 
 @pytest.mark.slow
-def test_normed_heads(one: Group, two: Group, four: Group, tmp_path: Path) -> None:
+def test_normed_heads(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, tmp_path: Path) -> None:
     # A head norm's weight is the same on all ranks, of which each sees other heads.
     alone, fsdp, tp, both = (
         group.run(run_here, tiny(run__folder=str(tmp_path / name), model__preset="debug_qwen3", parallel__tp=tp))[0]
-        for name, group, tp in (("1", one, "1"), ("fsdp", two, "1"), ("tp", two, "2"), ("fsdp-tp", four, "2"))
+        for name, group, tp in (
+            ("1", ranks1, "1"),
+            ("fsdp", ranks2, "1"),
+            ("tp", ranks2, "2"),
+            ("fsdp-tp", ranks4, "2"),
+        )
     )
     for result in (fsdp, tp, both):
         assert result["initial"] == alone["initial"]
@@ -84,12 +91,14 @@ def test_normed_heads(one: Group, two: Group, four: Group, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_resumed_on_other_layouts(one: Group, two: Group, four: Group, single: dict, tmp_path: Path) -> None:
+def test_resumed_on_other_layouts(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, single: dict, tmp_path: Path) -> None:
     # 4 steps on 2 x 2 processes, 3 more on one, the rest on tensor-parallel 2: the curve must not show it.
     folder = str(tmp_path)
-    first = four.run(run_here, tiny(run__folder=folder, parallel__tp="2", training__steps="4", schedule__decay="none"))
-    second = one.run(run_here, tiny(run__folder=folder, training__steps="7"))
-    third = two.run(run_here, tiny(run__folder=folder, parallel__tp="2"))
+    first = ranks4.run(
+        run_here, tiny(run__folder=folder, parallel__tp="2", training__steps="4", schedule__decay="none")
+    )
+    second = ranks1.run(run_here, tiny(run__folder=folder, training__steps="7"))
+    third = ranks2.run(run_here, tiny(run__folder=folder, parallel__tp="2"))
     assert [r[0]["resumed"] for r in (first, second, third)] == [None, 4, 7]
     curve = first[0]["losses"] | second[0]["losses"] | third[0]["losses"]
     assert curve == pytest.approx(single["losses"], abs=1e-5)

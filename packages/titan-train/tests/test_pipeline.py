@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ranks import Ranks
 from titan_train.assembly import check
 from titan_train.config import Config
 from titan_train.errors import ConfigError
 from train_cases import run_here, sampled, tiny
-from train_group import Group
 
 MODEL = {
     "model__n_layers": "5",
@@ -39,8 +39,8 @@ def config(folder: Path, schedule: str = "1F1B", **changes: str) -> Config:
 class Alone(dict[str, dict]):
     """What one process trains to, each when it is first asked for."""
 
-    def __init__(self, one: Group, folder: Path) -> None:
-        self._one, self._folder = one, folder
+    def __init__(self, ranks1: Ranks, folder: Path) -> None:
+        self._one, self._folder = ranks1, folder
 
     def __missing__(self, name: str) -> dict:
         changes = {"untied": {}, "tied": {"model__tied_embeddings": "true"}, "experts": EXPERTS}[name]
@@ -51,8 +51,8 @@ class Alone(dict[str, dict]):
 
 
 @pytest.fixture(scope="module")
-def single(one: Group, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    return Alone(one, tmp_path_factory.mktemp("single"))
+def single(ranks1: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return Alone(ranks1, tmp_path_factory.mktemp("single"))
 
 
 def same(results: list[dict], expected: dict) -> None:
@@ -71,10 +71,10 @@ def same(results: list[dict], expected: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules(two: Group, single: dict[str, dict], tmp_path: Path, schedule: str) -> None:
-    same(two.run(run_here, config(tmp_path / "untied", schedule)), single["untied"])
+def test_schedules(ranks2: Ranks, single: dict[str, dict], tmp_path: Path, schedule: str) -> None:
+    same(ranks2.run(run_here, config(tmp_path / "untied", schedule)), single["untied"])
     tied = config(tmp_path / "tied", schedule, model__tied_embeddings="true")
-    same(two.run(run_here, tied), single["tied"])
+    same(ranks2.run(run_here, tied), single["tied"])
 
 
 @pytest.mark.slow
@@ -88,33 +88,33 @@ def test_schedules(two: Group, single: dict[str, dict], tmp_path: Path, schedule
     ids=["ddp-zbv", "tp-zb", "fsdp-ac-split"],
 )
 def test_four_processes(
-    four: Group, single: dict[str, dict], tmp_path: Path, schedule: str, layout: dict[str, str]
+    ranks4: Ranks, single: dict[str, dict], tmp_path: Path, schedule: str, layout: dict[str, str]
 ) -> None:
     tied = config(tmp_path, schedule, model__tied_embeddings="true", **layout)
-    same(four.run(run_here, tied), single["tied"])
+    same(ranks4.run(run_here, tied), single["tied"])
 
 
 @pytest.mark.slow
-def test_experts(two: Group, single: dict[str, dict], tmp_path: Path) -> None:
-    results = two.run(run_here, config(tmp_path, "ZBVZeroBubble", **EXPERTS))
+def test_experts(ranks2: Ranks, single: dict[str, dict], tmp_path: Path) -> None:
+    results = ranks2.run(run_here, config(tmp_path, "ZBVZeroBubble", **EXPERTS))
     same(results, single["experts"])
     assert {k: v for r in results for k, v in r["buffers"].items()} == single["experts"]["buffers"]
 
 
 @pytest.mark.slow
-def test_compiled(two: Group, single: dict[str, dict], tmp_path: Path) -> None:
+def test_compiled(ranks2: Ranks, single: dict[str, dict], tmp_path: Path) -> None:
     compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
-    same(two.run(run_here, config(tmp_path, "ZBVZeroBubble", **compiled), timeout=240.0), single["untied"])
+    same(ranks2.run(run_here, config(tmp_path, "ZBVZeroBubble", **compiled), timeout=240.0), single["untied"])
 
 
 @pytest.mark.slow
-def test_resumed_on_other_layouts(one: Group, two: Group, single: dict[str, dict], tmp_path: Path) -> None:
+def test_resumed_on_other_layouts(ranks1: Ranks, ranks2: Ranks, single: dict[str, dict], tmp_path: Path) -> None:
     constant, alone = {"schedule__decay": "none", "model__tied_embeddings": "true"}, {"parallel__pp": "1"}
-    expected = one.run(run_here, config(tmp_path / "once", **constant, **alone))[0]
+    expected = ranks1.run(run_here, config(tmp_path / "once", **constant, **alone))[0]
     rest = {step: loss for step, loss in expected["losses"].items() if step > 3}
     for first, then in ((alone, {}), ({}, alone), ({"parallel__pipeline_schedule": "ZBVZeroBubble"}, {})):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        groups = [one if layout is alone else two for layout in (first, then)]
+        groups = [ranks1 if layout is alone else ranks2 for layout in (first, then)]
         groups[0].run(run_here, config(folder, training__steps="3", **(constant | first)))
         for result in groups[1].run(run_here, config(folder, **(constant | then))):
             assert result["resumed"] == 3
@@ -122,12 +122,12 @@ def test_resumed_on_other_layouts(one: Group, two: Group, single: dict[str, dict
 
 
 @pytest.mark.slow
-def test_text_comes_out(one: Group, two: Group, tmp_path: Path) -> None:
+def test_text_comes_out(ranks1: Ranks, ranks2: Ranks, tmp_path: Path) -> None:
     wanted = {"sample__tokens": "5", "sample__prompt": "def"}
-    (expected,) = one.run(sampled, config(tmp_path / "1", parallel__pp="1", **wanted))
+    (expected,) = ranks1.run(sampled, config(tmp_path / "1", parallel__pp="1", **wanted))
     assert expected
     for schedule in ("1F1B", "ZBVZeroBubble"):
-        assert two.run(sampled, config(tmp_path / schedule, schedule, **wanted)) == [expected] * 2
+        assert ranks2.run(sampled, config(tmp_path / schedule, schedule, **wanted)) == [expected] * 2
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from ckpt_forged import FORGED, refusal, use
-from ckpt_group import run_apart
 from ckpt_hostile import (
     make_checkpoint,
 )
 from ckpt_memory import refuse_all
+from ranks import run_alone
 from titan_ckpt import CheckpointError, open_source, verify
 
 
@@ -37,7 +37,7 @@ def test_forged_checkpoints_are_refused(sound: Path, tmp_path: Path, name: str) 
 @pytest.mark.slow
 def test_none_of_them_takes_memory(tmp_path: Path) -> None:
     """All at once, in a process that can take no more than a gibibyte, and takes much less."""
-    assert run_apart(refuse_all, tmp_path) < 200 << 20
+    assert run_alone(refuse_all, tmp_path) < 200 << 20
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_group import WorkerGroup
 from ckpt_load_cases import blank, fsdp, one_dimension, refuses_to_import, two_dimensions
 from ckpt_sources import Fused, Map, Rename, Tensors, prefixed, same, small_foreign, small_map, small_native
+from ranks import Ranks
 from titan_ckpt import CheckpointError
 from titan_ckpt.convert.huggingface.reader import HuggingFaceFolder
 from titan_ckpt.convert.huggingface.writer import export
@@ -61,9 +61,9 @@ def test_a_stage_reads_only_its_own() -> None:
 
 
 @pytest.mark.parametrize("case", [one_dimension, two_dimensions, fsdp])
-def test_shards(case: Callable[[], None], group4: WorkerGroup) -> None:
-    group4.run(case)
+def test_shards(case: Callable[[], None], ranks4: Ranks) -> None:
+    ranks4.run(case)
 
 
-def test_ranks_do_not_import_together(group4: WorkerGroup) -> None:
-    assert all("one process makes a checkpoint" in told for told in group4.run(refuses_to_import))
+def test_ranks_do_not_import_together(ranks4: Ranks) -> None:
+    assert all("one process makes a checkpoint" in told for told in ranks4.run(refuses_to_import))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_group import WorkerGroup
+from ranks import Ranks
 from titan_ckpt import open_source
 from titan_ckpt.cli import main
 
@@ -44,10 +44,10 @@ def content(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
 def test_to_titan_and_back(
-    group1: WorkerGroup, group2: WorkerGroup, tmp_path: Path, capsys: pytest.CaptureFixture[str], async_mode: str
+    ranks1: Ranks, ranks2: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str], async_mode: str
 ) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    saved = group2.run(ckpt_torchtitan.save, theirs, async_mode, timeout=120)[0]
+    saved = ranks2.run(ckpt_torchtitan.save, theirs, async_mode, timeout=120)[0]
     assert len(saved) > 700
     written = theirs / "checkpoint/step-2"
     assert different(content(written), saved) == set()
@@ -60,10 +60,10 @@ def test_to_titan_and_back(
     back = tmp_path / "back/checkpoint/step-2"
     back.parent.mkdir(parents=True)
     assert main(["convert", str(ours / "step-00000002"), str(back), "--to", "dcp"]) == 0
-    for group in (group1, group2):
+    for group in (ranks1, ranks2):
         for before, after in group.run(ckpt_torchtitan.resume, tmp_path / "back", timeout=120):
             assert len(different(before, saved)) > 190
             assert different(after, saved) == set()
 
-    weights = group2.run(ckpt_torchtitan.load_weights, tmp_path / "none", written, timeout=120)[1]
+    weights = ranks2.run(ckpt_torchtitan.load_weights, tmp_path / "none", written, timeout=120)[1]
     assert different(weights, {name: saved[name] for name in weights}) == set()

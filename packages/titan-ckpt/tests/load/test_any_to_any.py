@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from ckpt_cases import save_fsdp_over_tp
-from ckpt_group import WorkerGroup
 from ckpt_layouts import STEP, Layout, layouts, load_laid_out, save_laid_out, whole_state
+from ranks import Ranks
 from titan_ckpt import open_checkpoint, verify
 
 
-def every_pair(groups: dict[int, WorkerGroup], folder: Path, saved: Sequence[Layout], loaded: Sequence[Layout]) -> None:
+def every_pair(groups: dict[int, Ranks], folder: Path, saved: Sequence[Layout], loaded: Sequence[Layout]) -> None:
     folders = {(kind, world): folder / f"{kind} on {world}" for kind, world in saved}
     for world in sorted({world for _, world in saved}):
         kinds = [kind for kind, n in saved if n == world]
@@ -37,16 +37,16 @@ def holds_whole(path: Path) -> bool:
 
 @pytest.mark.slow
 def test_any_to_any_on_one_to_eight_ranks(
-    group1: WorkerGroup, group2: WorkerGroup, group4: WorkerGroup, group8: WorkerGroup, tmp_path: Path
+    ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, ranks8: Ranks, tmp_path: Path
 ) -> None:
-    groups = {1: group1, 2: group2, 4: group4, 8: group8}
+    groups = {1: ranks1, 2: ranks2, 4: ranks4, 8: ranks8}
     every_pair(groups, tmp_path, layouts(1, 2, 4, 8), layouts(1, 2, 4, 8))
 
 
 @pytest.mark.slow
-def test_what_fsdp_shards_within_tensor_parallel_shards(group8: WorkerGroup, tmp_path: Path) -> None:
+def test_what_fsdp_shards_within_tensor_parallel_shards(ranks8: Ranks, tmp_path: Path) -> None:
     """The matrix cuts by hand what does not divide; this is FSDP2's own cut."""
-    whole = group8.run(save_fsdp_over_tp, tmp_path, timeout=120)[0]
+    whole = ranks8.run(save_fsdp_over_tp, tmp_path, timeout=120)[0]
     with open_checkpoint(str(tmp_path / "step-00000001")) as opened:
         for name, weight in whole.items():
             assert torch.equal(opened.read(f"model/{name}"), weight), name

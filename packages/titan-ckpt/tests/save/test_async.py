@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_group import CONTEXT
 from ckpt_states import Held, blank_state, holds_step, make_state
 from ckpt_victim import own_a_writer
+from ranks import CONTEXT
 from titan_ckpt import Checkpointer, CheckpointError, checkpointer, list_checkpoints
 
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckpt_cases
-from ckpt_group import WorkerGroup
 from ckpt_states import Held
+from ranks import Ranks
 from titan_ckpt import Checkpointer, CheckpointError, open_checkpoint, verify
 from titan_ckpt.format.checksum import PIECE_BYTES
 
@@ -192,15 +192,15 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("direct")
-def test_ranks_that_want_the_same_read_it_from_the_disk_once(group2: WorkerGroup, tmp_path: Path) -> None:
+def test_ranks_that_want_the_same_read_it_from_the_disk_once(ranks2: Ranks, tmp_path: Path) -> None:
     length = 2 * PIECE_BYTES // 4  # so that no piece belongs to both when it is sharded
     path = save(tmp_path, {"a": length})
     forget(path)
-    assert group2.run(ckpt_cases.load_one_tensor, tmp_path, length, "sharded") == [PIECE_BYTES, PIECE_BYTES]
-    apart = group2.run(ckpt_cases.load_one_tensor, tmp_path, length, "replicated", 2)
+    assert ranks2.run(ckpt_cases.load_one_tensor, tmp_path, length, "sharded") == [PIECE_BYTES, PIECE_BYTES]
+    apart = ranks2.run(ckpt_cases.load_one_tensor, tmp_path, length, "replicated", 2)
     assert apart == [2 * PIECE_BYTES, 2 * PIECE_BYTES]  # machines that share no memory
     assert pages_in_cache(path) < 100
-    assert group2.run(ckpt_cases.load_one_tensor, tmp_path, length, "replicated") == [0, 0]
+    assert ranks2.run(ckpt_cases.load_one_tensor, tmp_path, length, "replicated") == [0, 0]
     assert pages_in_cache(path) * PAGE > path.stat().st_size - (1 << 20)
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a WorkerGroup do: each function is called on all of them."""
+"""What the ranks of a Ranks do: each function is called on all of them."""
 
 import os
 import signal

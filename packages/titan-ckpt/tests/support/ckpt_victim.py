@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ckpt_group import CONTEXT
 from ckpt_states import Held
+from ranks import CONTEXT
 from titan_ckpt import Checkpointer, CheckpointError, checkpointer
 from titan_ckpt.save import snapshot
 from titan_ckpt.storage import local

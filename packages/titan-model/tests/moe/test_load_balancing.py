@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from model_experts import chosen_of, gradients, random_input, random_mixture, randomise, scores_of, with_moe
-from model_group import run_ranks
+from ranks import Ranks
 from titan_model import Decoder, DecoderConfig, build
 from titan_model.moe.layer import MoE
 from titan_model.moe.load_balancing import balance_experts, set_loss_normaliser, set_sequence_sum
@@ -337,13 +337,13 @@ def sharded_training(config: DecoderConfig, tokens: Tensor) -> tuple[list[float]
     return seen, {name: value.flatten().tolist() for name, value in state.items()}
 
 
-def test_two_sharded_ranks_balance_as_one_process() -> None:
+def test_two_sharded_ranks_balance_as_one_process(ranks2: Ranks) -> None:
     config, tokens = with_moe(n_experts=5, balance_loss=0.5, balance_bias_rate=0.05), tokens_of(4)
     model = build(config, "cpu")
     randomise(model)
     start = copy.deepcopy(model.state_dict())
     seen = train(model, tokens, tokens.numel(), None)
-    for got, state in run_ranks(2, sharded_training, config, tokens):
+    for got, state in ranks2.run(sharded_training, config, tokens):
         assert got == pytest.approx(seen, rel=1e-4)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(torch.tensor(state[name]), value.flatten(), rtol=1e-4, atol=1e-5)

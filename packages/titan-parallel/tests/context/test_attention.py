@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import parallel_context as cases
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import ParallelOptions
 from titan_parallel.context.blockwise import (
     add_attention,
@@ -46,7 +46,7 @@ def packed(draw: st.DrawFn, size: int) -> tuple[tuple[int, int, int, int, int], 
     return (rows, heads, kv_heads, length, draw(st.sampled_from([4, 8, 20]))), ids
 
 
-def check_ranks(group: Group, kind: str, sizes: tuple[int, int, int, int, int], ids: Tensor | None) -> None:
+def check_ranks(group: Ranks, kind: str, sizes: tuple[int, int, int, int, int], ids: Tensor | None) -> None:
     results = group.run(cases.attention, kind, sizes, ids, torch.float32)
     for parts, whole in zip(zip(*results, strict=True), cases.expected_attention(sizes, ids), strict=True):
         found = in_order(torch.stack(parts), 2, balanced=is_balanced(kind))
@@ -54,30 +54,30 @@ def check_ranks(group: Group, kind: str, sizes: tuple[int, int, int, int, int], 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks(two: Group, kind: str) -> None:
+def test_two_ranks(ranks2: Ranks, kind: str) -> None:
     @few
     @given(packed(2))
     def check(case: tuple[tuple[int, int, int, int, int], Tensor | None]) -> None:
-        check_ranks(two, kind, *case)
+        check_ranks(ranks2, kind, *case)
 
     check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_four_ranks(four: Group, kind: str) -> None:
+def test_four_ranks(ranks4: Ranks, kind: str) -> None:
     @few
     @given(packed(4))
     def check(case: tuple[tuple[int, int, int, int, int], Tensor | None]) -> None:
-        check_ranks(four, kind, *case)
+        check_ranks(ranks4, kind, *case)
 
     check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16(four: Group, kind: str) -> None:
+def test_bf16(ranks4: Ranks, kind: str) -> None:
     sizes, ids = (2, 4, 2, 64, 8), cases.documents(2, 64, torch.Generator().manual_seed(0))
-    results = four.run(cases.attention, kind, sizes, ids, torch.bfloat16)
+    results = ranks4.run(cases.attention, kind, sizes, ids, torch.bfloat16)
     for parts, whole in zip(zip(*results, strict=True), cases.expected_attention(sizes, ids), strict=True):
         found = in_order(torch.stack(parts), 2, balanced=is_balanced(kind))
         torch.testing.assert_close(found, whole, rtol=2e-2, atol=6e-2)
@@ -224,7 +224,7 @@ SIZES = (2, 8, 2, 32, 4)  # rows, heads, key/value heads, length, head dim
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_traffic(four: Group, kind: str, masked: bool) -> None:
+def test_traffic(ranks4: Ranks, kind: str, masked: bool) -> None:
     rows, heads, kv_heads, length, width = SIZES
     part = rows * length // 4 * width * 4  # bytes of one head on one rank
     pair = 2 * kv_heads * part
@@ -240,13 +240,15 @@ def test_traffic(four: Group, kind: str, masked: bool) -> None:
     if masked:  # the ids of the documents
         gathers = expected_forward.get("all_gather_into_tensor", [])
         expected_forward["all_gather_into_tensor"] = [rows * length // 4 * 8, *gathers]
-    for forward, backward in four.run(cases.traffic, kind, SIZES, masked):
+    for forward, backward in ranks4.run(cases.traffic, kind, SIZES, masked):
         assert forward == expected_forward
         assert backward == expected_backward
 
 
 @pytest.mark.parametrize(("checkpointing", "times"), [("none", 3), ("selective", 3), ("full", 4)])
-def test_checkpointing_runs_the_ring_again_only_if_it_keeps_nothing(two: Group, checkpointing: str, times: int) -> None:
+def test_checkpointing_runs_the_ring_again_only_if_it_keeps_nothing(
+    ranks2: Ranks, checkpointing: str, times: int
+) -> None:
     # Two blocks and one step around: forward once, backward twice, and forward once more where all is recomputed.
     options = ParallelOptions(context="ring", activation_checkpointing=checkpointing)
-    assert two.run(cases.ring_steps, options) == [2 * times] * 2
+    assert ranks2.run(cases.ring_steps, options) == [2 * times] * 2

@@ -7,7 +7,7 @@ import torch
 
 import parallel_context_function as cases
 import parallel_transformers
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
 pytest.importorskip("transformers")
@@ -15,10 +15,10 @@ pytest.importorskip("transformers")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["allgather", "ring", "ulysses"])
-def test_llama(two: Group, kind: str) -> None:
+def test_llama(ranks2: Ranks, kind: str) -> None:
     expected, weights = parallel_transformers.reference(parallel_transformers.build("Llama"))
     # Importing transformers takes its time on a busy machine.
-    answers = two.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), timeout=240.0)
+    answers = ranks2.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), timeout=240.0)
     for losses, trained, logits in answers:
         assert losses == pytest.approx(expected, abs=1e-5)
         for name, weight in weights.items():

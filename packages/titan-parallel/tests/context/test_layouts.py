@@ -7,7 +7,7 @@ import torch
 
 import parallel_context as cases
 from parallel_curves import same
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
 KINDS = ["allgather", "ring", "ulysses"]
@@ -44,25 +44,25 @@ def test_losses_move_and_documents_count(masked: dict, unmasked: dict) -> None:
 
 @pytest.mark.parametrize("way", ["plain", "ac"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two(two: Group, masked: dict, kind: str, way: str) -> None:
-    same(two.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind, **WAYS[way])), masked)
+def test_two(ranks2: Ranks, masked: dict, kind: str, way: str) -> None:
+    same(ranks2.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind, **WAYS[way])), masked)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_documents(two: Group, unmasked: dict, kind: str) -> None:
-    same(two.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), False), unmasked)
+def test_without_documents(ranks2: Ranks, unmasked: dict, kind: str) -> None:
+    same(ranks2.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), False), unmasked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_accumulating_with_selective_checkpointing(two: Group, masked: dict, kind: str) -> None:
+def test_accumulating_with_selective_checkpointing(ranks2: Ranks, masked: dict, kind: str) -> None:
     options = ParallelOptions(context=kind, activation_checkpointing="selective")
-    same(two.run(cases.train, Degrees(cp=2), options, True, 4), masked)
+    same(ranks2.run(cases.train, Degrees(cp=2), options, True, 4), masked)
 
 
 @pytest.mark.parametrize("kind", ["ring", *LONGER])
-def test_bf16_stays_near(two: Group, masked: dict, kind: str) -> None:
-    for result in two.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind, param_dtype=torch.bfloat16)):
+def test_bf16_stays_near(ranks2: Ranks, masked: dict, kind: str) -> None:
+    for result in ranks2.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind, param_dtype=torch.bfloat16)):
         assert result["losses"] == pytest.approx(masked["losses"], abs=5e-2)
         assert result["losses"] != masked["losses"]
 
@@ -78,32 +78,32 @@ def test_bf16_stays_near(two: Group, masked: dict, kind: str) -> None:
         ("allgather", "cp2-ddp2", "plain"),
     ],
 )
-def test_four(four: Group, masked: dict, kind: str, layout: str, way: str) -> None:
-    same(four.run(cases.train, LAYOUTS[layout], ParallelOptions(context=kind, **WAYS[way])), masked)
+def test_four(ranks4: Ranks, masked: dict, kind: str, layout: str, way: str) -> None:
+    same(ranks4.run(cases.train, LAYOUTS[layout], ParallelOptions(context=kind, **WAYS[way])), masked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_tensor_parallel_without_sequence_parallel(four: Group, masked: dict, kind: str) -> None:
+def test_tensor_parallel_without_sequence_parallel(ranks4: Ranks, masked: dict, kind: str) -> None:
     # Compiled and checkpointed at once, as one would train.
     options = ParallelOptions(context=kind, sequence_parallel=False, **WAYS["ac"], **WAYS["compile"])
-    same(four.run(cases.train, LAYOUTS["cp2-tp2"], options), masked)
+    same(ranks4.run(cases.train, LAYOUTS["cp2-tp2"], options), masked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_inductor(two: Group, masked: dict, kind: str) -> None:
+def test_inductor(ranks2: Ranks, masked: dict, kind: str) -> None:
     options = ParallelOptions(context=kind, compile_blocks=True, activation_checkpointing="selective")
-    same(two.run(cases.train, Degrees(cp=2), options, timeout=400.0), masked)
+    same(ranks2.run(cases.train, Degrees(cp=2), options, timeout=400.0), masked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluate_and_predict(one: Group, four: Group, kind: str) -> None:
-    total, logits, again = one.run(cases.evaluate_and_predict, Degrees(), kind)[0]
+def test_evaluate_and_predict(ranks1: Ranks, ranks4: Ranks, kind: str) -> None:
+    total, logits, again = ranks1.run(cases.evaluate_and_predict, Degrees(), kind)[0]
     assert torch.equal(logits, again)
     for layout in ("cp4", "cp2-tp2", "cp2-fsdp2"):
-        for result in four.run(cases.evaluate_and_predict, LAYOUTS[layout], kind):
+        for result in ranks4.run(cases.evaluate_and_predict, LAYOUTS[layout], kind):
             assert result[0] == pytest.approx(total, rel=1e-5)
             torch.testing.assert_close(result[1], logits, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(result[2], logits, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import parallel_context as cases
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, ParallelOptions, check_plan
 
 PLAN = cases.PLAN
@@ -25,8 +25,8 @@ PLAN = cases.PLAN
     ],
     ids=["no-sequence", "positions", "input", "glob", "parameters"],
 )
-def test_refusals(two: Group, changed: dict, says: str) -> None:
-    for message in two.run(cases.refusal, changed, "allgather"):
+def test_refusals(ranks2: Ranks, changed: dict, says: str) -> None:
+    for message in ranks2.run(cases.refusal, changed, "allgather"):
         assert says in message
 
 
@@ -104,8 +104,8 @@ def refusal(degrees: Degrees, options: ParallelOptions, length: int | None = Non
     return ""
 
 
-def test_wrong_calls(two: Group) -> None:
-    for length, lengths, target, nothing, unnamed in two.run(cases.wrong_calls):
+def test_wrong_calls(ranks2: Ranks) -> None:
+    for length, lengths, target, nothing, unnamed in ranks2.run(cases.wrong_calls):
         assert "must be a multiple of 4, which 6 is not; the nearest are 4 and 8" in length
         assert lengths.endswith("sequences of different lengths: {'tokens': 16, 'document_ids': 8}")
         assert target.startswith("the target is [4, 8], but the plan says that it holds sequences in dim 1")

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard
 import parallel_experts as cases
 from parallel_cases import ROWS, SEQ
 from parallel_curves import same
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 from titan_parallel.expert.experts import shard_dim
 
@@ -54,8 +54,8 @@ APART = ParallelOptions(sequence_parallel=False, reshard_after_forward="never")
     ],
     ids=["ep-sac", "tp-no-sp-no-reshard", "tp-sac", "ep-ac"],
 )
-def test_two_processes_with_options(two: Group, alone: dict, degrees: Degrees, options: ParallelOptions) -> None:
-    same(two.run(cases.train, degrees, options), alone)
+def test_two_processes_with_options(ranks2: Ranks, alone: dict, degrees: Degrees, options: ParallelOptions) -> None:
+    same(ranks2.run(cases.train, degrees, options), alone)
 
 
 @pytest.mark.parametrize(
@@ -63,17 +63,17 @@ def test_two_processes_with_options(two: Group, alone: dict, degrees: Degrees, o
     [Degrees(ep=2), Degrees(), pytest.param(Degrees(tp=2), marks=pytest.mark.slow)],
     ids=["ep", "fsdp", "tp"],
 )
-def test_two_processes_accumulating(two: Group, alone: dict, degrees: Degrees) -> None:
-    same(two.run(cases.train, degrees, None, 2), alone)
+def test_two_processes_accumulating(ranks2: Ranks, alone: dict, degrees: Degrees) -> None:
+    same(ranks2.run(cases.train, degrees, None, 2), alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("degrees", "checkpointing"), [(Degrees(ep=2), "selective"), (Degrees(tp=2), "full")], ids=["ep-sac", "tp-ac"]
 )
-def test_two_processes_compiled(two: Group, together: dict, degrees: Degrees, checkpointing: str) -> None:
+def test_two_processes_compiled(ranks2: Ranks, together: dict, degrees: Degrees, checkpointing: str) -> None:
     options = replace(COMPILED, activation_checkpointing=checkpointing)
-    same(two.run(cases.train, degrees, options, 1, True), together)
+    same(ranks2.run(cases.train, degrees, options, 1, True), together)
 
 
 @pytest.mark.slow
@@ -86,19 +86,19 @@ def test_two_processes_compiled(two: Group, together: dict, degrees: Degrees, ch
     ],
     ids=["ep4", "ep-tp-ac", "tp4"],
 )
-def test_four_processes(four: Group, alone: dict, degrees: Degrees, options: ParallelOptions | None) -> None:
-    same(four.run(cases.train, degrees, options), alone)
+def test_four_processes(ranks4: Ranks, alone: dict, degrees: Degrees, options: ParallelOptions | None) -> None:
+    same(ranks4.run(cases.train, degrees, options), alone)
 
 
 @pytest.mark.slow
-def test_four_processes_compiled(four: Group, together: dict) -> None:
-    same(four.run(cases.train, Degrees(ep=2, tp=2), COMPILED, 1, True, timeout=180.0), together)
+def test_four_processes_compiled(ranks4: Ranks, together: dict) -> None:
+    same(ranks4.run(cases.train, Degrees(ep=2, tp=2), COMPILED, 1, True, timeout=180.0), together)
 
 
 @pytest.mark.slow
-def test_bf16_stays_near(two: Group, alone: dict) -> None:
+def test_bf16_stays_near(ranks2: Ranks, alone: dict) -> None:
     for degrees in (Degrees(ep=2), Degrees(tp=2)):
-        for result in two.run(cases.train, degrees, ParallelOptions(param_dtype=torch.bfloat16)):
+        for result in ranks2.run(cases.train, degrees, ParallelOptions(param_dtype=torch.bfloat16)):
             assert result["losses"] == pytest.approx(alone["losses"], abs=5e-2)
             assert result["losses"] != alone["losses"]  # it did compute in bf16
 
@@ -107,10 +107,10 @@ def test_bf16_stays_near(two: Group, alone: dict) -> None:
 @pytest.mark.parametrize(
     "degrees", [Degrees(ep=4), pytest.param(Degrees(ep=2, tp=2), marks=pytest.mark.slow)], ids=["ep4", "ep-tp"]
 )
-def test_all_tokens_to_one_rank(four: Group, degrees: Degrees) -> None:
-    same(four.run(cases.train, degrees, None, 1, False, True), cases.reference(one_expert=True))
+def test_all_tokens_to_one_rank(ranks4: Ranks, degrees: Degrees) -> None:
+    same(ranks4.run(cases.train, degrees, None, 1, False, True), cases.reference(one_expert=True))
     each = cases.EXPERTS // degrees.ep
-    for rank, (seen, zero) in enumerate(four.run(cases.idle_ranks, degrees)):
+    for rank, (seen, zero) in enumerate(ranks4.run(cases.idle_ranks, degrees)):
         busy = rank < degrees.tp  # has the first experts, to which all tokens go
         for counts in seen:
             assert len(counts) == each
@@ -119,17 +119,17 @@ def test_all_tokens_to_one_rank(four: Group, degrees: Degrees) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exchange_of_any_counts(four: Group, dtype: torch.dtype) -> None:
+def test_exchange_of_any_counts(ranks4: Ranks, dtype: torch.dtype) -> None:
     for seed in range(5):
-        answers = four.run(cases.exchange, dtype, seed)
+        answers = ranks4.run(cases.exchange, dtype, seed)
         assert max(off for off, _ in answers) <= (1e-6 if dtype == torch.float32 else 1e-2)
         assert answers[-1][1] == [1]  # a row that is made up, since nobody had any
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_rows_sent(two: Group, checkpointing: str) -> None:
+def test_rows_sent(ranks2: Ranks, checkpointing: str) -> None:
     layers = 2
-    answers = two.run(cases.traffic, checkpointing)
+    answers = ranks2.run(cases.traffic, checkpointing)
     for (rows, needed, messages), (_, of_the_other, _) in zip(answers, answers[::-1], strict=True):
         # Rows go to the other rank and results come back from there; of its rows it is the other way round.
         ways = list(zip(needed[:layers], of_the_other[:layers], strict=True))
@@ -142,7 +142,7 @@ def test_rows_sent(two: Group, checkpointing: str) -> None:
 
 
 @pytest.mark.slow
-def test_layouts(four: Group) -> None:
+def test_layouts(ranks4: Ranks) -> None:
     for degrees, dims, placements in [
         (Degrees(ep=2), "expert_fsdp ep", {"wide": ["S(1)", "S(0)"], "narrow_bias": ["S(1)", "S(0)"]}),
         (Degrees(ep=2, dp_replicate=2), "dp_replicate expert_fsdp ep", {"narrow": ["R", "S(1)", "S(0)"]}),
@@ -157,7 +157,7 @@ def test_layouts(four: Group) -> None:
             {"wide": ["S(0)", "S(1)"], "narrow": ["S(0)", "S(2)"], "narrow_bias": ["S(0)", "R"]},
         ),
     ]:
-        for found in four.run(cases.layouts, degrees):
+        for found in ranks4.run(cases.layouts, degrees):
             for key, expected in placements.items():
                 mesh, has, _, _ = found[f"stack.0.mixture.experts.{key}"]
                 assert (mesh, has) == (dims, expected)
@@ -173,8 +173,8 @@ def test_layouts(four: Group) -> None:
     ],
     ids=["ep-tp", "ep4", "ep-fsdp", "ep-ddp"],
 )
-def test_clipping_over_mixed_meshes(four: Group, degrees: Degrees) -> None:
-    for expected, found, off, with_a_hole in four.run(cases.norms_with_a_hole, degrees):
+def test_clipping_over_mixed_meshes(ranks4: Ranks, degrees: Degrees) -> None:
+    for expected, found, off, with_a_hole in ranks4.run(cases.norms_with_a_hole, degrees):
         assert found == pytest.approx(expected, rel=1e-5)
         assert off < 1e-6
         assert math.isnan(with_a_hole)
@@ -211,8 +211,8 @@ def test_clipping_over_mixed_meshes(four: Group, degrees: Degrees) -> None:
     ],
     ids=["no-experts", "number", "stated", "shapes", "no-mixture", "router", "kind", "parameter", "outside"],
 )
-def test_refusals(two: Group, degrees: Degrees, changed: dict, says: str) -> None:
-    for message in two.run(cases.refusal, degrees, changed):
+def test_refusals(ranks2: Ranks, degrees: Degrees, changed: dict, says: str) -> None:
+    for message in ranks2.run(cases.refusal, degrees, changed):
         assert says in message, message
 
 

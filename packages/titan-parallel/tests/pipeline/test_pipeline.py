@@ -11,8 +11,8 @@ import torch
 
 import parallel_pipeline as cases
 from parallel_cases import MAX_NORM, SEQ, bf16_options
-from parallel_group import Group
 from parallel_pipeline import Case
+from ranks import Ranks
 from titan_parallel import SCHEDULES, Degrees, ParallelOptions, PipelineOptions
 
 
@@ -46,29 +46,29 @@ def test_losses_move() -> None:
 @pytest.mark.parametrize(
     "schedule", [name if name in ("1F1B", "ZBVZeroBubble", "DualPipeV") else longer(name)[0] for name in SCHEDULES]
 )
-def test_schedules(two: Group, schedule: str) -> None:
+def test_schedules(ranks2: Ranks, schedule: str) -> None:
     for case in (on(schedule, wraps=True, looks=True), on(schedule, tied=True)):
-        same(two.run(cases.train, case), case.expected())
+        same(ranks2.run(cases.train, case), case.expected())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "Interleaved1F1B"])
-def test_four_stages_wide_uneven(four: Group, schedule: str) -> None:
+def test_four_stages_wide_uneven(ranks4: Ranks, schedule: str) -> None:
     case = on(schedule, Degrees(pp=4), tied=True, layers=9)
-    same(four.run(cases.train, case), case.expected())
+    same(ranks4.run(cases.train, case), case.expected())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["DualPipeV", "InterleavedZeroBubble", "ZBVZeroBubble"])
-def test_with_fsdp(four: Group, schedule: str) -> None:
+def test_with_fsdp(ranks4: Ranks, schedule: str) -> None:
     case = on(schedule, tied=True, looks=True)
-    same(four.run(cases.train, case), case.expected())
+    same(ranks4.run(cases.train, case), case.expected())
 
 
 @pytest.mark.slow
-def test_with_replicas(four: Group) -> None:
+def test_with_replicas(ranks4: Ranks) -> None:
     case = on("Interleaved1F1B", Degrees(pp=2, dp_replicate=2))
-    same(four.run(cases.train, case), case.expected())
+    same(ranks4.run(cases.train, case), case.expected())
 
 
 @pytest.mark.slow
@@ -77,16 +77,16 @@ def test_with_replicas(four: Group) -> None:
     [("InterleavedZeroBubble", False), ("DualPipeV", True)],
     ids=["InterleavedZeroBubble-no-sp", "DualPipeV-sp"],
 )
-def test_with_tensor_parallelism(four: Group, schedule: str, sequence_parallel: bool) -> None:
+def test_with_tensor_parallelism(ranks4: Ranks, schedule: str, sequence_parallel: bool) -> None:
     options = ParallelOptions(sequence_parallel=sequence_parallel)
     case = on(schedule, Degrees(pp=2, tp=2), tied=True, wraps=True, looks=sequence_parallel, options=options)
-    same(four.run(cases.train, case), case.expected())
+    same(ranks4.run(cases.train, case), case.expected())
 
 
 @pytest.mark.slow
-def test_with_fsdp_and_tensor_parallelism(eight: Group) -> None:
+def test_with_fsdp_and_tensor_parallelism(ranks8: Ranks) -> None:
     case = on("ZBVZeroBubble", Degrees(pp=2, tp=2), tied=True)
-    same(eight.run(cases.train, case, timeout=400.0), case.expected())
+    same(ranks8.run(cases.train, case, timeout=400.0), case.expected())
 
 
 @pytest.mark.slow
@@ -100,43 +100,43 @@ def test_with_fsdp_and_tensor_parallelism(eight: Group) -> None:
     ],
     ids=["reshard", "ac-selective", "ac-full", "compile"],
 )
-def test_with_options(four: Group, options: ParallelOptions) -> None:
+def test_with_options(ranks4: Ranks, options: ParallelOptions) -> None:
     schedule = "Interleaved1F1B" if options.reshard_after_forward == "always" else "ZBVZeroBubble"
     case = on(schedule, options=options)
-    same(four.run(cases.train, case, timeout=200.0), case.expected())
+    same(ranks4.run(cases.train, case, timeout=200.0), case.expected())
 
 
 @pytest.mark.slow
-def test_bf16_stays_near(two: Group) -> None:
+def test_bf16_stays_near(ranks2: Ranks) -> None:
     for schedule in ("1F1B", "InterleavedZeroBubble"):
         case = on(schedule, options=bf16_options())
-        for result in two.run(cases.train, case):
+        for result in ranks2.run(cases.train, case):
             assert result["losses"] == pytest.approx(case.expected()["losses"], abs=5e-2)
             assert result["losses"] != case.expected()["losses"]  # it did compute in bf16
             assert all(w.dtype == torch.float32 for w in result["weights"].values())
 
 
-def run_in_halves(group: Group, case: Case) -> None:
+def run_in_halves(group: Ranks, case: Case) -> None:
     stages = {index: splits for found in group.run(cases.halves, case) for index, splits in found.items()}
     assert stages == dict.fromkeys(range(4), True)
 
 
 @pytest.mark.slow
-def test_backward_is_run_in_halves_on_four(four: Group) -> None:
-    run_in_halves(four, on("ZBVZeroBubble"))
-    run_in_halves(four, on("ZBVZeroBubble", Degrees(pp=2, tp=2)))
+def test_backward_is_run_in_halves_on_four(ranks4: Ranks) -> None:
+    run_in_halves(ranks4, on("ZBVZeroBubble"))
+    run_in_halves(ranks4, on("ZBVZeroBubble", Degrees(pp=2, tp=2)))
 
 
-def test_backward_is_run_in_halves(two: Group) -> None:
-    run_in_halves(two, on("InterleavedZeroBubble"))
-    run_in_halves(two, on("ZBVZeroBubble", tied=True))
+def test_backward_is_run_in_halves(ranks2: Ranks) -> None:
+    run_in_halves(ranks2, on("InterleavedZeroBubble"))
+    run_in_halves(ranks2, on("ZBVZeroBubble", tied=True))
     compiled = on("ZBVZeroBubble", options=ParallelOptions(compile_blocks=True, compile_backend="eager"))
-    assert two.run(cases.halves, compiled) == [{0: False, 3: False}, {1: False, 2: False}]
+    assert ranks2.run(cases.halves, compiled) == [{0: False, 3: False}, {1: False, 2: False}]
 
 
-def test_results_are_sent_when_they_are_there(two: Group) -> None:
+def test_results_are_sent_when_they_are_there(ranks2: Ranks) -> None:
     # torch puts a forward and a backward into one action in this schedule, and would send what they give after both.
-    for actions in two.run(cases.actions, on("DualPipeV")):
+    for actions in ranks2.run(cases.actions, on("DualPipeV")):
         sent = [(one, then) for one, then in pairwise(actions) if "SEND" in then and "WAIT" not in then]
         assert len(sent) == 8
         assert all(then[:2] == one[:1] + "S" and then[-1] == one[-1] for one, then in sent), actions
@@ -144,35 +144,35 @@ def test_results_are_sent_when_they_are_there(two: Group) -> None:
 
 @pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
 @pytest.mark.parametrize("kind", ["twice", "turned", "once"])
-def test_odd_models(two: Group, schedule: str, kind: str) -> None:
-    expected = cases.odd_gradients(0, 1, kind, "")
-    found = {name: grad for result in two.run(cases.odd_gradients, kind, schedule) for name, grad in result.items()}
+def test_odd_models(ranks2: Ranks, schedule: str, kind: str) -> None:
+    expected = cases.odd_gradients(kind, "")
+    found = {name: grad for result in ranks2.run(cases.odd_gradients, kind, schedule) for name, grad in result.items()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_stages_exchange_the_hidden_state(two: Group) -> None:
-    for result in two.run(cases.sent_shapes, on("1F1B")):
+def test_stages_exchange_the_hidden_state(ranks2: Ranks) -> None:
+    for result in ranks2.run(cases.sent_shapes, on("1F1B")):
         assert result == [[cases.ROWS // 4, SEQ, cases.DIM]] * 4
 
 
 @pytest.mark.slow
-def test_stages_exchange_their_share_of_the_hidden_state(four: Group) -> None:
+def test_stages_exchange_their_share_of_the_hidden_state(ranks4: Ranks) -> None:
     rows = cases.ROWS // 4
-    for result in four.run(cases.sent_shapes, on("1F1B", Degrees(pp=2, tp=2))):
+    for result in ranks4.run(cases.sent_shapes, on("1F1B", Degrees(pp=2, tp=2))):
         assert result == [[rows, SEQ // 2, cases.DIM]] * 4
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "DualPipeV", *longer("ZBVZeroBubble")])
-def test_evaluate_and_predict(two: Group, four: Group, schedule: str) -> None:
+def test_evaluate_and_predict(ranks2: Ranks, ranks4: Ranks, schedule: str) -> None:
     net = cases.build(True, 4)
     tokens, labels = cases.batch(0)
     with torch.no_grad():
         logits = net(tokens, document_ids=cases.documents(0))
         expected = float(cases.summed_loss(logits, labels))
     case = on(schedule, tied=True, count=1)  # less than some schedules take to train
-    for group in (two, four):
+    for group in (ranks2, ranks4):
         for loss, found, training in group.run(cases.evaluate_and_predict, case):
             assert loss == pytest.approx(expected, rel=1e-5)
             torch.testing.assert_close(found, logits)
@@ -181,13 +181,13 @@ def test_evaluate_and_predict(two: Group, four: Group, schedule: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "tied"), [("ZBVZeroBubble", True), ("1F1B", False)], ids=["tied", "untied"])
-def test_from_meta(two: Group, four: Group, schedule: str, tied: bool) -> None:
+def test_from_meta(ranks2: Ranks, ranks4: Ranks, schedule: str, tied: bool) -> None:
     net = cases.build(tied, 4)
     expected = net.state_dict()
     if tied:
         del expected["vocab_out.weight"]
     logits = net(cases.batch(0)[0], document_ids=cases.documents(0)).detach()
-    for group, degrees in ((two, Degrees(pp=2)), (four, Degrees(pp=2)), (four, Degrees(pp=2, tp=2))):
+    for group, degrees in ((ranks2, Degrees(pp=2)), (ranks4, Degrees(pp=2)), (ranks4, Degrees(pp=2, tp=2))):
         seen = {}
         for parameters, state, found in group.run(cases.fill_from_meta, on(schedule, degrees, tied=tied)):
             torch.testing.assert_close(found, logits)
@@ -199,36 +199,36 @@ def test_from_meta(two: Group, four: Group, schedule: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", *longer("ZBVZeroBubble")])
-def test_gradients_add_up_over_calls(four: Group, schedule: str) -> None:
+def test_gradients_add_up_over_calls(ranks4: Ranks, schedule: str) -> None:
     case = on(schedule, tied=True)
-    for once, twice in zip(*(four.run(cases.gradients, case, calls) for calls in (1, 2)), strict=True):
+    for once, twice in zip(*(ranks4.run(cases.gradients, case, calls) for calls in (1, 2)), strict=True):
         assert once.keys() == twice.keys()
         for name, gradient in once.items():
             torch.testing.assert_close(twice[name], 2 * gradient)
 
 
-def test_lengths_that_change(four: Group) -> None:
+def test_lengths_that_change(ranks4: Ranks) -> None:
     # Ranks that gather weights together look at new shapes together, whichever of them has one.
-    answers = four.run(cases.other_shapes, on("1F1B", count=2))
+    answers = ranks4.run(cases.other_shapes, on("1F1B", count=2))
     assert all(answer == pytest.approx(answers[0], rel=1e-6) for answer in answers)
     assert len(set(answers[0])) == 4
 
 
-def test_explicit_split(two: Group) -> None:
+def test_explicit_split(ranks2: Ranks) -> None:
     pipeline = PipelineOptions(split=("stack.1",))
     case = Case(Degrees(pp=2), pipeline, tied=True)
-    results = two.run(cases.train, case)
+    results = ranks2.run(cases.train, case)
     same(results, case.expected())
     blocks = [{name.split(".")[1] for name in r["weights"] if name.startswith("stack.")} for r in results]
     assert blocks == [{"0"}, {"1", "2", "3"}]
 
 
 @pytest.mark.parametrize("kind", ["v", "loop"])
-def test_schedule_from_a_file(two: Group, tmp_path: Path, kind: str) -> None:
+def test_schedule_from_a_file(ranks2: Ranks, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "order.csv"
     path.write_text(FILES[kind])
     case = Case(Degrees(pp=2), PipelineOptions(schedule=str(path)), tied=True, looks=True, count=2)
-    same(two.run(cases.train, case), case.expected())
+    same(ranks2.run(cases.train, case), case.expected())
 
 
 FILES = {
@@ -297,6 +297,6 @@ NO = ParallelOptions()
         "split",
     ],
 )
-def test_refusals(two: Group, kind: str, changed: dict, options: ParallelOptions, count: int, says: str) -> None:
-    for message in two.run(cases.refusal, kind, changed, options, count):
+def test_refusals(ranks2: Ranks, kind: str, changed: dict, options: ParallelOptions, count: int, says: str) -> None:
+    for message in ranks2.run(cases.refusal, kind, changed, options, count):
         assert re.match(says, message), message

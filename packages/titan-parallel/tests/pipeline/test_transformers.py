@@ -7,7 +7,7 @@ import torch
 
 import parallel_pipeline_transformers as cases
 import parallel_transformers
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees
 
 pytest.importorskip("transformers")
@@ -15,12 +15,12 @@ pytest.importorskip("transformers")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", cases.PLANS)
-def test_families(two: Group, four: Group, family: str) -> None:
+def test_families(ranks2: Ranks, ranks4: Ranks, family: str) -> None:
     plain = cases.build(family)
     expected, weights = parallel_transformers.reference(plain)
     logits = plain(parallel_transformers.batch(0)[0]).logits.detach()
     assert expected[0] - expected[-1] > 0.05  # a curve to follow
-    for group, schedule in ((two, "ZBVZeroBubble"), (four, "1F1B"), (four, "InterleavedZeroBubble")):
+    for group, schedule in ((ranks2, "ZBVZeroBubble"), (ranks4, "1F1B"), (ranks4, "InterleavedZeroBubble")):
         seen: dict[str, torch.Tensor] = {}
         for losses, trained, predicted in group.run(cases.train, family, Degrees(pp=2), schedule):
             assert losses == pytest.approx(expected, abs=1e-5)

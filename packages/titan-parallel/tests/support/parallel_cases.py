@@ -138,8 +138,6 @@ def train_plain(net: nn.Module) -> dict[str, Any]:
 
 
 def train(
-    rank: int,
-    world: int,
     degrees: Degrees,
     options: ParallelOptions | None = None,
     tied: bool = False,
@@ -173,7 +171,7 @@ def whole(model: ParallelModel) -> dict[str, Tensor]:
     }
 
 
-def fill_from_meta(rank: int, world: int, degrees: Degrees, tied: bool) -> tuple[list[str], list[str], str, bool]:
+def fill_from_meta(degrees: Degrees, tied: bool) -> tuple[list[str], list[str], str, bool]:
     """Build on meta, lay out, materialise, fill each local shard with a constant; return names and a digest."""
     with torch.device("meta"):
         net = Net(tied)
@@ -195,7 +193,7 @@ def fill_from_meta(rank: int, world: int, degrees: Degrees, tied: bool) -> tuple
     )
 
 
-def evaluate_and_predict(rank: int, world: int, degrees: Degrees) -> tuple[float, Tensor, bool]:
+def evaluate_and_predict(degrees: Degrees) -> tuple[float, Tensor, bool]:
     model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False))
     tokens, labels = batch(0)
     place = data_axis(model.mesh)
@@ -204,7 +202,7 @@ def evaluate_and_predict(rank: int, world: int, degrees: Degrees) -> tuple[float
     return total, model.predict(tokens), model.parts[0].training
 
 
-def state_round_trip(rank: int, world: int, degrees: Degrees) -> bool:
+def state_round_trip(degrees: Degrees) -> bool:
     model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False))
     other = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False))
     with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -175,9 +176,7 @@ def reference(masked: bool = True) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
-def train(
-    rank: int, world: int, degrees: Degrees, options: ParallelOptions, masked: bool = True, microbatches: int = 1
-) -> dict[str, Any]:
+def train(degrees: Degrees, options: ParallelOptions, masked: bool = True, microbatches: int = 1) -> dict[str, Any]:
     """Train the same steps laid out over the group."""
     torch._dynamo.reset()
     model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN, options)
@@ -198,13 +197,14 @@ def train(
 
 
 def attention(
-    rank: int, world: int, kind: str, sizes: tuple[int, int, int, int, int], ids: Tensor | None, dtype: torch.dtype
+    kind: str, sizes: tuple[int, int, int, int, int], ids: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Attend from this rank's part of made-up inputs; return the output and the gradients of q, k and v."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     balanced = is_balanced(kind)
-    mine = [take_part(x, 2, rank, world, balanced=balanced).to(dtype) for x in inputs(sizes)]
+    mine = [take_part(x, 2, rank, world_size, balanced=balanced).to(dtype) for x in inputs(sizes)]
     q, k, v = (x.requires_grad_() for x in mine[:3])
-    part = None if ids is None else take_part(ids, 1, rank, world, balanced=balanced)
+    part = None if ids is None else take_part(ids, 1, rank, world_size, balanced=balanced)
     out = context_attention(q, k, v, part, group=torch.distributed.group.WORLD, kind=kind)
     out.backward(mine[3])
     assert out.dtype == q.grad.dtype == k.grad.dtype == v.grad.dtype == dtype
@@ -226,7 +226,7 @@ def expected_attention(sizes: tuple[int, int, int, int, int], ids: Tensor | None
     return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
-def evaluate_and_predict(rank: int, world: int, degrees: Degrees, kind: str) -> tuple[float, Tensor, Tensor]:
+def evaluate_and_predict(degrees: Degrees, kind: str) -> tuple[float, Tensor, Tensor]:
     """Return the loss of an evaluation, and what predictions give, positions given and not."""
     model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN, ParallelOptions(context=kind))
     tokens, ids, labels = batch(0)
@@ -237,19 +237,21 @@ def evaluate_and_predict(rank: int, world: int, degrees: Degrees, kind: str) -> 
     return total, model.predict(tokens, document_ids=ids), model.predict(tokens, ids, places=places)
 
 
-def refusal(rank: int, world: int, changed: ParallelPlan, kind: str) -> str:
+def refusal(changed: ParallelPlan, kind: str) -> str:
     """Return the message that `parallelize` refuses with, on every rank."""
+    world_size = dist.get_world_size()
     merged: ParallelPlan = {**PLAN, **changed}
     try:
-        parallelize(build(), build_mesh(Degrees(cp=world), "cpu"), merged, ParallelOptions(context=kind))
+        parallelize(build(), build_mesh(Degrees(cp=world_size), "cpu"), merged, ParallelOptions(context=kind))
     except LayoutError as error:
         return str(error)
     return ""
 
 
-def wrong_calls(rank: int, world: int) -> list[str]:
+def wrong_calls() -> list[str]:
     """Return what calls are answered with that give nothing to cut, or nothing that can be."""
-    model = parallelize(build(), build_mesh(Degrees(cp=world), "cpu"), PLAN)
+    world_size = dist.get_world_size()
+    model = parallelize(build(), build_mesh(Degrees(cp=world_size), "cpu"), PLAN)
     tokens, ids, labels = batch(0)
     messages = []
     for microbatch in (
@@ -286,11 +288,12 @@ SENDERS = {
 
 
 def traffic(
-    rank: int, world: int, kind: str, sizes: tuple[int, int, int, int, int], masked: bool
+    kind: str, sizes: tuple[int, int, int, int, int], masked: bool
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Return the bytes of each call that attention makes, forward and backward."""
-    mine = [take_part(x, 2, rank, world, balanced=is_balanced(kind)).requires_grad_() for x in inputs(sizes)]
-    ids = torch.zeros(sizes[0], sizes[3] // world, dtype=torch.int64) if masked else None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = [take_part(x, 2, rank, world_size, balanced=is_balanced(kind)).requires_grad_() for x in inputs(sizes)]
+    ids = torch.zeros(sizes[0], sizes[3] // world_size, dtype=torch.int64) if masked else None
     with counted() as forward:
         out = context_attention(*mine[:3], ids, group=torch.distributed.group.WORLD, kind=kind)
     with counted() as backward:
@@ -308,9 +311,10 @@ def counted() -> Iterator[dict[str, Count]]:
         yield counts
 
 
-def ring_steps(rank: int, world: int, options: ParallelOptions) -> int:
+def ring_steps(options: ParallelOptions) -> int:
     """Return how many times a step of training passes something around the ring."""
-    model = parallelize(build(), build_mesh(Degrees(cp=world), "cpu"), PLAN, options)
+    world_size = dist.get_world_size()
+    model = parallelize(build(), build_mesh(Degrees(cp=world_size), "cpu"), PLAN, options)
     tokens, ids, labels = batch(0)
     with counted() as counts:
         model.forward_backward([Microbatch((tokens, ids), labels)], summed_loss, 1.0)

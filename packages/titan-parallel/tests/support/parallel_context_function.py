@@ -30,9 +30,7 @@ PLAN: ParallelPlan = {
 }
 
 
-def train(
-    rank: int, world: int, degrees: Degrees, options: ParallelOptions
-) -> tuple[list[float], dict[str, Tensor], Tensor]:
+def train(degrees: Degrees, options: ParallelOptions) -> tuple[list[float], dict[str, Tensor], Tensor]:
     from transformers import AttentionInterface
 
     mesh = build_mesh(degrees, "cpu")

@@ -10,7 +10,7 @@ from titan_parallel import Degrees, ParallelOptions, build_mesh, parallelize
 
 
 def table(
-    rank: int, world: int, degrees: Degrees, tied: bool, options: ParallelOptions | None = None
+    degrees: Degrees, tied: bool, options: ParallelOptions | None = None
 ) -> tuple[str, int, dict[str, tuple[str, str]]]:
     """Return the table, the bytes of all local tensors, and shapes by name."""
     with torch.device("meta"):

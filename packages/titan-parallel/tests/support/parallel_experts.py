@@ -189,8 +189,6 @@ def reference(gathered: bool = False, one_expert: bool = False) -> dict[str, Any
 
 
 def train(
-    rank: int,
-    world: int,
     degrees: Degrees,
     options: ParallelOptions | None = None,
     microbatches: int = 1,
@@ -226,7 +224,7 @@ def share(model: ParallelModel, step: int, microbatches: int = 1) -> tuple[list[
     return [Microbatch((t,), y) for t, y in mine], int((labels != -100).sum())
 
 
-def idle_ranks(rank: int, world: int, degrees: Degrees) -> tuple[list[list[int]], list[bool]]:
+def idle_ranks(degrees: Degrees) -> tuple[list[list[int]], list[bool]]:
     """Return the counts that this rank's experts are called with in a step, and which gradients are there and zero."""
     model = parallel_model(degrees, None, False, one_expert=True)
     mine, scored = share(model, 0)
@@ -236,15 +234,16 @@ def idle_ranks(rank: int, world: int, degrees: Degrees) -> tuple[list[list[int]]
     return [counts for module in experts for counts in module.seen], zero
 
 
-def exchange(rank: int, world: int, dtype: torch.dtype, seed: int) -> tuple[float, list[int]]:
+def exchange(dtype: torch.dtype, seed: int) -> tuple[float, list[int]]:
     """Exchange rows of random counts; return how far results and gradients are from those without an exchange.
 
     How far is in parts of the largest number of its tensor, since bfloat16 rounds in parts and sums here are grouped
     otherwise. Ranks with odd numbers have no rows at all, and nobody has any for the last rank's experts.
     """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(seed)
-    n_experts = 3 * world
-    counts = torch.randint(0, 4, (world, n_experts), generator=generator)
+    n_experts = 3 * world_size
+    counts = torch.randint(0, 4, (world_size, n_experts), generator=generator)
     counts[1::2], counts[:, -3:] = 0, 0
     weights = torch.randn(n_experts, DIM, generator=generator).to(dtype)
     inputs = [torch.randn(int(n), DIM, generator=generator).to(dtype) for n in counts.sum(1)]
@@ -266,7 +265,7 @@ def exchange(rank: int, world: int, dtype: torch.dtype, seed: int) -> tuple[floa
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs if a.numel()), called[:1]
 
 
-def layouts(rank: int, world: int, degrees: Degrees) -> dict[str, tuple[str, list[str], list[int], bool]]:
+def layouts(degrees: Degrees) -> dict[str, tuple[str, list[str], list[int], bool]]:
     """Return of each parameter its mesh dims, placements, local shape, and whether its gradient is laid out alike."""
     model = parallel_model(degrees)
     mine, scored = share(model, 0)
@@ -283,7 +282,7 @@ def layouts(rank: int, world: int, degrees: Degrees) -> dict[str, tuple[str, lis
     }
 
 
-def norms_with_a_hole(rank: int, world: int, degrees: Degrees) -> list[float]:
+def norms_with_a_hole(degrees: Degrees) -> list[float]:
     """Return norms of random gradients, clipped and not, and with one that is not finite in one expert."""
     model = parallel_model(degrees)
     full = build()
@@ -323,15 +322,16 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traffic(rank: int, world: int, checkpointing: str) -> tuple[list[int], list[int], int]:
+def traffic(checkpointing: str) -> tuple[list[int], list[int], int]:
     """Return how many rows left this rank in a step, how many had to by the choice of experts, and the messages."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     options = ParallelOptions(activation_checkpointing=checkpointing)
     model = parallel_model(Degrees(ep=2), options)
     mine, scored = share(model, 0)
     needed: list[int] = []
 
     def note(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        needed.append(int((output[1] // (EXPERTS // world) != rank).sum()))
+        needed.append(int((output[1] // (EXPERTS // world_size) != rank).sum()))
 
     for layer in model.parts[0].stack:
         layer.mixture.gate.register_forward_hook(note)
@@ -340,7 +340,7 @@ def traffic(rank: int, world: int, checkpointing: str) -> tuple[list[int], list[
     return sent.rows, needed, sent.messages
 
 
-def refusal(rank: int, world: int, degrees: Degrees, changed: ParallelPlan) -> str:
+def refusal(degrees: Degrees, changed: ParallelPlan) -> str:
     """Return the message that `parallelize` refuses with."""
     merged: ParallelPlan = {**plan(), **changed}
     try:

@@ -11,14 +11,14 @@ from titan_parallel import Degrees, ParallelOptions, build_mesh, parallelize
 from titan_parallel.float8 import is_float8
 
 
-def converted(rank: int, world: int, degrees: Degrees, options: ParallelOptions) -> tuple[list[str], list[str]]:
+def converted(degrees: Degrees, options: ParallelOptions) -> tuple[list[str], list[str]]:
     """Return which linears multiply in float8, and the names of all parameters."""
     model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False), options)
     names = [name for name, module in model.parts[0].named_modules() if is_float8(module)]
     return names, list(model.state_dict())
 
 
-def train_from_meta(rank: int, world: int, degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
+def train_from_meta(degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
     """Train a model made on meta and filled with the weights that others are built with."""
     plain = build(False)
     with torch.device("meta"):

@@ -62,8 +62,6 @@ def reference(kv_heads: int) -> dict[str, Any]:
 
 
 def train(
-    rank: int,
-    world: int,
     degrees: Degrees,
     kv_heads: int,
     options: ParallelOptions | None = None,
@@ -74,7 +72,7 @@ def train(
     return cases.train_laid_out(model, microbatches)
 
 
-def held(rank: int, world: int, degrees: Degrees, kv_heads: int) -> dict[str, Any]:
+def held(degrees: Degrees, kv_heads: int) -> dict[str, Any]:
     """Return what of the first key projection this rank holds, and whether state comes through a round trip."""
     plain, mesh = build(kv_heads), build_mesh(degrees, "cpu")
     model, other = (parallelize(build(kv_heads), mesh, plan(kv_heads)) for _ in range(2))

@@ -168,7 +168,7 @@ def plan(shape: Shape) -> ParallelPlan:
     }
 
 
-def train(rank: int, world: int, case: Case) -> dict[str, Any]:
+def train(case: Case) -> dict[str, Any]:
     """Train the steps of `parallel_net.reference`, laid out over the group."""
     torch._dynamo.reset()
     mesh = build_mesh(case.degrees, "cpu")

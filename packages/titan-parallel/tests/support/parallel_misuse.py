@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,7 +25,7 @@ from titan_parallel import (
 )
 
 
-def refusal(rank: int, world: int, degrees: Degrees, shared: bool, changed: ParallelPlan) -> str:
+def refusal(degrees: Degrees, shared: bool, changed: ParallelPlan) -> str:
     """Return the message that `parallelize` refuses with, which must come on every rank without a hang."""
     merged: ParallelPlan = {**plan(False), **changed}
     try:
@@ -34,7 +35,7 @@ def refusal(rank: int, world: int, degrees: Degrees, shared: bool, changed: Para
     return ""
 
 
-def wrong_calls(rank: int, world: int) -> list[str]:
+def wrong_calls() -> list[str]:
     """Return what calls that cannot work are answered with."""
     model = _model(Degrees())
     state = model.state_dict()
@@ -48,9 +49,10 @@ def wrong_calls(rank: int, world: int) -> list[str]:
     return [_message(call) for call in calls]
 
 
-def disagreement(rank: int, world: int, what: str) -> str:
+def disagreement(what: str) -> str:
     """Return the message when the last rank is asked for something else, which must come without a hang."""
-    odd = rank == world - 1
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    odd = rank == world_size - 1
     degrees = Degrees(dp_replicate=2) if what == "degrees" and odd else Degrees()
     changed: ParallelPlan = {"after": ["last", "vocab_out"] if not odd else ["vocab_out", "last"]}
     options = ParallelOptions(compile_blocks=what == "options" and odd)
@@ -74,13 +76,14 @@ def disagreement(rank: int, world: int, what: str) -> str:
     return _message(calls)
 
 
-def laid_out_before(rank: int, world: int) -> list[str]:
+def laid_out_before() -> list[str]:
     """Return what models are refused with that somebody has laid out, and meshes that somebody has made."""
+    world_size = dist.get_world_size()
     mesh = build_mesh(Degrees(), "cpu")
     sharded = build(False)
     fully_shard(sharded.stack[1])
     models: list[nn.Module] = [sharded, _model(Degrees()).parts[0], nn.parallel.DistributedDataParallel(build(False))]
-    plain = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    plain = init_device_mesh("cpu", (world_size,), mesh_dim_names=("dp",))
     return [
         *(_message(lambda model=model: parallelize(model, mesh, plan(False))) for model in models),
         _message(lambda: parallelize(_model(Degrees()), mesh, plan(False))),  # type: ignore[arg-type]
@@ -88,7 +91,7 @@ def laid_out_before(rank: int, world: int) -> list[str]:
     ]
 
 
-def states_of_other_layouts(rank: int, world: int) -> list[str]:
+def states_of_other_layouts() -> list[str]:
     """Return what is said to states that lie in another way, of which nothing may be copied."""
     model, other = _model(Degrees()), _model(Degrees(tp=2))
     before = whole(model)
@@ -98,18 +101,19 @@ def states_of_other_layouts(rank: int, world: int) -> list[str]:
     return said
 
 
-def dropped(rank: int, world: int, seed: int, sequence_parallel: bool) -> str:
+def dropped(seed: int, sequence_parallel: bool) -> str:
     """Return what a step with dropout says, on ranks that are seeded by `seed` times their number."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     net = build(False)
     net.stack[1].mlp.append(nn.Dropout(0.5))
     options = ParallelOptions(sequence_parallel=sequence_parallel)
-    model = parallelize(net, build_mesh(Degrees(tp=world), "cpu"), plan(False), options)
+    model = parallelize(net, build_mesh(Degrees(tp=world_size), "cpu"), plan(False), options)
     tokens, labels = batch(0)
     torch.manual_seed(rank * seed)
     return _message(lambda: model.forward_backward([Microbatch((tokens,), labels)], summed_loss, 1.0))
 
 
-def unshardable(rank: int, world: int, degrees: Degrees) -> str:
+def unshardable(degrees: Degrees) -> str:
     """Return the message for parameters that FSDP2 does not take, or nothing if they are not sharded."""
     net = build(False)
     net.last.temperature = nn.Parameter(torch.ones(()))
@@ -118,7 +122,7 @@ def unshardable(rank: int, world: int, degrees: Degrees) -> str:
     return _message(lambda: parallelize(net, build_mesh(degrees, "cpu"), words))
 
 
-def look_between(rank: int, world: int, degrees: Degrees, look: str) -> dict[str, Tensor]:
+def look_between(degrees: Degrees, look: str) -> dict[str, Tensor]:
     """Train two steps, with or without a look at the model between backward and update; return the weights."""
     model = _model(degrees)
     tokens, labels = batch(0)
@@ -136,7 +140,7 @@ def look_between(rank: int, world: int, degrees: Degrees, look: str) -> dict[str
     return whole(model)
 
 
-def modes_after_an_error(rank: int, world: int) -> tuple[bool, list[str]]:
+def modes_after_an_error() -> tuple[bool, list[str]]:
     """Let the loss of an evaluation raise; return whether it did, and which modules are then in evaluation mode."""
     model = _model(Degrees())
     model.parts[0].stack[1].eval()  # frozen by its owner
@@ -150,7 +154,7 @@ def modes_after_an_error(rank: int, world: int) -> tuple[bool, list[str]]:
     return message == "RuntimeError: no loss today", owned
 
 
-def add_twice(rank: int, world: int, degrees: Degrees) -> float:
+def add_twice(degrees: Degrees) -> float:
     """Return how far gradients of two calls are from twice those of one."""
     once, twice = _model(degrees), _model(degrees)
     tokens, labels = batch(0)
@@ -162,7 +166,7 @@ def add_twice(rank: int, world: int, degrees: Degrees) -> float:
     return max(float((2 * _full(p.grad) - _full(q.grad)).abs().max()) for p, q in pairs)
 
 
-def norm_of_bf16(rank: int, world: int, degrees: Degrees) -> tuple[float, float, bool]:
+def norm_of_bf16(degrees: Degrees) -> tuple[float, float, bool]:
     """Return the norm of bf16 gradients as clipping gives it and as one gets it in fp64, and whether it was fp32."""
     model = parallelize(build(False).bfloat16(), build_mesh(degrees, "cpu"), plan(False))
     tokens, labels = batch(0)

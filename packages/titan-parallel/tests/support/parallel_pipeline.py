@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -168,7 +169,7 @@ class Case:
         return reference(self.tied, self.layers, self.wraps)
 
 
-def train(rank: int, world: int, case: Case) -> dict[str, Any]:
+def train(case: Case) -> dict[str, Any]:
     """Train the same steps in a pipeline; evaluate and predict in between, if the case says so."""
     torch._dynamo.reset()
     model = case.model()
@@ -187,7 +188,7 @@ def train(rank: int, world: int, case: Case) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": whole(model)}
 
 
-def evaluate_and_predict(rank: int, world: int, case: Case) -> tuple[float, Tensor, list[bool]]:
+def evaluate_and_predict(case: Case) -> tuple[float, Tensor, list[bool]]:
     """Evaluate in one microbatch more than the schedule may take, and predict."""
     model = case.model()
     mine, _ = microbatches(model, 0, case.count)
@@ -196,7 +197,7 @@ def evaluate_and_predict(rank: int, world: int, case: Case) -> tuple[float, Tens
     return total, logits, [part.training for part in model.parts]
 
 
-def fill_from_meta(rank: int, world: int, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+def fill_from_meta(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Build on meta, lay out, allocate, fill by name; return the parameters, the state after a load, and logits."""
     with torch.device("meta"):
         net = Documents(case.tied, case.layers, case.wraps)
@@ -226,7 +227,7 @@ def _fill(model: ParallelModel, values: dict[str, Tensor]) -> None:
                 value.copy_(values[name])
 
 
-def gradients(rank: int, world: int, case: Case, calls: int) -> dict[str, Tensor]:
+def gradients(case: Case, calls: int) -> dict[str, Tensor]:
     """Return the gradients of so many calls for one step."""
     model = case.model()
     mine, scored = microbatches(model, 0, case.count)
@@ -235,7 +236,7 @@ def gradients(rank: int, world: int, case: Case, calls: int) -> dict[str, Tensor
     return {name: to_full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def halves(rank: int, world: int, case: Case) -> dict[int, bool | None]:
+def halves(case: Case) -> dict[int, bool | None]:
     """Return for each stage here whether its backward was run in two halves."""
     model = case.model()
     model.forward_backward(*_step(model, case.count))
@@ -256,7 +257,7 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sent_shapes(rank: int, world: int, case: Case) -> list[list[int]]:
+def sent_shapes(case: Case) -> list[list[int]]:
     """Return the shapes of what this rank sent to other stages in one step, forth and back."""
     model = case.model()
     step = _step(model, case.count)
@@ -266,7 +267,7 @@ def sent_shapes(rank: int, world: int, case: Case) -> list[list[int]]:
     return sent.shapes
 
 
-def other_shapes(rank: int, world: int, case: Case) -> list[float]:
+def other_shapes(case: Case) -> list[float]:
     """Train on rows of other lengths in each step, which differ between data ranks too; return the losses."""
     model = case.model()
     place = data_axis(model.mesh)
@@ -375,7 +376,7 @@ class Odd(Documents):
         return self.vocab_out(self.last(x)) + sum(layer.kept for layer in self.stack if self.kind == "kept")
 
 
-def refusal(rank: int, world: int, kind: str, changed: ParallelPlan, options: ParallelOptions, count: int) -> str:
+def refusal(kind: str, changed: ParallelPlan, options: ParallelOptions, count: int) -> str:
     """Return the message of what goes wrong, on every rank alike."""
     torch.manual_seed(0)
     net = Odd(kind)
@@ -391,8 +392,9 @@ def refusal(rank: int, world: int, kind: str, changed: ParallelPlan, options: Pa
     return ""
 
 
-def odd_gradients(rank: int, world: int, kind: str, schedule: str) -> dict[str, Tensor]:
+def odd_gradients(kind: str, schedule: str) -> dict[str, Tensor]:
     """Return gradients of an odd model in a pipeline or (no schedule) by plain torch."""
+    world_size = dist.get_world_size()
     torch.manual_seed(4)
     net = Odd(kind)
     tokens, labels = batch(0)
@@ -401,13 +403,14 @@ def odd_gradients(rank: int, world: int, kind: str, schedule: str) -> dict[str, 
         return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     options = ParallelOptions(pipeline=PipelineOptions(schedule=schedule))
     laid: ParallelPlan = {**plan(False), "before": ["table", "places", "turn"]}
-    model = parallelize(net, build_mesh(Degrees(pp=world), "cpu"), laid, options)
+    model = parallelize(net, build_mesh(Degrees(pp=world_size), "cpu"), laid, options)
     model.forward_backward(microbatches(model, 0, 4)[0], summed_loss, 1.0)
     return {name: to_full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def actions(rank: int, world: int, case: Case) -> list[str]:
+def actions(case: Case) -> list[str]:
     """Return what a rank does in a step, in torch's words."""
+    rank = dist.get_rank()
     model = case.model()
     model.forward_backward(*_step(model, case.count))
     _, built = model._run._built

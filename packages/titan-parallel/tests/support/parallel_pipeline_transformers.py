@@ -74,7 +74,7 @@ def build(family: str) -> nn.Module:
     return model
 
 
-def train(rank: int, world: int, family: str, degrees: Degrees, schedule: str) -> tuple[list[float], Any, Tensor]:
+def train(family: str, degrees: Degrees, schedule: str) -> tuple[list[float], Any, Tensor]:
     options = ParallelOptions(pipeline=PipelineOptions(schedule=schedule))
     model = parallelize(build(family), build_mesh(degrees, "cpu"), PLANS[family], options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)

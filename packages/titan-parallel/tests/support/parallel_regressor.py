@@ -109,7 +109,7 @@ def reference() -> dict[str, Any]:
     return {"losses": losses, "weights": {name: p.detach() for name, p in model.named_parameters()}}
 
 
-def train(rank: int, world: int, degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
+def train(degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
     model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN, options)
     optimizer = torch.optim.SGD(trainable(model.parameters()), lr=2e-2)
     place = data_axis(model.mesh)

@@ -10,7 +10,7 @@ from parallel_cases import Net, batch, build, plan, summed_loss
 from titan_parallel import Degrees, Microbatch, ParallelOptions, build_mesh, parallelize
 
 
-def offloaded(rank: int, world: int) -> tuple[list[bool], set[str], set[str]]:
+def offloaded() -> tuple[list[bool], set[str], set[str]]:
     """Return which units offload, and where weights, gradients and buffers of a model made on meta then lie."""
     with torch.device("meta"):
         net = Net(False)
@@ -26,7 +26,7 @@ def offloaded(rank: int, world: int) -> tuple[list[bool], set[str], set[str]]:
     return offload, places, {str(buffer.device) for part in model.parts for buffer in part.buffers()}
 
 
-def gathered_between(rank: int, world: int, options: ParallelOptions) -> list[int]:
+def gathered_between(options: ParallelOptions) -> list[int]:
     """Return over how many ranks each block's weights are sharded between its forward and its backward."""
     model = parallelize(build(False), build_mesh(Degrees(), "cpu"), plan(False), options)
     tokens, labels = batch(0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch.distributed as dist
+
 import parallel_heads
 from parallel_cases import batch, build, plan, summed_loss
 from titan_parallel import Degrees, Microbatch, ParallelModel, ParallelOptions, build_mesh, parallelize
@@ -18,16 +20,15 @@ KINDS = {
 }
 
 
-def collectives(
-    rank: int, world: int, degrees: Degrees, options: ParallelOptions, microbatches: int
-) -> tuple[dict[str, int], dict[str, int]]:
+def collectives(degrees: Degrees, options: ParallelOptions, microbatches: int) -> tuple[dict[str, int], dict[str, int]]:
     """Count what a step's forward and backward send, and what clipping then sends."""
     return _collectives(parallelize(build(False), build_mesh(degrees, "cpu"), plan(False), options), microbatches)
 
 
-def collectives_of_shared_heads(rank: int, world: int) -> tuple[dict[str, int], dict[str, int]]:
+def collectives_of_shared_heads() -> tuple[dict[str, int], dict[str, int]]:
     """Count those of ranks that share one key/value head."""
-    mesh = build_mesh(Degrees(tp=world), "cpu")
+    world_size = dist.get_world_size()
+    mesh = build_mesh(Degrees(tp=world_size), "cpu")
     return _collectives(parallelize(parallel_heads.build(1), mesh, parallel_heads.plan(1)), 1)
 
 

@@ -93,9 +93,7 @@ def reference(model: nn.Module) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def train(
-    rank: int, world: int, family: str, degrees: Degrees, options: ParallelOptions
-) -> tuple[list[float], dict[str, Tensor], Tensor]:
+def train(family: str, degrees: Degrees, options: ParallelOptions) -> tuple[list[float], dict[str, Tensor], Tensor]:
     model = parallelize(build(family), build_mesh(degrees, "cpu"), PLANS[family], options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)
     place = data_axis(model.mesh)

@@ -8,7 +8,7 @@ import torch
 import parallel_heads as heads
 import parallel_misuse as misuse
 from parallel_curves import same
-from parallel_group import Group
+from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, ParallelOptions, check_plan
 
 
@@ -17,8 +17,8 @@ def plain() -> dict[int, dict]:
     return {kv_heads: heads.reference(kv_heads) for kv_heads in (1, 2)}
 
 
-def test_two_ranks_share_one_head(two: Group, plain: dict[int, dict]) -> None:
-    same(two.run(heads.train, Degrees(tp=2), 1), plain[1])
+def test_two_ranks_share_one_head(ranks2: Ranks, plain: dict[int, dict]) -> None:
+    same(ranks2.run(heads.train, Degrees(tp=2), 1), plain[1])
 
 
 @pytest.mark.slow
@@ -30,8 +30,8 @@ def test_two_ranks_share_one_head(two: Group, plain: dict[int, dict]) -> None:
     ],
     ids=["no-sp-sac", "compile"],
 )
-def test_with_options(two: Group, plain: dict[int, dict], options: ParallelOptions) -> None:
-    same(two.run(heads.train, Degrees(tp=2), 1, options, 2), plain[1])
+def test_with_options(ranks2: Ranks, plain: dict[int, dict], options: ParallelOptions) -> None:
+    same(ranks2.run(heads.train, Degrees(tp=2), 1, options, 2), plain[1])
 
 
 @pytest.mark.slow
@@ -44,18 +44,18 @@ def test_with_options(two: Group, plain: dict[int, dict], options: ParallelOptio
     ],
     ids=["tp4-of-2", "fsdp-tp2-of-1", "ddp-tp2-of-1"],
 )
-def test_four_ranks(four: Group, plain: dict[int, dict], degrees: Degrees, kv_heads: int) -> None:
-    same(four.run(heads.train, degrees, kv_heads, None, 2), plain[kv_heads])
+def test_four_ranks(ranks4: Ranks, plain: dict[int, dict], degrees: Degrees, kv_heads: int) -> None:
+    same(ranks4.run(heads.train, degrees, kv_heads, None, 2), plain[kv_heads])
 
 
 @pytest.mark.parametrize(
     "degrees", [Degrees(tp=4), pytest.param(Degrees(tp=2), marks=pytest.mark.slow)], ids=["tp4", "fsdp-tp2"]
 )
-def test_what_ranks_hold(four: Group, one: Group, degrees: Degrees) -> None:
+def test_what_ranks_hold(ranks4: Ranks, ranks1: Ranks, degrees: Degrees) -> None:
     kv_heads = degrees.tp // 2
-    expected = one.run(heads.held, Degrees(), kv_heads)[0]
+    expected = ranks1.run(heads.held, Degrees(), kv_heads)[0]
     width, dim = heads.WIDTH, heads.DIM
-    for answer in four.run(heads.held, degrees, kv_heads):
+    for answer in ranks4.run(heads.held, degrees, kv_heads):
         assert answer["shape"] == (kv_heads * width, dim)
         assert answer["same"]
         assert answer["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -83,6 +83,8 @@ def test_number_of_heads_is_needed() -> None:
         check_plan({"tensor": {"k": "colwise_kv"}}, Degrees(tp=2))
 
 
-def test_what_is_no_projection(two: Group) -> None:
-    for message in two.run(misuse.refusal, Degrees(tp=2), False, {"tensor": {"table": "colwise_kv"}, "heads": (4, 1)}):
+def test_what_is_no_projection(ranks2: Ranks) -> None:
+    for message in ranks2.run(
+        misuse.refusal, Degrees(tp=2), False, {"tensor": {"table": "colwise_kv"}, "heads": (4, 1)}
+    ):
         assert "'table' is a Embedding; with fewer key/value heads than ranks it has to be an nn.Linear" in message

@@ -131,7 +131,8 @@ def _save(run: Run, meter: Meter) -> None:
 
 def _data_fingerprint(state: Mapping[str, Any]) -> str:
     """Return one word for all of a run's data: its sources' fingerprints, which the loader's state holds, and the
-    tokenizer's. Order, mixture and packing are settings, of which the digest of the config tells."""
+    tokenizer's. Order, mixture and packing are settings, of which the digest of the config tells.
+    """
     sources = {name: source["fingerprint"]["digest"] for name, source in state["sources"].items()}
     return _digest({"sources": sources, "tokenizer": state["settings"]["tokenizer"]})
 

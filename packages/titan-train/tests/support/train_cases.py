@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from titan_train import settings
@@ -42,10 +43,11 @@ def tiny(**changes: str) -> Config:
     return settings.load("debug", [*{**TINY, **given}.items()]).config
 
 
-def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
+def run_here(config: Config) -> dict[str, Any]:
     """Assemble, resume and train; return digests of the weights, and what was reported."""
-    check(config, world)
-    run = assemble(config, Process(rank, world, torch.device("cpu")))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    check(config, world_size)
+    run = assemble(config, Process(rank, world_size, torch.device("cpu")))
     initial = weights_digest(run)
     resumed = run.checkpointer.load(run.state())
     recorder = Recorder()
@@ -54,7 +56,7 @@ def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
         total_steps=config.training.steps,
         flops_per_token=lambda seq_len: 1.0,
         peak=Peak(1.0, "none"),
-        world=world,
+        world=world_size,
         device=torch.device("cpu"),
     )
     train(run, meter, StopSignal())
@@ -76,10 +78,11 @@ def run_here(rank: int, world: int, config: Config) -> dict[str, Any]:
     }
 
 
-def sampled(rank: int, world: int, config: Config) -> str | None:
+def sampled(config: Config) -> str | None:
     """Return the text that an untrained model continues the configured prompt with."""
-    check(config, world)
-    run = assemble(config, Process(rank, world, torch.device("cpu")))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    check(config, world_size)
+    run = assemble(config, Process(rank, world_size, torch.device("cpu")))
     text = sample(run)
     run.checkpointer.close()
     return text

@@ -61,7 +61,7 @@ def reference(family: str) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": dict(model.named_parameters())}
 
 
-def train(rank: int, world: int, family: str, degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
+def train(family: str, degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
     torch._dynamo.reset()
     model = build(family)
     laid_out = parallelize(model, build_mesh(degrees, "cpu"), titan_model.parallel_plan(model.config), options)
@@ -80,7 +80,7 @@ def train(rank: int, world: int, family: str, degrees: Degrees, options: Paralle
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
-def logits(rank: int, world: int, family: str, degrees: Degrees, options: ParallelOptions) -> Tensor:
+def logits(family: str, degrees: Degrees, options: ParallelOptions) -> Tensor:
     """Return what the decoder predicts for rows of one document each, their positions left out."""
     model = build(family)
     plan = titan_model.parallel_plan(model.config)
