@@ -25,9 +25,8 @@ def problems(folder: Path) -> list[str]:
     print(f"{folder}: loss {losses[1]:.3f} at step 1, {final:.3f} on average over steps {last}")
     if not final < BOUND:
         found.append(f"{folder}: the final loss is {final:.3f}, not under {BOUND}")
-    for name in ("config.toml", "tensorboard", "checkpoints"):
-        if not (folder / name).exists():
-            found.append(f"{folder}: there is no {name}")
+    wanted = ("config.toml", "tensorboard", "checkpoints")
+    found.extend(f"{folder / name}: missing" for name in wanted if not (folder / name).exists())
     return found
 
 

@@ -117,7 +117,7 @@ class Ranks:
                 try:
                     values[rank], error = pipe.recv()
                 except (EOFError, ConnectionError):
-                    error = "it died"
+                    error = "the process died"
                 if error:
                     failures[rank] = error
                     # The others may now wait for this rank forever.
