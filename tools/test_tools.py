@@ -96,23 +96,29 @@ def test_readme_names_the_main_job_and_the_tests() -> None:
     assert "uv run pytest" in found
 
 
-def test_check_run(tmp_path: Path) -> None:
-    def write(first: float, last: float) -> None:
-        losses = [first, *[last] * 9]
-        lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1)]
-        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+def write_run(folder: Path, losses: list[float]) -> Path:
+    for name in ("tensorboard", "checkpoints"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").touch()
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
 
-    assert check_run.problems(tmp_path / "none")
-    for name in ("config.toml", "tensorboard", "checkpoints"):
-        (tmp_path / name).mkdir()
-    write(5.6, 2.2)
-    assert check_run.problems(tmp_path) == []
-    write(5.6, 2.4)
-    assert "not under 2.3" in check_run.problems(tmp_path)[0]
-    write(4.0, 2.0)
-    assert "not about ln" in check_run.problems(tmp_path)[0]
-    write(5.6, float("nan"))
-    assert check_run.problems(tmp_path)
+
+def test_check_run_sees_what_was_not_learned(tmp_path: Path) -> None:
+    assert any("metrics.jsonl: missing" in problem for problem in check_run.problems(tmp_path / "none"))
+    assert check_run.problems(write_run(tmp_path, [5.6] + [2.2] * 9)) == []
+    assert "less than 2.3" in check_run.problems(write_run(tmp_path, [5.6] + [2.4] * 9))[0]
+    assert "about ln" in check_run.problems(write_run(tmp_path, [4.0] + [2.0] * 9))[0]
+    assert check_run.problems(write_run(tmp_path, [5.6] + [float("nan")] * 9))
+
+
+def test_check_run_compares_layouts(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", [5.6, 4.0, 3.0, 2.5, 2.2])
+    assert check_run.deviations(write_run(tmp_path / "two", [5.6, 4.0001, 2.9999]), one) == []
+    assert "step 3 is 3.0100" in check_run.deviations(write_run(tmp_path / "two", [5.6, 4.0, 3.01]), one)[0]
+    assert check_run.deviations(write_run(tmp_path / "two", [5.6, float("nan"), 3.0]), one)
+    assert "only 2 steps" in check_run.deviations(write_run(tmp_path / "two", [5.6, 4.0]), one)[0]
 
 
 @pytest.mark.parametrize(
