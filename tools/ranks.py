@@ -111,11 +111,11 @@ class Ranks:
             if not ready:
                 failures |= dict.fromkeys(waiting.values(), f"no answer after {timeout:.0f} s")
                 break
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                rank = waiting.pop(pipe)
+            for answered in ready:
+                assert isinstance(answered, Connection)
+                rank = waiting.pop(answered)
                 try:
-                    values[rank], error = pipe.recv()
+                    values[rank], error = answered.recv()
                 except (EOFError, ConnectionError):
                     error = "the process died"
                 if error:

@@ -394,7 +394,6 @@ def refusal(kind: str, changed: ParallelPlan, options: ParallelOptions, count: i
 
 def odd_gradients(kind: str, schedule: str) -> dict[str, Tensor]:
     """Return gradients of an odd model in a pipeline or (no schedule) by plain torch."""
-    world_size = dist.get_world_size()
     torch.manual_seed(4)
     net = Odd(kind)
     tokens, labels = batch(0)
@@ -403,7 +402,7 @@ def odd_gradients(kind: str, schedule: str) -> dict[str, Tensor]:
         return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     options = ParallelOptions(pipeline=PipelineOptions(schedule=schedule))
     laid: ParallelPlan = {**plan(False), "before": ["table", "places", "turn"]}
-    model = parallelize(net, build_mesh(Degrees(pp=world_size), "cpu"), laid, options)
+    model = parallelize(net, build_mesh(Degrees(pp=dist.get_world_size()), "cpu"), laid, options)
     model.forward_backward(microbatches(model, 0, 4)[0], summed_loss, 1.0)
     return {name: to_full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
