@@ -18,12 +18,12 @@ SIZES = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "m
 def test_error_names_every_size_below_one_and_no_other(tiny: DecoderConfig, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"^model config: ") as caught:
         replace(tiny, **wrong)
-    misfits = str(caught.value).removeprefix("model config: ").split("; ")
-    assert sorted(misfits) == sorted(f"{name} is {value}, must be at least 1" for name, value in wrong.items())
+    errors = str(caught.value).removeprefix("model config: ").split("; ")
+    assert sorted(errors) == sorted(f"{name} is {value}, must be at least 1" for name, value in wrong.items())
 
 
 @pytest.mark.parametrize(
-    ("changes", "misfits"),
+    ("changes", "errors"),
     [
         ({"dim": 30}, ["dim 30 is not a multiple of n_heads 4"]),
         ({"n_kv_heads": 3}, ["n_heads 4 is not a multiple of n_kv_heads 3"]),
@@ -40,7 +40,7 @@ def test_error_names_every_size_below_one_and_no_other(tiny: DecoderConfig, wron
                 "n_heads 4 is not a multiple of n_kv_heads 3",
             ],
         ),
-        # A size below one hides no misfit between the others.
+        # A size below one does not hide errors between the others.
         (
             {"ffn_dim": 0, "dim": 30, "n_kv_heads": 3},
             [
@@ -59,10 +59,10 @@ def test_error_names_every_size_below_one_and_no_other(tiny: DecoderConfig, wron
         ),
     ],
 )
-def test_error_lists_every_misfit(tiny: DecoderConfig, changes: dict[str, int], misfits: list[str]) -> None:
+def test_error_lists_every_error(tiny: DecoderConfig, changes: dict[str, int], errors: list[str]) -> None:
     with pytest.raises(ValueError, match=r"^model config: ") as caught:
         replace(tiny, **changes)
-    assert str(caught.value) == "model config: " + "; ".join(misfits)
+    assert str(caught.value) == "model config: " + "; ".join(errors)
 
 
 def test_config_is_frozen_and_keyword_only(tiny: DecoderConfig) -> None:
@@ -117,10 +117,10 @@ MOE = {"n_experts": 4, "top_k": 2, "ffn_dim": 8}
 
 
 @pytest.mark.parametrize(
-    ("values", "misfits"),
+    ("values", "errors"),
     [
         ({"n_experts": 0, "top_k": 0, "ffn_dim": -8}, ["n_experts is 0", "top_k is 0", "ffn_dim is -8"]),
-        ({"top_k": 5}, ["top_k 5 is more than n_experts 4"]),
+        ({"top_k": 5}, ["top_k 5 is greater than n_experts 4"]),
         ({"ffn_dim": 12}, ["ffn_dim 12 is not a multiple of 8"]),
         ({"shared_ffn_dim": -1, "balance_loss": -0.1}, ["shared_ffn_dim is -1", "balance_loss is -0.1"]),
         ({"balance_bias_rate": float("nan"), "route_scale": 0.0}, ["balance_bias_rate is nan", "route_scale is 0.0"]),
@@ -128,17 +128,17 @@ MOE = {"n_experts": 4, "top_k": 2, "ffn_dim": 8}
     ],
     ids=str,
 )
-def test_moe_config_lists_every_misfit(values: dict[str, Any], misfits: list[str]) -> None:
+def test_moe_config_lists_every_error(values: dict[str, Any], errors: list[str]) -> None:
     with pytest.raises(ValueError, match=r"^moe config: ") as caught:
         MoEConfig(**{**MOE, **values})
     found = str(caught.value).removeprefix("moe config: ").split("; ")
-    assert len(found) == len(misfits)
-    assert all(one.startswith(misfit) for one, misfit in zip(found, misfits, strict=True))
+    assert len(found) == len(errors)
+    assert all(one.startswith(misfit) for one, misfit in zip(found, errors, strict=True))
 
 
 def test_a_decoder_with_experts_refuses_what_they_cannot_have(tiny: DecoderConfig) -> None:
     with pytest.raises(
-        ValueError, match=r"dim 36 is not a multiple of 8, which moe needs; moe\.dense_layers names \[2\]"
+        ValueError, match=r"dim 36 is not a multiple of 8, which moe requires; moe\.dense_layers contains \[2\]"
     ):
         replace(tiny, dim=36, head_dim=8, moe=MoEConfig(**MOE, dense_layers=(1, 2)))
     assert replace(tiny, dim=36, head_dim=8).dim == 36

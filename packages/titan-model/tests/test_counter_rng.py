@@ -140,7 +140,7 @@ def test_streams_are_uncorrelated() -> None:
     for i, first in enumerate(streams):
         for second in streams[:i]:
             assert abs(correlation(first, second)) < 5 / math.sqrt(n)
-        for lag in (1, 2, 64, 4096):  # neighbours, and rows of usual widths
+        for lag in (1, 2, 64, 4096):  # neighbors, and rows of usual widths
             assert abs(correlation(first[lag:], first[:-lag])) < 5 / math.sqrt(n)
 
 

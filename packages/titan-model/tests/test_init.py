@@ -23,7 +23,7 @@ RESIDUAL = re.compile(r"(o_proj|down_proj)(\.weight)?$")  # what writes to the r
 SPREAD = math.sqrt(1 - 2 * 3 * NormalDist().pdf(3.0) / (2 * NormalDist().cdf(3.0) - 1))
 
 
-def initialised(config: DecoderConfig, seed: int = 0) -> Decoder:
+def initialized(config: DecoderConfig, seed: int = 0) -> Decoder:
     model = build(config)
     model.to_empty(device="cpu")
     if config.tied_embeddings:
@@ -51,7 +51,7 @@ def test_each_element_is_a_function_of_seed_name_and_index(
     small_configs: st.SearchStrategy[DecoderConfig], seed: int, data: st.DataObject
 ) -> None:
     config = data.draw(small_configs)
-    for name, parameter in initialised(config, seed).named_parameters():
+    for name, parameter in initialized(config, seed).named_parameters():
         flat = parameter.detach().flatten().tolist()
         if parameter.dim() == 1:
             assert set(flat) == {0.0 if name.endswith("norm.bias") else 1.0}, name
@@ -81,7 +81,7 @@ def test_buffers_are_zeros_and_may_be_handed_in_too() -> None:
 def test_spread_of_each_kind(n_layers: int, init_std: float, moe: MoEConfig | None) -> None:
     config = replace(preset("debug"), n_layers=n_layers, dim=128, ffn_dim=352, init_std=init_std, moe=moe, qk_norm=True)
     kinds = set()
-    for name, parameter in initialised(config).named_parameters():
+    for name, parameter in initialized(config).named_parameters():
         kinds.add(name.split(".", 2)[-1] if name.startswith("layers.") else name)
         values = parameter.detach()
         if parameter.dim() == 1:
@@ -103,20 +103,20 @@ def test_seeds_and_names_give_other_weights(tiny: DecoderConfig) -> None:
     square = replace(tiny, n_kv_heads=tiny.n_heads, vocab_size=32, ffn_dim=32)  # all matrices of one shape
     seen = set()
     for seed in range(3):
-        matrices = [p for p in initialised(square, seed).parameters() if p.dim() == 2]
+        matrices = [p for p in initialized(square, seed).parameters() if p.dim() == 2]
         # Directions, as the residual projections differ in scale by construction.
         seen |= {tuple((p / p.norm()).flatten()[:8].tolist()) for p in matrices}
     assert len(seen) == 3 * len(matrices)
 
 
 def test_a_tied_weight_is_the_embedding(tiny: DecoderConfig) -> None:
-    tied, untied = (initialised(replace(tiny, tied_embeddings=tied)) for tied in (True, False))
+    tied, untied = (initialized(replace(tiny, tied_embeddings=tied)) for tied in (True, False))
     assert tied.head.weight is tied.embed.weight
     for name, parameter in tied.named_parameters():
         assert torch.equal(parameter, untied.get_parameter(name)), name
 
 
-def test_tied_weights_that_came_apart_are_refused(tiny: DecoderConfig) -> None:
+def test_tied_weights_that_are_no_longer_tied_are_refused(tiny: DecoderConfig) -> None:
     config = replace(tiny, tied_embeddings=True)
     model = build(config)
     model.to_empty(device="cpu")
@@ -145,9 +145,9 @@ def test_a_tensor_of_more_than_one_chunk() -> None:
 
 @pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 31, 32, 33, 1000])
 def test_values_do_not_depend_on_the_chunk(tiny: DecoderConfig, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    whole = initialised(tiny).state_dict()
+    whole = initialized(tiny).state_dict()
     monkeypatch.setattr("titan_model.init._CHUNK", chunk)
-    for name, value in initialised(tiny).state_dict().items():
+    for name, value in initialized(tiny).state_dict().items():
         assert torch.equal(value, whole[name]), name
 
 
@@ -175,7 +175,7 @@ def test_values_do_not_depend_on_the_chunk(tiny: DecoderConfig, monkeypatch: pyt
 )
 def test_unknown_name_is_refused(tiny: DecoderConfig, name: str) -> None:
     value = torch.full((2, 2), math.nan)
-    with pytest.raises(ValueError, match="not one of a Decoder") as caught:
+    with pytest.raises(ValueError, match="not a parameter or buffer of a Decoder") as caught:
         init_parameters([(name, value)], tiny, 0)
     assert repr(name) in str(caught.value)
     assert bool(value.isnan().all())
@@ -189,10 +189,10 @@ def test_what_is_refused_names_what_was_meant(tiny: DecoderConfig) -> None:
 def test_global_generator_is_neither_read_nor_moved(tiny: DecoderConfig) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = initialised(tiny).state_dict()
+    first = initialized(tiny).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    second = initialised(tiny).state_dict()
+    second = initialized(tiny).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -200,7 +200,7 @@ def test_global_generator_is_neither_read_nor_moved(tiny: DecoderConfig) -> None
 @pytest.mark.parametrize("seed", [0, 1])
 def test_loss_starts_at_a_guess_among_all_tokens(seed: int, tied: bool) -> None:
     config = replace(preset("debug"), tied_embeddings=tied)
-    model = initialised(config, seed)
+    model = initialized(config, seed)
     tokens, labels = torch.randint(0, config.vocab_size, (2, 4, 128), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         loss = float(model(tokens, labels=labels).total) / labels.numel()
@@ -212,7 +212,7 @@ def test_the_stream_does_not_grow_with_depth(tiny: DecoderConfig, random_decoder
     added = []
     for n_layers in (2, 32):
         config = replace(tiny, n_layers=n_layers, dim=128, init_std=0.1)
-        model = initialised(config)
+        model = initialized(config)
         ends: dict[str, Tensor] = {}
         model.embed.register_forward_hook(lambda _m, _i, out, ends=ends: ends.__setitem__("first", out))
         model.norm.register_forward_pre_hook(lambda _m, args, ends=ends: ends.__setitem__("last", args[0]))

@@ -1,4 +1,4 @@
-"""Initial weights do not depend on the layout: each rank's shard is its slice of the unsharded initialisation.
+"""Initial weights do not depend on the layout: each rank's shard is its slice of the unsharded initialization.
 
 A fake process group lets one process be each rank in turn. Nothing is communicated, which is the point: no rank needs
 another to know its weights.
@@ -47,7 +47,7 @@ def rank_of(rank: int, mesh_shape: Sequence[int]) -> Iterator[DeviceMesh]:
 def slice_of(
     whole: Tensor, mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> Tensor:
-    """Split a whole tensor by the placements, mesh dim by mesh dim, with nothing but `torch.chunk`."""
+    """Split a full tensor by the placements, mesh dim by mesh dim, with nothing but `torch.chunk`."""
     for size, place, placement in zip(mesh_shape, coordinate, placements, strict=True):
         if isinstance(placement, Shard):
             chunks = whole.chunk(size, dim=placement.dim)
@@ -120,7 +120,7 @@ def over_experts_or_within(parameter: nn.Parameter) -> Shard:
 def local_state(
     config: DecoderConfig, rank: int, dp: int, tp: int, placement: Callable[[nn.Parameter], Shard] | None = None
 ) -> dict[str, Tensor]:
-    """Build on meta, split projections by tensor parallelism, then FSDP, materialise and initialise one rank."""
+    """Build on meta, split projections by tensor parallelism, then FSDP, materialize and initialize one rank."""
     with rank_of(rank, (dp, tp)) as mesh:
         dp_dim, tp_dim = mesh.mesh_dim_names or ()
         model = build(config)

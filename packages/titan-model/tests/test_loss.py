@@ -116,7 +116,7 @@ def test_second_backward_is_refused() -> None:
     case = make_case()
     loss = linear_cross_entropy(*case[:3]).total
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="backward ran twice"):
+    with pytest.raises(RuntimeError, match="backward was called twice"):
         loss.backward()
 
 

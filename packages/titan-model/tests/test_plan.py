@@ -144,7 +144,7 @@ def test_what_only_some_blocks_have_is_named_where_it_is() -> None:
     moe = MoEConfig(n_experts=2, top_k=1, ffn_dim=8, shared_ffn_dim=3)
     even = DecoderConfig(vocab_size=8, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=9, max_seq_len=8, moe=moe)
     odd = [key for key, size in parallel_plan(even)["divisible"].items() if size % 2]
-    # No block has a plain feed-forward; of an expert's width, 8, there is one eighth.
+    # No block has a dense feed-forward; of an expert's width, 8, there is one eighth.
     assert odd == ["eighths of an expert's width (moe.ffn_dim / 8)", "shared expert's width (moe.shared_ffn_dim)"]
     mixed = replace(even, moe=replace(moe, dense_layers=(1,), ffn_dim=16, shared_ffn_dim=4))
     styles = parallel_plan(mixed)["tensor"]

@@ -1,4 +1,4 @@
-"""The README's example runs as printed, its figures are true, and importing the package is light."""
+"""The README's example runs as printed, its numbers are true, and importing the package is light."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ def test_code_runs_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_trained_model_says_what_it_has_learnt_by_heart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_trained_model_says_what_it_has_memorized(capsys: pytest.CaptureFixture[str]) -> None:
     block = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)[0]
     scope: dict[str, Any] = {"__name__": "readme"}
     exec(compile(block, "README.md", "exec"), scope)

@@ -1,4 +1,22 @@
-"""Decoder language models as plain PyTorch modules: families, weights in and out, initialisation, loss, cost."""
+"""Decoder language models as regular PyTorch modules: configs, presets, weight conversion, initialization, loss, cost.
+
+How the parts fit together:
+
+    preset name     config.json                  Hugging Face or Meta files      seed
+         |               |                                    |                    |
+      presets     convert (config)                    convert (weights)          init
+         |               |                                    |                    |
+         +-------+-------+                                    +---------+----------+
+                 v                                                      v
+           DecoderConfig ------> decoder.build (layers, moe) -------> Decoder
+                 |                                                      |
+            cost, plan                         tokens ---> logits ------+---> generation ---> token ids
+                                      tokens + labels ---> loss --------+---> backward ---> moe.load_balancing
+                                                                        +---> convert ---> Hugging Face files
+
+The modules know nothing about ranks or device meshes; `plan` describes how they may be split. `_torch_compat` holds
+every private PyTorch function in use.
+"""
 
 from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
 from titan_model.convert.errors import WeightsError
@@ -6,30 +24,31 @@ from titan_model.convert.huggingface_config import config_from_huggingface, conf
 from titan_model.convert.huggingface_files import load_huggingface, save_huggingface
 from titan_model.convert.huggingface_names import huggingface_map
 from titan_model.convert.meta_llama import load_meta, meta_map
-from titan_model.convert.weight_map import WeightMap
+from titan_model.convert.weight_map import DecoderWeightMap
 from titan_model.cost import count_active_parameters, count_parameters, flops_per_token
 from titan_model.decoder import Decoder, build
 from titan_model.generation.generate import generate
-from titan_model.generation.sampling import sample
+from titan_model.generation.sampling import SamplingParams, sample
 from titan_model.init import init_parameters
 from titan_model.layers.kv_cache import KVCache
 from titan_model.loss import LossSums, linear_cross_entropy
-from titan_model.moe.load_balancing import EXPERT_FIGURES, balance_experts, set_loss_normaliser, set_sequence_sum
+from titan_model.moe.load_balancing import EXPERT_METRICS, balance_experts, set_num_target_tokens, set_sequence_sum
 from titan_model.moe.router import Router
 from titan_model.plan import DecoderPlan, parallel_plan
 from titan_model.presets import preset, preset_names
 
 __all__ = [
-    "EXPERT_FIGURES",
+    "EXPERT_METRICS",
     "Decoder",
     "DecoderConfig",
     "DecoderPlan",
+    "DecoderWeightMap",
     "KVCache",
     "LossSums",
     "MoEConfig",
     "RopeScaling",
     "Router",
-    "WeightMap",
+    "SamplingParams",
     "WeightsError",
     "balance_experts",
     "build",
@@ -50,6 +69,6 @@ __all__ = [
     "preset_names",
     "sample",
     "save_huggingface",
-    "set_loss_normaliser",
+    "set_num_target_tokens",
     "set_sequence_sum",
 ]

@@ -1,4 +1,8 @@
-"""What a decoder is made of, as plain data."""
+"""The shape of a decoder, as frozen dataclasses that validate themselves.
+
+Everything else in the package takes a `DecoderConfig`: `presets` and `convert.huggingface_config` make them, `decoder`
+builds a model from one, `cost` and `plan` describe that model without building it.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +13,25 @@ NormKind = Literal["rmsnorm", "fused_rmsnorm", "layernorm", "np_layernorm"]
 AttentionKind = Literal["auto", "sdpa", "flex", "varlen"]
 ScoreKind = Literal["softmax", "sigmoid"]
 
-_GROUPED_MULTIPLE = 8  # torch's grouped matrix products take rows of whole 16 bytes: 8 numbers in bf16
+_GROUPED_MULTIPLE = 8  # torch's grouped matrix products need rows of a multiple of 16 bytes: 8 elements in bf16
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3.1's stretching of rotary wavelengths beyond the context of pre-training.
+    """Llama 3.1's scaling of rotary wavelengths out_of_range the context of pre-training.
 
-    Wavelengths below `original_context / high_freq_factor` stay, those above `original_context / low_freq_factor`
-    grow by `factor`, and those between are blended. Source: the reference code released with Llama 3.1.
+    Wavelengths below `original_context / high_freq_factor` are unchanged, those above
+    `original_context / low_freq_factor` are multiplied by `factor`, and those between are interpolated. Source: the
+    reference code released with Llama 3.1.
 
     Attributes:
-        factor: How much the longest wavelengths grow.
-        low_freq_factor: Sets the wavelength (in units of the original context) above which all of `factor` applies.
-        high_freq_factor: Sets the wavelength below which nothing changes.
+        factor: Multiplies the longest wavelengths.
+        low_freq_factor: Wavelengths above `original_context / low_freq_factor` are scaled by all of `factor`.
+        high_freq_factor: Wavelengths below `original_context / high_freq_factor` are unchanged.
         original_context: Context length of pre-training, in tokens.
 
     Raises:
-        ValueError: If the wavelengths do not fit together.
+        ValueError: If the values are out of range or contradict each other.
     """
 
     factor: float
@@ -36,30 +41,33 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_context >= 1):
-            raise ValueError(f"rope scaling: needs factor >= 1, 0 < low < high, a context of at least 1, not {self}")
+            raise ValueError(
+                "rope scaling: factor must be at least 1, 0 < low_freq_factor < high_freq_factor, and original_context "
+                f"at least 1; got {self}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture of experts in place of the feed-forward of a block: token-choice top-k routing, no token dropped.
+    """Shape of a mixture of experts that replaces the feed-forward of a block: top-k routing, no token dropped.
 
     Attributes:
         n_experts: Experts per block (`E`).
-        top_k: Experts that each token goes to.
-        ffn_dim: Inner width of one expert; a multiple of 8, as the model's width then has to be.
-        shared_ffn_dim: Inner width of the expert that every token goes to besides; 0 for none.
-        dense_layers: Indices of the blocks that keep the plain feed-forward.
+        top_k: Experts that each token is routed to.
+        ffn_dim: Inner width of one expert; must be a multiple of 8, and so must the model's `dim`.
+        shared_ffn_dim: Inner width of the shared expert that processes every token; 0 disables it.
+        dense_layers: Indices of the blocks that keep a dense feed-forward.
         score: How router logits become scores.
-        normalise_top_k: Whether the scores of the chosen experts are scaled to sum to one.
-        route_scale: What they are multiplied by then.
+        normalize_top_k: Whether the scores of the chosen experts are scaled to sum to one.
+        route_scale: Factor on the scores of the chosen experts, after that normalization.
         balance_loss: Coefficient of the load-balancing loss (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961),
-            taken over each sequence in each block: the coefficient is what it adds per token where the load is even.
-            With it, `set_loss_normaliser` has to be called in each step. 0 for none.
-        balance_bias_rate: How far `balance_experts` moves each expert's selection bias per step (loss-free
-            balancing, Wang et al. 2024, arXiv:2408.15664); 0 for no such bias.
+            computed over each sequence in each block. Under a perfectly even load it adds this coefficient per token.
+            If set, call `set_num_target_tokens` in each step. 0 disables it.
+        balance_bias_rate: How much `balance_experts` changes each expert's selection bias per step (loss-free
+            balancing, Wang et al. 2024, arXiv:2408.15664). 0 disables the bias.
 
     Raises:
-        ValueError: If the numbers do not fit together; the message lists every misfit.
+        ValueError: If values are out of range or contradict each other; the message lists all of them.
     """
 
     n_experts: int
@@ -68,7 +76,7 @@ class MoEConfig:
     shared_ffn_dim: int = 0
     dense_layers: tuple[int, ...] = ()
     score: ScoreKind = "softmax"
-    normalise_top_k: bool = True
+    normalize_top_k: bool = True
     route_scale: float = 1.0
     balance_loss: float = 0.0
     balance_bias_rate: float = 0.0
@@ -80,9 +88,12 @@ class MoEConfig:
             if getattr(self, name) < 1
         ]
         if self.ffn_dim >= 1 and self.ffn_dim % _GROUPED_MULTIPLE:
-            wrong.append(f"ffn_dim {self.ffn_dim} is not a multiple of {_GROUPED_MULTIPLE} (torch's grouped products)")
+            wrong.append(
+                f"ffn_dim {self.ffn_dim} is not a multiple of {_GROUPED_MULTIPLE} "
+                "(required by torch's grouped matrix products)"
+            )
         if self.top_k > self.n_experts >= 1:
-            wrong.append(f"top_k {self.top_k} is more than n_experts {self.n_experts}")
+            wrong.append(f"top_k {self.top_k} is greater than n_experts {self.n_experts}")
         wrong += [
             f"{name} is {getattr(self, name)}, must not be negative"
             for name in ("shared_ffn_dim", "balance_loss", "balance_bias_rate")
@@ -101,27 +112,27 @@ class DecoderConfig:
     """Shape of a decoder-only transformer.
 
     Attributes:
-        vocab_size: Rows of the embedding and of the head (`V`).
+        vocab_size: Number of token ids (`V`).
         dim: Width of the residual stream (`D`).
         n_layers: Number of blocks.
         n_heads: Query heads (`H`).
-        n_kv_heads: Key/value heads (`Hkv`); fewer than `n_heads` is grouped-query attention.
-        head_dim: Width of one head (`Dh`); None is `dim / n_heads`. What applies is `attention_head_dim`.
-        ffn_dim: Inner width of the SwiGLU feed-forward.
+        n_kv_heads: Key/value heads (`Hkv`); fewer than `n_heads` means grouped-query attention.
+        head_dim: Width of one head (`Dh`), or None for `dim / n_heads`. `attention_head_dim` gives the resolved value.
+        ffn_dim: Inner width of the SwiGLU feed-forward (Hugging Face: `intermediate_size`).
         moe: Mixture of experts in place of the feed-forward, or None.
-        max_seq_len: Longest sequence the model is meant for, in tokens.
+        max_seq_len: Longest sequence the model is designed for, in tokens.
         norm: Kind of the norms: `rmsnorm`; `fused_rmsnorm`, the same in one kernel; `layernorm` with weight and bias;
             `np_layernorm`, LayerNorm without parameters (OLMo, Groeneveld et al. 2024).
         norm_eps: Added to the mean square or the variance in every norm.
-        qk_norm: Whether each head's queries and keys pass through an RMSNorm of their own (Qwen3).
+        qk_norm: Whether each head's queries and keys are normalized by an RMSNorm (Qwen3).
         rope_theta: Base of the rotary wavelengths.
         rope_scaling: Llama 3.1's long-context scaling, or None.
         tied_embeddings: Whether the head shares the embedding's weight.
-        attention: Which back-end computes attention; `auto` takes the best one that the device has.
+        attention: Attention back-end; `auto` chooses the fastest one that the device supports.
         init_std: Standard deviation of the initial weights.
 
     Raises:
-        ValueError: If the numbers do not fit together; the message lists every misfit.
+        ValueError: If values are out of range or contradict each other; the message lists all of them.
     """
 
     vocab_size: int
@@ -155,11 +166,11 @@ class DecoderConfig:
         for name, kinds in (("norm", get_args(NormKind)), ("attention", get_args(AttentionKind))):
             if getattr(self, name) not in kinds:
                 wrong.append(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(kinds)}")
-        wrong += self._head_misfits() + self._moe_misfits()
+        wrong += self._head_errors() + self._moe_errors()
         if wrong:
             raise ValueError("model config: " + "; ".join(wrong))
 
-    def _head_misfits(self) -> list[str]:
+    def _head_errors(self) -> list[str]:
         wrong = []
         if self.dim >= 1 and self.n_heads >= 1:
             if self.head_dim is None and self.dim % self.n_heads:
@@ -171,15 +182,15 @@ class DecoderConfig:
             wrong.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         return wrong
 
-    def _moe_misfits(self) -> list[str]:
+    def _moe_errors(self) -> list[str]:
         if self.moe is None:
             return []
         wrong = []
         if self.dim >= 1 and self.dim % _GROUPED_MULTIPLE:
-            wrong.append(f"dim {self.dim} is not a multiple of {_GROUPED_MULTIPLE}, which moe needs")
-        beyond = [i for i in self.moe.dense_layers if not 0 <= i < self.n_layers]
-        if beyond:
-            wrong.append(f"moe.dense_layers names {beyond}, but there are layers 0 to {self.n_layers - 1}")
+            wrong.append(f"dim {self.dim} is not a multiple of {_GROUPED_MULTIPLE}, which moe requires")
+        out_of_range = [i for i in self.moe.dense_layers if not 0 <= i < self.n_layers]
+        if out_of_range:
+            wrong.append(f"moe.dense_layers contains {out_of_range}, but the layers are 0 to {self.n_layers - 1}")
         return wrong
 
     @property
@@ -188,5 +199,5 @@ class DecoderConfig:
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     def has_experts(self, layer: int) -> bool:
-        """Say whether block number `layer` has a mixture of experts."""
+        """Return whether block number `layer` has a mixture of experts."""
         return self.moe is not None and layer not in self.moe.dense_layers

@@ -1,4 +1,4 @@
-"""What a decoder costs: parameters and floating-point operations."""
+"""Cost of a decoder, from its config alone: number of parameters and floating-point operations."""
 
 from __future__ import annotations
 
@@ -13,51 +13,59 @@ def count_parameters(config: DecoderConfig) -> int:
 
 
 def count_active_parameters(config: DecoderConfig) -> int:
-    """Return the number of parameters that one token meets: of each mixture of experts, those that it goes to."""
+    """Return the number of parameters that process one token: of each mixture of experts, `top_k` experts."""
     return _count(config, experts=0 if config.moe is None else config.moe.top_k)
 
 
 def flops_per_token(config: DecoderConfig, seq_len: int, document_lengths: Iterable[int] | None = None) -> float:
     """Return the floating-point operations that training needs for one token, forward and backward.
 
-    Six for each weight of a matrix product that the token meets (two forward, four backward; the embedding is a
-    look-up and costs none, and of a mixture of experts only those count that the token goes to), and for attention six
-    for each query-key pair and dimension of scores and of values. A causal query looks at itself and what comes before
-    it in its document, so pairs are counted once and not twice. Nothing is added for what activation checkpointing
-    computes again. But for the causal half and for documents these are the model FLOPs of PaLM (Chowdhery et al. 2022,
-    arXiv:2204.02311, appendix B), and with them
+    Six for each weight of a matrix product that processes the token (two forward, four backward; the embedding is a
+    look-up and costs none, and of a mixture of experts only `top_k` experts count), and for attention six for each
+    query-key pair and dimension of scores and of values. A causal query attends to itself and the tokens before it in
+    its document, so each pair counts once, not twice. Recomputation by activation checkpointing is not counted. Except
+    for the causal half and documents, these are the model FLOPs of PaLM (Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B), and
 
         MFU = tokens per second * FLOPs per token / peak FLOPs per second.
 
     Args:
         config: The decoder's shape.
         seq_len: Tokens per sequence.
-        document_lengths: Tokens of each document in the sequences that are meant, where attention stays within
-            documents; None where it sees the whole sequence.
+        document_lengths: Tokens of each document in typical sequences, if attention is restricted to documents; None
+            if it covers the full sequence.
 
     Returns:
         FLOPs per trained token.
 
     Raises:
-        ValueError: If a document has no tokens or more than a sequence, or there is none.
+        ValueError: If a document has no tokens or more than a sequence, or the list is empty.
+
+    Example:
+        >>> from titan_model import flops_per_token, preset
+        >>> config = preset("llama3_8b")
+        >>> f"{flops_per_token(config, seq_len=8192):.3g}"
+        '5.15e+10'
+        >>> f"{flops_per_token(config, seq_len=8192, document_lengths=[1024] * 8):.3g}"
+        '4.58e+10'
     """
     lengths = [seq_len] if document_lengths is None else list(document_lengths)
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= seq_len:
-        found = f"from {min(lengths)} to {max(lengths)}" if lengths else "none"
-        raise ValueError(f"document lengths must be from 1 to the sequence's {seq_len} tokens; there are: {found}")
+        found = f"lengths from {min(lengths)} to {max(lengths)}" if lengths else "an empty list"
+        raise ValueError(f"document_lengths: each must be from 1 to seq_len ({seq_len}); got {found}")
     pairs_per_token = sum(length * (length + 1) / 2 for length in lengths) / sum(lengths)
     attention = config.n_layers * 2 * config.n_heads * config.attention_head_dim * pairs_per_token
     return 6 * (_active_matrices(config) + attention)
 
 
 def _active_matrices(config: DecoderConfig) -> int:
-    """Return the weights of the matrix products that one token meets."""
+    """Return the number of weights in the matrix products that process one token."""
     embedding = 0 if config.tied_embeddings else config.vocab_size * config.dim
     return count_active_parameters(config) - embedding - _norms(config)
 
 
 def _count(config: DecoderConfig, experts: int | None) -> int:
-    """Count parameters, of a mixture only `experts` experts (None for all of them)."""
+    """Count parameters; of each mixture only `experts` experts (None: all of them)."""
     embeddings = config.vocab_size * config.dim * (1 if config.tied_embeddings else 2)
     q_dim, kv_dim = (heads * config.attention_head_dim for heads in (config.n_heads, config.n_kv_heads))
     attention = 2 * config.dim * (q_dim + kv_dim)

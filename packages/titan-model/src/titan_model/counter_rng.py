@@ -1,8 +1,9 @@
-"""Random numbers that are a function of (key, index): any slice of a tensor can be drawn by itself.
+"""Counter-based random numbers, a function of (key, index): any slice of a tensor can be drawn on its own.
 
-The generator is SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") used as a
-counter-based one: number `i` of a stream is a mix of `key + (i + 1) * golden`. Integers wrap modulo 2**64 on every
-device, so CPU and GPU draw the same bits; what follows in float64 agrees up to the last place.
+Used by `init` for initial weights and by `generation.sampling` for tokens. The generator is SplitMix64 (Steele, Lea &
+Flood 2014, "Fast splittable pseudorandom number generators") with a counter as its state: number `i` of a stream is a
+hash of `key + (i + 1) * golden`. Integers wrap modulo 2**64 on every device, so CPU and GPU draw the same bits; the
+float64 results computed from them agree up to the last place.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 def stream_key(seed: int, name: str) -> int:
-    """Return the 64-bit key of the stream that belongs to `name` under `seed`."""
+    """Return the 64-bit key of the stream of (seed, name)."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
 
 
@@ -31,7 +32,7 @@ def random_bits(key: int, indices: Tensor) -> Tensor:
         indices: int64 of any shape, from 0.
 
     Returns:
-        int64 of the same shape; all 64 bits are random.
+        int64 of the same shape, of which all 64 bits are random.
     """
     z = (indices + 1) * _signed(_GOLDEN) + _signed(key)
     z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
@@ -40,7 +41,7 @@ def random_bits(key: int, indices: Tensor) -> Tensor:
 
 
 def uniform(key: int, indices: Tensor) -> Tensor:
-    """Return numbers between 0 and 1, neither of them ever, one for each index.
+    """Return uniform random numbers in the open interval (0, 1), one for each index.
 
     Args:
         key: The stream.
@@ -49,24 +50,24 @@ def uniform(key: int, indices: Tensor) -> Tensor:
     Returns:
         float64 of the shape of `indices`.
     """
-    # The top 52 bits, centred in their cells: never 0 nor 1. (With 53 the half would be rounded away, at the end to 1.)
+    # The top 52 bits plus one half: never 0 nor 1. (With 53 bits the half would be rounded away, in the end up to 1.)
     return (_shift_right(random_bits(key, indices), 12).double() + 0.5) * 2.0**-52
 
 
 def truncated_normal(key: int, indices: Tensor, bound: float) -> Tensor:
-    """Return standard normal numbers cut off at `bound` standard deviations, one for each index.
+    """Return standard normal random numbers truncated at `bound` standard deviations, one for each index.
 
-    The normal's inverse distribution function is applied to a uniform number, so each takes exactly one draw.
+    The inverse distribution function is applied to a uniform number, so each takes exactly one draw.
 
     Args:
         key: The stream.
         indices: int64 of any shape, from 0.
-        bound: Where both tails are cut, in standard deviations.
+        bound: Where both tails are truncated, in standard deviations.
 
     Returns:
         float64 of the shape of `indices`.
     """
-    inside = math.erf(bound / math.sqrt(2))  # share of the normal within the bounds
+    inside = math.erf(bound / math.sqrt(2))  # probability of the normal within the bounds
     return torch.erfinv((2 * uniform(key, indices) - 1) * inside) * math.sqrt(2)
 
 
@@ -75,5 +76,5 @@ def _signed(bits: int) -> int:
 
 
 def _shift_right(z: Tensor, n: int) -> Tensor:
-    # int64 shifts are arithmetic: mask off the copies of the sign.
+    # int64 shifts are arithmetic: mask out the copies of the sign bit.
     return (z >> n) & ((1 << (64 - n)) - 1)

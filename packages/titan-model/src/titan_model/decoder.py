@@ -1,9 +1,11 @@
-"""The decoder: every family from one config.
+"""The decoder module: every model family from one config.
+
+`build` is the entry point. `Decoder` joins the modules of `layers` and `moe`; `convert` and `generation` use it.
+
+Nothing here knows about ranks or meshes. After construction on the meta device only parameters and buffers have to be
+filled: rotary angles are computed from the positions in each forward.
 
 Shapes: `B` batch, `S` sequence, `D` model dim, `H` query heads, `Hkv` key/value heads, `Dh` head dim, `V` vocabulary.
-
-Nothing here knows of ranks or meshes, and nothing but parameters has to be filled in after a start on the meta device:
-rotary angles are computed from the positions in each forward.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from titan_model.moe.layer import MoE
 
 
 class Block(nn.Module):
-    """One transformer layer: attention, then feed-forward, each behind a norm and a residual."""
+    """One transformer layer: attention, then feed-forward, each with a norm before it and a residual around it."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -36,7 +38,7 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.has_experts(layer) else FeedForward(config.dim, config.ffn_dim)
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask | None, cache: LayerCache | None = None) -> Tensor:
-        """Apply the block to `x` `[B, S, D]`; see `Attention.forward` for the others."""
+        """Apply the block to `x` `[B, S, D]`; see `Attention.forward` for the other arguments."""
         x = x + self.attn(self.attn_norm(x), rope, mask, cache)
         out: Tensor = x + self.ffn(self.ffn_norm(x))
         return out
@@ -46,14 +48,14 @@ class Decoder(nn.Module):
     """A decoder-only language model.
 
     Args:
-        config: Its shape. Build it under `torch.device("meta")` to allocate nothing.
+        config: The shape of the model. Under `torch.device("meta")` no memory is allocated.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        # A dict, so that a block keeps its name when others are left out.
+        # A dict, so that a block keeps its name when other blocks are removed (pipeline stages).
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
         self.norm = make_norm(config)
         self.head = Head(config.dim, config.vocab_size)
@@ -96,25 +98,26 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
         cache: KVCache | None = None,
     ) -> Tensor | LossSums:
-        """Return next-token logits or, given labels, the loss without ever holding all logits.
+        """Return next-token logits or, given labels, the loss, which never materializes all logits.
 
         Args:
             tokens: Integers `[B, S]`.
             positions: Integers `[B, S]`, restarting at each document; None counts from 0.
-            document_ids: Integers `[B, S]`; tokens attend only within their own document. None: one per row.
+            document_ids: Integers `[B, S]`; tokens attend only within their own document. None: each sequence is one
+                document.
             labels: Integers `[B, S]`, already shifted; -100 is not scored.
-            source_ids: Integers `[B]`: which of `n_sources` sources each row's loss is summed under.
-            n_sources: How many sums of the loss are kept apart.
+            source_ids: Integers `[B]`: the source of each sequence, for a separate loss per source.
+            n_sources: Number of sources.
             z_loss: Coefficient of the z-loss; see `linear_cross_entropy`.
-            cache: Keys and values of earlier tokens, to which those of `tokens` are added; tells the positions.
+            cache: Keys and values of earlier tokens, to which those of `tokens` are added; determines the positions.
 
         Returns:
             Logits `[B, S, V]` in the dtype of the parameters, or the sums of the loss. With a cache, the logits after
-            each row's last token alone, `[B, 1, V]`.
+            each sequence's last token only, `[B, 1, V]`.
         """
         mask = None
         if cache is not None:
-            positions, mask = cache.place(tokens)
+            positions, mask = cache.advance(tokens)
         elif positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         config = self.config
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
         for name, block in self.layers.items():
             x = block(x, rope, mask, None if cache is None else cache.layers[name])
         if cache is not None:
-            x = cache.newest(x)  # the only ones that have a next token to predict
+            x = cache.select_last(x)  # only the last token of each sequence has a next token to predict
         x = self.norm(x)
         if labels is None:
             logits: Tensor = self.head(x)  # [B, S, V]
@@ -141,13 +144,26 @@ def build(config: DecoderConfig, device: torch.device | str = "meta") -> Decoder
     """Build a decoder.
 
     Args:
-        config: Its shape.
-        device: Where the parameters lie. On `meta` (the default) nothing is allocated; elsewhere they hold torch's
-            own initialisation until `init_parameters` or a checkpoint fills them. (torch's `to_empty` takes tied
-            weights apart: set `model.head.weight = model.embed.weight` after it.)
+        config: The shape of the model.
+        device: Device of the parameters. On `meta` (the default) no memory is allocated; elsewhere they have torch's
+            default initialization until `init_parameters` or a checkpoint fills them. (torch's `to_empty` unties
+            weights: set `model.head.weight = model.embed.weight` after it.)
 
     Returns:
         The model.
+
+    Example:
+        >>> import torch
+        >>> from titan_model import build, init_parameters, preset
+        >>> config = preset("debug")
+        >>> model = build(config, device="cpu")
+        >>> init_parameters(model.named_parameters(), config, seed=0)
+        >>> tokens = torch.tensor([[1, 2, 3, 4]])
+        >>> model(tokens).shape  # logits
+        torch.Size([1, 4, 264])
+        >>> sums = model(tokens, labels=torch.tensor([[2, 3, 4, -100]]))
+        >>> sums.scored.tolist()
+        [3]
     """
     with torch.device(device):
         return Decoder(config)

@@ -1,9 +1,11 @@
-"""Elementary steps of a block, with gradients written out.
+"""SwiGLU, RMSNorm and rotary embedding with hand-written gradients, for uncompiled code.
 
-Left to autograd, each of these is a string of operations that keep their intermediate results until the backward pass.
-Where nothing compiles them into one kernel, memory traffic then costs more than arithmetic. Written out, they keep
-nothing that the model does not hold anyway, and take fewer passes over memory. Compiled code
-takes the plain formulas: its compiler does the same by itself, and torch 2.11's gets such gradients wrong.
+Under autograd each of these is a chain of operations that save their intermediate results for the backward pass, and
+memory traffic costs more than arithmetic. With hand-written gradients they save only tensors that the model holds
+anyway, and read and write memory fewer times. Under `torch.compile` the regular formulas are used: the compiler fuses
+them itself.
+
+torch 2.11: the compiler computes wrong gradients for these autograd functions, so the regular formulas must stay there.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_model._torch_compat import silu_backward
+
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return `silu(gate) * up` (Shazeer 2020, arXiv:2002.05202) of two tensors of one shape."""
+    """Return `silu(gate) * up` (Shazeer 2020, arXiv:2002.05202) of two tensors of the same shape."""
     if torch.compiler.is_compiling():
         return F.silu(gate) * up
     out: Tensor = _SwiGLU.apply(gate, up)
@@ -24,7 +28,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Norm the last dim by its root mean square (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32.
+    """Normalize the last dim by its root mean square (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32.
 
     Args:
         x: `[..., D]`.
@@ -32,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: Added to the mean square.
 
     Returns:
-        `[..., D]` in the dtype of `x`; under autocast in its dtype, as matrix products read it next.
+        `[..., D]` in the dtype of `x`; under autocast in autocast's dtype, since matrix products read it next.
     """
     if torch.compiler.is_compiling():
         wide = x.float()
@@ -42,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs `(x[i], x[i + Dh / 2])` by their angles, in fp32 (RoFormer, Su et al. 2021, in half-split layout).
+    """Rotate pairs `(x[i], x[i + Dh / 2])` by their angles, in fp32 (RoFormer, Su et al. 2021, in half-split layout).
 
     Args:
         x: Queries or keys `[B, S, H, Dh]`.
@@ -52,7 +56,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         `[B, S, H, Dh]` in the dtype of `x`.
     """
     if torch.compiler.is_compiling():
-        return _turn(x, *rope, 1)
+        return _rotate_pairs(x, *rope, 1)
     out: Tensor = _Rotate.apply(x, *rope)
     return out
 
@@ -66,7 +70,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+        return silu_backward(grad * up, gate), F.silu(gate) * grad
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -83,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
         grad, normed = grad.float(), x.float() * inverse
         product = grad * normed
         weight_grad = product.flatten(0, -2).sum(0)
-        # With n the normed x: dx = inverse * (g w - n * mean(g w n)).
+        # With n the normalized x: dx = inverse * (g w - n * mean(g w n)).
         mean = (product * weight).mean(-1, keepdim=True)
         x_grad = torch.addcmul(grad * weight, normed, mean, value=-1) * inverse
         return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None, None
@@ -93,19 +97,19 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return _rotate_pairs(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1), None, None
+        return _rotate_pairs(grad, cos, sin, -1), None, None
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     left = torch.addcmul(first * cos, second, sin, value=-direction)
     right = torch.addcmul(second * cos, first, sin, value=direction)
@@ -113,8 +117,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which matrix products read `x`: that of autocast where it is on, else its own."""
+    """Return the dtype in which matrix products read `x`: that of autocast if it is enabled, else that of `x`."""
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast, and raises
+    if device != "meta" and torch.is_autocast_enabled(device):  # raises for meta, which has no autocast
         return torch.get_autocast_dtype(device)
     return x.dtype

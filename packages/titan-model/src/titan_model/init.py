@@ -1,7 +1,8 @@
-"""Initial weights that do not depend on the layout.
+"""Initial weights that do not depend on the parallel layout.
 
-Element `i` of the parameter `name` is a function of (seed, name, i), so each rank fills its own shard, whatever the
-sharding, and all layouts start from the same weights without a seed checkpoint.
+Element `i` of the parameter `name` is a function of (seed, name, i), drawn with `counter_rng`. Each rank fills its own
+shard, whatever the sharding, and all layouts start from the same weights without a seed checkpoint. Called by the
+training program (or a user) after the model has been sharded and given memory.
 """
 
 from __future__ import annotations
@@ -14,41 +15,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from titan_model._torch_compat import local_shape_and_offset
 from titan_model.config import DecoderConfig
 from titan_model.counter_rng import stream_key, truncated_normal
 
 _BOUND = 3.0  # standard deviations
-_CHUNK = 1 << 20  # elements drawn at once: bounds the scratch memory at some tens of MiB
+_CHUNK = 1 << 20  # elements drawn at once: limits the temporary memory to tens of MiB
 
 
 @torch.no_grad()
 def init_parameters(named_tensors: Iterable[tuple[str, Tensor]], config: DecoderConfig, seed: int) -> None:
     """Fill parameters and buffers in place with the initial state of a `Decoder`.
 
-    Norms are ones, their biases and the routers' buffers zeros. Everything else is normal with
-    `config.init_std`, cut off at three standard deviations; what writes to the residual stream (`o_proj` and every
-    `down_proj`) is scaled by 1 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019), so that the stream's variance at the
-    end does not grow with depth.
+    Norm weights are ones; norm biases and the routers' buffers are zeros. Everything else is normal with standard
+    deviation `config.init_std`, truncated at three standard deviations. Projections that write to the residual stream
+    (`o_proj` and every `down_proj`) are scaled by 1 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019), so that the
+    stream's variance at the end does not grow with depth.
 
     Args:
-        named_tensors: Pairs of the name in the plain `Decoder` and the parameter or buffer, a tensor or a DTensor of
-            any sharding, of which only the local shard is drawn. A tied weight appears once, as `embed.weight`. Any
-            part of a `Decoder` will do. Buffers need not be among them: `to_empty` leaves them zero.
+        named_tensors: Pairs of the name in the unwrapped `Decoder` and the parameter or buffer: a tensor, or a DTensor
+            of any sharding, of which only the local shard is drawn. A tied weight appears once, as `embed.weight`. Any
+            subset of a `Decoder` is accepted. Buffers may be left out: `to_empty` sets them to zero.
         config: The decoder's shape.
-        seed: Selects the weights.
+        seed: Seed of the weights.
 
     Raises:
-        ValueError: If a name is not one of this `Decoder`, or tied weights have come apart.
+        ValueError: If a name is not one of this `Decoder`, or tied weights are no longer tied.
     """
     fills = _fills(config)
     for name, tensor in named_tensors:
-        # Whole names: what a wrapper puts into a name would select another stream, and so other weights in other
-        # layouts.
+        # Exact names only: a prefix that a wrapper adds would select another random stream, and so other weights in
+        # other layouts.
         fill = fills.get(name)
         if fill is None:
-            raise ValueError(_unknown(name, config, fills))
+            raise ValueError(_unknown_name(name, config, fills))
         if fill.std:
             _fill_normal(tensor, fill.std, stream_key(seed, name))
         else:
@@ -56,14 +57,14 @@ def init_parameters(named_tensors: Iterable[tuple[str, Tensor]], config: Decoder
 
 
 class _Fill(NamedTuple):
-    """What a tensor holds at first."""
+    """Initial values of a tensor."""
 
     mean: float = 0.0
     std: float = 0.0
 
 
 def _fills(config: DecoderConfig) -> dict[str, _Fill]:
-    """Return the fill of every parameter and buffer of the decoder, by its whole name."""
+    """Return the fill of every parameter and buffer of the decoder, by its full name."""
     normal, residual = _Fill(std=config.init_std), _Fill(std=config.init_std / math.sqrt(2 * config.n_layers))
     fills = {"embed.weight": normal} | _norm_fills("norm", config)
     if not config.tied_embeddings:
@@ -107,26 +108,25 @@ def _moe_fills(prefix: str, config: DecoderConfig, normal: _Fill, residual: _Fil
     return fills | _feed_forward_fills(f"{prefix}.experts", "", normal, residual)
 
 
-def _unknown(name: str, config: DecoderConfig, known: Iterable[str]) -> str:
+def _unknown_name(name: str, config: DecoderConfig, known: Iterable[str]) -> str:
     if name == "head.weight" and config.tied_embeddings:
         return (
-            "head.weight is a weight of its own, but the config ties it to embed.weight (Module.to_empty takes tied "
-            "weights apart): set `model.head.weight = model.embed.weight` first"
+            "head.weight is not embed.weight, but the config ties them (Module.to_empty unties weights): "
+            "set `model.head.weight = model.embed.weight` first"
         )
     near = difflib.get_close_matches(name, known, n=3)
     return (
-        f"no rule to initialise {name!r}: it is not one of a Decoder of this config "
+        f"cannot initialize {name!r}: it is not a parameter or buffer of a Decoder of this config "
         f"(nearest: {', '.join(near) or 'none'})"
     )
 
 
 def _fill_normal(parameter: Tensor, std: float, key: int) -> None:
+    """Fill a tensor, or this rank's shard of it, chunk by chunk."""
     local = _local(parameter)
     shape, offset = tuple(local.shape), (0,) * local.dim()
     if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
+        shape, offset = local_shape_and_offset(parameter)
         assert shape == tuple(local.shape)
     flat = local.view(-1)
     for start in range(0, flat.numel(), _CHUNK):
@@ -142,16 +142,20 @@ def _local(parameter: Tensor) -> Tensor:
 def _global_indices(
     flat: Tensor, local_shape: tuple[int, ...], offset: tuple[int, ...], global_shape: torch.Size
 ) -> Tensor:
-    """Translate flat indices within a shard to flat indices within the whole tensor (row-major both)."""
-    dims: list[tuple[int, int, int]] = []
-    for size, first, whole in zip(local_shape, offset, global_shape, strict=True):
-        if dims and size == whole:  # with the dim before it one longer dim: the division below is what costs
-            dims[-1] = (dims[-1][0] * whole, dims[-1][1] * whole, dims[-1][2] * whole)
+    """Convert flat indices within a shard to flat indices within the full tensor (both row-major).
+
+    Divides an index into one coordinate per dim of the shard, and adds up offset coordinates times the strides of the
+    full tensor. Dims that are not split are merged with the dim before them, because the divisions take the time.
+    """
+    dims: list[tuple[int, int, int]] = []  # local size, offset, full size
+    for size, first, full in zip(local_shape, offset, global_shape, strict=True):
+        if dims and size == full:
+            dims[-1] = (dims[-1][0] * full, dims[-1][1] * full, dims[-1][2] * full)
         else:
-            dims.append((size, first, whole))
+            dims.append((size, first, full))
     result, stride = torch.zeros_like(flat), 1
-    for size, first, whole in reversed(dims[1:]):
+    for size, first, full in reversed(dims[1:]):
         result += (flat % size + first) * stride
         flat = flat // size
-        stride *= whole
+        stride *= full
     return result + (flat + dims[0][1]) * stride

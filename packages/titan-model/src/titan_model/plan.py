@@ -1,4 +1,7 @@
-"""How a decoder may be split, as plain data for whoever does the splitting."""
+"""How a decoder may be split over ranks, as plain data (dicts, lists, strings).
+
+titan-parallel takes it as its plan; nothing here imports that package.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,22 @@ from titan_model.config import DecoderConfig
 
 
 class DecoderPlan(TypedDict):
-    """Names of a `Decoder`'s modules and their roles; `*` stands for any run of characters within one part of a name.
+    """Names of a `Decoder`'s modules and their roles; `*` matches any characters within one part of a dotted name.
 
     Attributes:
         blocks: The repeated blocks.
-        before: What runs before the first block.
-        after: What runs after the last block.
+        before: Modules that run before the first block.
+        after: Modules that run after the last block.
         tensor: Tensor-parallel style of modules, and of the experts' parameters.
         tied: Pairs of parameter names (alias, owner) that are one weight.
-        divisible: Sizes that a tensor-parallel degree has to divide, each under a name for messages.
-        attention: What computes attention, given queries, keys, values and a mask with `document_ids`.
-        sequence: Arguments of the decoder that hold the sequence, and in which dim they do.
-        positions: The one of these that numbers the positions.
-        heads: Query heads and key/value heads.
-        experts: What holds the experts of each mixture.
-        n_experts: How many each of these holds; 0 if there are none.
-        save: Operators of this package's own that cost much to compute again for the size of their results.
+        divisible: Sizes that the tensor-parallel degree must divide, by a name for messages.
+        attention: Modules that compute attention, given queries, keys, values and a mask with `document_ids`.
+        sequence: Arguments of the decoder that have a sequence dim, and the number of that dim.
+        positions: The one of these that holds the positions.
+        heads: Number of query heads and of key/value heads.
+        experts: Modules that hold the experts.
+        n_experts: Number of experts in each of these; 0 if there are none.
+        save: Operators of this package that are expensive to recompute relative to the size of their results.
     """
 
     blocks: list[str]
@@ -60,7 +63,7 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
         divisible["feed-forward width (ffn_dim)"] = config.ffn_dim
     if moe:
         tensor |= {"layers.*.ffn.router": "router", **_projection_styles("layers.*.ffn.experts")}
-        # Grouped products want rows of whole eights on every rank.
+        # Grouped products need a width that is a multiple of 8 on every rank.
         divisible["eighths of an expert's width (moe.ffn_dim / 8)"] = moe.ffn_dim // 8
         if moe.shared_ffn_dim:
             tensor |= _projection_styles("layers.*.ffn.shared")
@@ -91,7 +94,7 @@ def _attention_styles(config: DecoderConfig) -> dict[str, str]:
         "layers.*.attn.v_proj": "colwise_kv",
         "layers.*.attn.o_proj": "rowwise",
     }
-    if config.qk_norm:  # each rank norms the heads that it has, all by the same weight
+    if config.qk_norm:  # each rank normalizes its own heads, all with the same weight
         styles |= {"layers.*.attn.q_norm": "local", "layers.*.attn.k_norm": "local"}
     return styles
 

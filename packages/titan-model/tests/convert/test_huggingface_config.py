@@ -1,4 +1,4 @@
-"""`config.json` both ways: every spelling is read as transformers reads it, what cannot be expressed is refused."""
+"""`config.json` both ways: every spelling is read as transformers reads it, what is not supported is refused."""
 
 import json
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def any_config() -> st.SearchStrategy[DecoderConfig]:
                 top_k=draw(st.integers(1, 4)),
                 ffn_dim=8 * draw(st.integers(1, 3)),
                 dense_layers=tuple(sorted(draw(st.sets(st.integers(0, layers - 1), max_size=layers)))),
-                normalise_top_k=draw(st.booleans()),
+                normalize_top_k=draw(st.booleans()),
             )
         return DecoderConfig(
             vocab_size=draw(st.integers(1, 99)),
@@ -197,18 +197,23 @@ def test_what_a_decoder_is_not_is_refused_by_key_and_value(
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("llama", {"norm": "layernorm"}, ["type llama", "norm is 'layernorm'"]),
-        ("qwen3", {"norm": "np_layernorm"}, ["type qwen3", "norm is 'np_layernorm'"]),
-        ("qwen3-moe", {"qk_norm": False}, ["type llama", "moe is set without qk_norm"]),
+        ("llama", {"norm": "layernorm"}, ["Hugging Face's llama", "norm is 'layernorm'"]),
+        ("qwen3", {"norm": "np_layernorm"}, ["Hugging Face's qwen3", "norm is 'np_layernorm'"]),
+        ("qwen3-moe", {"qk_norm": False}, ["Hugging Face's llama", "moe is set without qk_norm"]),
         ("llama-wide-heads", {"n_heads": 6}, ["dim 32 is not a multiple of n_heads 6"]),
         (
             "qwen3-moe",
             {"moe": MoEConfig(n_experts=4, top_k=2, ffn_dim=8, shared_ffn_dim=16, score="sigmoid", route_scale=2.5)},
-            ["type qwen3_moe", "moe.shared_ffn_dim is 16", "moe.score is 'sigmoid'", "moe.route_scale is 2.5"],
+            [
+                "Hugging Face's qwen3_moe",
+                "moe.shared_ffn_dim is 16",
+                "moe.score is 'sigmoid'",
+                "moe.route_scale is 2.5",
+            ],
         ),
     ],
 )
 def test_what_transformers_has_no_model_for_is_refused(family: str, changes: dict[str, Any], said: list[str]) -> None:
-    with pytest.raises(ValueError, match="no Hugging Face model") as caught:
+    with pytest.raises(ValueError, match=r"^Hugging Face's \w+ cannot represent this model") as caught:
         config_to_huggingface(replace(FAMILIES[family], **changes))
     assert all(part in str(caught.value) for part in said), caught.value

@@ -1,4 +1,4 @@
-"""Meta's original Llama files: held against an attention that turns neighbouring pairs, and against transformers."""
+"""Meta's original Llama files: held against an attention that turns neighboring pairs, and against transformers."""
 
 import json
 import math
@@ -22,7 +22,7 @@ CONFIGS = {name: FAMILIES[name] for name in ("llama", "llama-tied-scaled")}
 
 
 def meta_logits(tensors: dict[str, Tensor], config: DecoderConfig, tokens: Tensor) -> Tensor:
-    """Return the logits of a Llama by Meta's formulas, written out with complex numbers and neighbouring pairs."""
+    """Return the logits of a Llama by Meta's formulas, written out with complex numbers and neighboring pairs."""
     batch, length = tokens.shape
     head_dim = config.dim // config.n_heads
     frequencies = config.rope_theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
@@ -35,7 +35,7 @@ def meta_logits(tensors: dict[str, Tensor], config: DecoderConfig, tokens: Tenso
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.norm_eps) * weight
 
-    def turn(x: Tensor) -> Tensor:  # [B, S, H, Dh], neighbours are real and imaginary part
+    def turn(x: Tensor) -> Tensor:  # [B, S, H, Dh], neighbors are real and imaginary part
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * turns[:, None]).flatten(3)
 
@@ -99,7 +99,7 @@ def meta_weights(config: DecoderConfig) -> dict[str, Tensor]:
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: DecoderConfig, parts: int = 1, **params: Any) -> None:
-    """Write a folder as Meta did, split for so many devices: `embeddings` by rows or, in Llama 2, by columns."""
+    """Write a folder as Meta did, split for several devices: `embeddings` by rows or, in Llama 2, by columns."""
     columns = params.pop("embeddings_by_columns", False)
     by_columns = re.compile(r".*\.(wo|w2)\.weight" + (r"|tok_embeddings\.weight" if columns else ""))
     whole = re.compile(r"(.*norm)\.weight|rope\.freqs")
@@ -150,10 +150,10 @@ def test_the_way_back_gives_metas_tensors(tmp_path: Path, name: str) -> None:
     config = CONFIGS[name]
     tensors = meta_weights(config)
     write(tmp_path, tensors, config)
-    native = load_meta(tmp_path, config).state_dict()
+    internal = load_meta(tmp_path, config).state_dict()
     back: dict[str, Tensor] = {}
     for rule in meta_map(config).rules:
-        back |= rule.to_foreign({key: native[key] for key in rule.native})
+        back |= rule.to_external({key: internal[key] for key in rule.internal})
     assert back.keys() | {"output.weight", "rope.freqs"} == tensors.keys()
     for key, tensor in back.items():
         assert torch.equal(tensor, tensors[key]), key
@@ -191,7 +191,7 @@ def test_params_as_llama_2_has_them_are_read(tmp_path: Path) -> None:
 def test_params_of_another_model_are_refused_with_every_difference(tmp_path: Path) -> None:
     config = CONFIGS["llama"]
     write(tmp_path, meta_weights(config), config, n_layers=3, rope_theta=5e5, use_scaled_rope=True)
-    with pytest.raises(ValueError, match=r"params\.json is of another model") as caught:
+    with pytest.raises(ValueError, match=r"params\.json contradicts the config") as caught:
         load_meta(tmp_path, config)
     for said in (
         "n_layers is 3, the config has 2",
@@ -213,7 +213,7 @@ def test_one_error_lists_all_tensors_that_do_not_fit(tmp_path: Path) -> None:
     assert str(caught.value).splitlines()[1:] == [
         "  missing (1): layers.1.attention.wq.weight [32, 32]",
         "  unexpected (1): layers.0.attention.wq.bias [32]",
-        "  misshaped (1): layers.0.feed_forward.w1.weight is [40, 32], must be [48, 32]",
+        "  wrong shape (1): layers.0.feed_forward.w1.weight is [40, 32], must be [48, 32]",
     ]
 
 
@@ -222,10 +222,10 @@ def test_a_part_that_is_missing_or_of_another_model_is_noticed(tmp_path: Path) -
     tensors = meta_weights(config)
     write(tmp_path, tensors, config, parts=4)
     (tmp_path / "consolidated.02.pth").unlink()
-    with pytest.raises(WeightsError, match=r"misshaped .*tok_embeddings\.weight is \[27, 32\], must be \[36, 32\]"):
+    with pytest.raises(WeightsError, match=r"wrong shape .*tok_embeddings\.weight is \[27, 32\], must be \[36, 32\]"):
         load_meta(tmp_path, config)
     torch.save({"tok_embeddings.weight": torch.zeros(9, 32)}, tmp_path / "consolidated.02.pth")
-    with pytest.raises(WeightsError, match=r"consolidated\.02\.pth, held against consolidated\.00\.pth"):
+    with pytest.raises(WeightsError, match=r"consolidated\.02\.pth \(compared with consolidated\.00\.pth\)"):
         load_meta(tmp_path, config)
 
 
@@ -243,30 +243,30 @@ def test_code_in_the_files_is_not_run(tmp_path: Path) -> None:
     config = CONFIGS["llama"]
     write(tmp_path, meta_weights(config), config)
     torch.save({"norm.weight": Hostile(tmp_path / "ran")}, tmp_path / "consolidated.00.pth")
-    with pytest.raises(WeightsError, match=r"consolidated\.00\.pth cannot be read, or holds more than tensors"):
+    with pytest.raises(WeightsError, match=r"consolidated\.00\.pth: unreadable, or contains objects other"):
         load_meta(tmp_path, config)
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_not_there_or_damaged_is_said(tmp_path: Path) -> None:
     config = CONFIGS["llama"]
-    with pytest.raises(FileNotFoundError, match=r"no folder of a Llama as Meta released it"):
+    with pytest.raises(FileNotFoundError, match=r"does not contain a Llama model in Meta\'s original format"):
         load_meta(tmp_path, config)
     write(tmp_path, meta_weights(config), config)
     path = tmp_path / "consolidated.00.pth"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match="unreadable"):
         load_meta(tmp_path, config)
     torch.save([1, 2], path)
-    with pytest.raises(WeightsError, match="something else than tensors"):
+    with pytest.raises(WeightsError, match="must contain a dict of tensors"):
         load_meta(tmp_path, config)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no consolidated"):
+    with pytest.raises(FileNotFoundError, match=r"no consolidated"):
         load_meta(tmp_path, config)
 
 
-def test_models_that_are_no_llama_are_refused() -> None:
-    with pytest.raises(ValueError, match="cannot hold this model") as caught:
+def test_models_that_are_not_llama_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot represent this model") as caught:
         meta_map(replace(FAMILIES["qwen3-moe"], norm="layernorm"))
     for said in ("norm is 'layernorm'", "qk_norm is set", "moe is set", "head_dim is 12"):
         assert said in str(caught.value)

@@ -12,11 +12,11 @@ from model_families import FAMILIES
 from titan_model import Decoder, DecoderConfig, build, preset, preset_names
 from titan_model.convert.errors import WeightsError
 from titan_model.convert.huggingface_names import huggingface_map
-from titan_model.convert.loading import foreign_shapes, native_tensors
+from titan_model.convert.loading import external_shapes, internal_tensors
 from titan_model.convert.meta_llama import meta_map
-from titan_model.convert.weight_map import InterleavedRotary, TensorRule, WeightMap, ZeroOnly
+from titan_model.convert.weight_map import DecoderWeightMap, InterleavedRotary, TensorRule, ZeroOnly
 
-MAPS: dict[str, Callable[[DecoderConfig], WeightMap]] = {
+MAPS: dict[str, Callable[[DecoderConfig], DecoderWeightMap]] = {
     "huggingface": huggingface_map,
     "huggingface-fused": lambda config: huggingface_map(config, fused_experts=True),
     "meta": meta_map,
@@ -41,13 +41,13 @@ ALL_CASES = [pytest.param(*case, marks=[] if case in TINY_CASES else pytest.mark
 def test_every_tensor_has_one_rule(name: str, kind: str) -> None:
     config = CONFIGS[name]
     weights = MAPS[kind](config)
-    native = Counter(name for rule in weights.rules for name in rule.native)
-    foreign = Counter(name for rule in weights.rules for name in rule.foreign)
-    assert set(native.values()) == set(foreign.values()) == {1}
-    assert native.keys() == native_tensors(config).keys()
-    assert foreign.keys() == foreign_shapes(config, weights).keys()
-    assert not weights.aliases.keys() & foreign.keys()
-    assert set(weights.aliases.values()) <= foreign.keys()
+    internal = Counter(name for rule in weights.rules for name in rule.internal)
+    external = Counter(name for rule in weights.rules for name in rule.external)
+    assert set(internal.values()) == set(external.values()) == {1}
+    assert internal.keys() == internal_tensors(config).keys()
+    assert external.keys() == external_shapes(config, weights).keys()
+    assert not weights.aliases.keys() & external.keys()
+    assert set(weights.aliases.values()) <= external.keys()
 
 
 @pytest.mark.parametrize(("name", "kind"), TINY_CASES)
@@ -56,10 +56,10 @@ def test_there_and_back_is_the_same_bits(random_decoder: Callable[..., Decoder],
     tensors = model.state_dict()
     moved = 0
     for rule in MAPS[kind](model.config).rules:
-        foreign = rule.to_foreign({name: tensors[name] for name in rule.native})
-        assert foreign.keys() == set(rule.foreign)
-        back = rule.to_native(foreign)
-        assert back.keys() == set(rule.native)
+        external = rule.to_external({name: tensors[name] for name in rule.internal})
+        assert external.keys() == set(rule.external)
+        back = rule.to_internal(external)
+        assert back.keys() == set(rule.internal)
         for key, tensor in back.items():
             assert torch.equal(tensor, tensors[key])
             moved += tensor.numel()
@@ -70,7 +70,7 @@ def test_there_and_back_is_the_same_bits(random_decoder: Callable[..., Decoder],
 def test_names_and_shapes_are_those_of_transformers(name: str, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     weights = MAPS[kind](CONFIGS[name])
-    ours = foreign_shapes(CONFIGS[name], weights)
+    ours = external_shapes(CONFIGS[name], weights)
     values = dict(weights.config)
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
@@ -92,25 +92,25 @@ def test_names_and_shapes_are_those_of_transformers(name: str, kind: str) -> Non
 def test_interleaving_pairs_what_was_halves_apart(heads: int, half: int, width: int) -> None:
     rule = InterleavedRotary(("ours",), ("theirs",), head_dim=2 * half)
     ours = torch.randn(heads * 2 * half, width, generator=torch.Generator().manual_seed(0))
-    theirs = rule.to_foreign({"ours": ours})["theirs"]
+    theirs = rule.to_external({"ours": ours})["theirs"]
     for head in range(heads):
         first = head * 2 * half
         for i in range(half):
             assert torch.equal(theirs[first + 2 * i], ours[first + i])
             assert torch.equal(theirs[first + 2 * i + 1], ours[first + i + half])
-    assert torch.equal(rule.to_native({"theirs": theirs})["ours"], ours)
+    assert torch.equal(rule.to_internal({"theirs": theirs})["ours"], ours)
 
 
 def test_a_selection_bias_is_dropped_when_zero_and_refused_otherwise() -> None:
     rule: TensorRule = ZeroOnly(("layers.0.ffn.router.bias",), (), (4,))
-    assert rule.to_foreign({"layers.0.ffn.router.bias": torch.zeros(4)}) == {}
-    assert torch.equal(rule.to_native({})["layers.0.ffn.router.bias"], torch.zeros(4))
+    assert rule.to_external({"layers.0.ffn.router.bias": torch.zeros(4)}) == {}
+    assert torch.equal(rule.to_internal({})["layers.0.ffn.router.bias"], torch.zeros(4))
     with pytest.raises(WeightsError, match=r"layers\.0\.ffn\.router\.bias is not zero.*balance_bias_rate"):
-        rule.to_foreign({"layers.0.ffn.router.bias": torch.tensor([0.0, 0.0, 1e-3, 0.0])})
+        rule.to_external({"layers.0.ffn.router.bias": torch.tensor([0.0, 0.0, 1e-3, 0.0])})
 
 
 def test_maps_are_data_that_a_model_on_meta_can_make() -> None:
     config = preset("llama3_1_405b")
     tensors = build(config).state_dict()
     for rule in huggingface_map(config).rules:
-        assert all(t.is_meta for t in rule.to_foreign({name: tensors[name] for name in rule.native}).values())
+        assert all(t.is_meta for t in rule.to_external({name: tensors[name] for name in rule.internal}).values())

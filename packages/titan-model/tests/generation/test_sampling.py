@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from titan_model import sample
+from titan_model import SamplingParams, sample
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, -50.0, 0.0, 1.5, -0.5])
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def expected_shares(logits: Tensor, temperature: float = 1.0, top_k: int = 0, to
 @pytest.mark.parametrize("name", SETTINGS)
 def test_draws_follow_the_distribution_of_transformers(name: str) -> None:
     n = 4000
-    drawn = sample(LOGITS.expand(n, -1), torch.arange(n), seed=3, **SETTINGS[name])
+    drawn = sample(LOGITS.expand(n, -1), torch.arange(n), SamplingParams(seed=3, **SETTINGS[name]))
     shares = torch.bincount(drawn, minlength=len(LOGITS)) / n
     expected = expected_shares(LOGITS, **SETTINGS[name])
     assert bool(((shares - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt() + 1e-9).all())
@@ -51,7 +51,7 @@ def test_only_the_likeliest_are_drawn(data: st.DataObject, vocab: int) -> None:
     # Few values, so that there are ties.
     logits = torch.tensor([data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=vocab, max_size=vocab))])
     k, p = data.draw(st.integers(1, 15)), data.draw(st.floats(0.01, 1.0))
-    drawn = sample(logits.expand(200, -1), torch.arange(200), top_k=k, top_p=p)
+    drawn = sample(logits.expand(200, -1), torch.arange(200), SamplingParams(top_k=k, top_p=p))
     order = sorted(range(vocab), key=lambda token: (-float(logits[0, token]), token))[:k]
     weights = torch.stack([logits[0, token] for token in order]).double().softmax(0)
     before = weights.cumsum(0) - weights
@@ -60,24 +60,25 @@ def test_only_the_likeliest_are_drawn(data: st.DataObject, vocab: int) -> None:
 
 def test_zero_temperature_takes_the_first_of_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 4.0]])
-    assert sample(logits, torch.tensor([0, 9]), temperature=0).tolist() == [1, 0]
-    assert sample(logits, torch.tensor([0, 9]), top_k=1).tolist() == [1, 0]
+    assert sample(logits, torch.tensor([0, 9]), SamplingParams(temperature=0)).tolist() == [1, 0]
+    assert sample(logits, torch.tensor([0, 9]), SamplingParams(top_k=1)).tolist() == [1, 0]
 
 
-def test_a_draw_is_a_function_of_seed_row_and_position() -> None:
+def test_a_draw_is_a_function_of_seed_sequence_and_position() -> None:
     logits = torch.zeros(6, 1000)
-    rows, positions = torch.tensor([0, 0, 1, 1, 5, 5]), torch.tensor([3, 4, 3, 4, 3, 4])
-    drawn = sample(logits, positions, rows=rows, seed=1)
+    params = SamplingParams(seed=1)
+    ids, positions = torch.tensor([0, 0, 1, 1, 5, 5]), torch.tensor([3, 4, 3, 4, 3, 4])
+    drawn = sample(logits, positions, params, sequence_ids=ids)
     assert len(set(drawn.tolist())) == 6
     order = torch.tensor([4, 0, 2])
-    assert torch.equal(sample(logits[:3], positions[order], rows=rows[order], seed=1), drawn[order])
-    assert not torch.equal(sample(logits, positions, rows=rows, seed=2), drawn)
-    assert torch.equal(sample(logits, positions, seed=1), sample(logits, positions, rows=torch.arange(6), seed=1))
+    assert torch.equal(sample(logits[:3], positions[order], params, sequence_ids=ids[order]), drawn[order])
+    assert not torch.equal(sample(logits, positions, SamplingParams(seed=2), sequence_ids=ids), drawn)
+    assert torch.equal(sample(logits, positions), sample(logits, positions, sequence_ids=torch.arange(6)))
 
 
-def test_the_draws_are_those_of_ever() -> None:
-    # A text can be had again on another machine and by a later release.
-    drawn = sample(torch.zeros(2, 50_000), torch.tensor([7, 7]), seed=0)
+def test_the_draws_do_not_change_between_releases() -> None:
+    # Another machine and a later release generate the same text.
+    drawn = sample(torch.zeros(2, 50_000), torch.tensor([7, 7]))
     assert drawn.tolist() == [13012, 6563]
 
 
@@ -86,11 +87,11 @@ def test_impossible_tokens_are_never_drawn(dtype: torch.dtype) -> None:
     logits = torch.full((500, 9), float("-inf"), dtype=dtype)
     logits[:, 4], logits[:, 7] = 1.0, 1.0
     for options in SETTINGS.values():
-        assert set(sample(logits, torch.arange(500), **options).tolist()) <= {4, 7}
+        assert set(sample(logits, torch.arange(500), SamplingParams(**options)).tolist()) <= {4, 7}
 
 
-def test_all_that_is_out_of_range_is_told_at_once() -> None:
+def test_one_error_lists_every_setting_that_is_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"temperature is -1.*top_k is 0.*top_p is 0"):
-        sample(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), temperature=-1, top_k=0, top_p=0)
+        SamplingParams(temperature=-1, top_k=0, top_p=0)
     with pytest.raises(ValueError, match="temperature is nan"):
-        sample(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), temperature=float("nan"))
+        SamplingParams(temperature=float("nan"))

@@ -25,7 +25,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 BACK_ENDS = ["sdpa", "flex", "varlen"]
 CONFIG = DecoderConfig(vocab_size=9, dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=8, max_seq_len=512)
 
-# A row of documents: ids need not be in order, nor different from one another, as long as neighbours differ.
+# A row of documents: ids need not be in order, nor different from one another, as long as neighbors differ.
 ROWS = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 
 
@@ -134,8 +134,8 @@ def test_the_mask_keeps_the_ids_as_they_came(attention: str, document_ids: Tenso
     ("attention", "device", "message"),
     [
         ("flex", "cpu", "no backward on the CPU: set attention to 'auto' to train"),
-        ("flex", "meta", "runs on CUDA and on the CPU, not on meta: set attention to 'auto'"),
-        ("varlen", "meta", "runs on CUDA and on the CPU, not on meta: set attention to 'auto'"),
+        ("flex", "meta", "runs on CUDA and CPU, not on meta: set attention to 'auto'"),
+        ("varlen", "meta", "runs on CUDA and CPU, not on meta: set attention to 'auto'"),
     ],
 )
 def test_a_back_end_where_it_cannot_run_is_refused(
@@ -149,7 +149,7 @@ def test_a_back_end_where_it_cannot_run_is_refused(
 @pytest.mark.parametrize(
     ("changes", "dtype", "message"),
     [
-        ({}, torch.float32, "take bfloat16 and float16, not torch.float32; set attention to 'auto'"),
+        ({}, torch.float32, "support bfloat16 and float16, not torch.float32; set attention to 'auto'"),
         ({"head_dim": 12}, torch.bfloat16, "multiple of 8 up to 256, not 12; set attention to 'auto'"),
         ({"head_dim": 512}, torch.float16, "multiple of 8 up to 256, not 512; set attention to 'auto'"),
     ],
@@ -192,7 +192,7 @@ def test_a_forward_with_documents_can_be_traced_with_fake_tensors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
+@pytest.mark.parametrize("documents", [False, True], ids=["regular", "documents"])
 @pytest.mark.parametrize("attention", BACK_ENDS)
 def test_a_block_compiles_whole(random_decoder: Callable[..., Decoder], attention: str, documents: bool) -> None:
     eager, compiled = random_decoder(attention=attention), random_decoder(attention=attention)

@@ -126,7 +126,10 @@ def test_no_positions_count_from_zero(random_decoder: Callable[..., Decoder], wi
 
 @pytest.mark.parametrize("attention", BACK_ENDS)
 def test_documents_of_another_shape_are_refused(random_decoder: Callable[..., Decoder], attention: str) -> None:
-    with torch.no_grad(), pytest.raises(ValueError, match=r"document_ids are \[1, 8\], but the tokens are \[2, 8\]"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"document_ids: shape \[1, 8\] differs from that of tokens, \[2, 8\]"),
+    ):
         random_decoder(attention=attention)(random_tokens(2, 8), document_ids=torch.zeros(1, 8, dtype=torch.int64))
 
 

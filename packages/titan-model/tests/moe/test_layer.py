@@ -29,7 +29,7 @@ def mixtures(draw: st.DrawFn) -> MoE:
         ffn_dim=draw(st.sampled_from([8, 24])),
         shared_ffn_dim=draw(st.sampled_from([0, 5])),
         score=draw(st.sampled_from(["softmax", "sigmoid"])),
-        normalise_top_k=draw(st.booleans()),
+        normalize_top_k=draw(st.booleans()),
         route_scale=draw(st.sampled_from([1.0, 2.5])),
         balance_bias_rate=draw(st.sampled_from([0.0, 0.1])),
     )
@@ -85,15 +85,15 @@ def test_no_tokens(shape: tuple[int, int], shared: int) -> None:
 
 def test_it_is_qwen3s_block_of_transformers() -> None:
     modeling = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
-    for normalise in (True, False):
-        module = random_mixture(n_experts=8, top_k=3, ffn_dim=24, normalise_top_k=normalise)
+    for normalize in (True, False):
+        module = random_mixture(n_experts=8, top_k=3, ffn_dim=24, normalize_top_k=normalize)
         theirs = modeling.Qwen3MoeSparseMoeBlock(
             modeling.Qwen3MoeConfig(
                 hidden_size=DIM,
                 num_experts=8,
                 num_experts_per_tok=3,
                 moe_intermediate_size=24,
-                norm_topk_prob=normalise,
+                norm_topk_prob=normalize,
                 experts_implementation="eager",
             )
         )
@@ -184,7 +184,7 @@ def test_scores_that_underflow_give_no_nan(score: str) -> None:
 
 
 def test_experts_take_any_gradient_and_count_themselves() -> None:
-    # The seam of expert parallelism: this module holds some of the experts and gets rows from elsewhere.
+    # The interface of expert parallelism: this module has some of the experts and receives rows from other ranks.
     module = random_mixture(n_experts=6)
     local = Experts(2, DIM, 8)
     with torch.no_grad():
@@ -265,7 +265,7 @@ def assert_same_when_run_so(wrap: Callable[[nn.Module], nn.Module], backend: str
     if backend is not None:
         run.compile(backend=backend, fullgraph=True)
     for module in (plain, wrapped):
-        module.router.normaliser = torch.tensor(3.0)
+        module.router.num_target_tokens = torch.tensor(3.0)
     expected, got = gradients(plain, plain, x), gradients(run, wrapped, x)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from model_experts import chosen_of, gradients, random_input, random_mixture, randomise, scores_of, with_moe
+from model_experts import chosen_of, gradients, random_input, random_mixture, randomize, scores_of, with_moe
 from ranks import Ranks
 from titan_model import Decoder, DecoderConfig, build
 from titan_model.moe.layer import MoE
-from titan_model.moe.load_balancing import balance_experts, set_loss_normaliser, set_sequence_sum
+from titan_model.moe.load_balancing import balance_experts, set_num_target_tokens, set_sequence_sum
 
 
 def balance_by_hand(module: MoE, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def record_of(model: nn.Module) -> Tensor:
     score=st.sampled_from(["softmax", "sigmoid"]),
     rate=st.sampled_from([0.0, 0.1]),
     coefficient=st.sampled_from([0.01, 2.0]),
-    normaliser=st.sampled_from([1, 7.5]),
+    num_target_tokens=st.sampled_from([1, 7.5]),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 6)),
 )
 def test_loss_adds_the_gradient_of_its_formula(
@@ -54,16 +54,16 @@ def test_loss_adds_the_gradient_of_its_formula(
     score: str,
     rate: float,
     coefficient: float,
-    normaliser: float,
+    num_target_tokens: float,
     shape: tuple[int, int],
 ) -> None:
     options = {"n_experts": n_experts, "top_k": min(top_k, n_experts), "score": score, "balance_bias_rate": rate}
     plain, balanced = random_mixture(**options), random_mixture(**options, balance_loss=coefficient)
     x = random_input(*shape)
-    set_loss_normaliser(balanced, normaliser)
+    set_num_target_tokens(balanced, num_target_tokens)
     without, found = gradients(plain, plain, x), gradients(balanced, balanced, x)
     by_hand = balance_by_hand(plain, x)
-    of_x, of_router = torch.autograd.grad(coefficient * by_hand / normaliser, (x, plain.router.weight))
+    of_x, of_router = torch.autograd.grad(coefficient * by_hand / num_target_tokens, (x, plain.router.weight))
     torch.testing.assert_close(found["x"], without["x"] + of_x, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["router.weight"], without["router.weight"] + of_router, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["experts.up_proj"], without["experts.up_proj"], rtol=1e-5, atol=1e-5)
@@ -74,14 +74,14 @@ def test_loss_adds_the_gradient_of_its_formula(
 def test_parts_of_a_sequence_add_up_to_its_loss(score: str) -> None:
     options = {"score": score, "balance_loss": 2.0}
     whole, x = random_mixture(**options), random_input(3, 8)
-    set_loss_normaliser(whole, 1)
+    set_num_target_tokens(whole, 1)
     out_grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     whole(x).backward(out_grad)
     recorded = whole.router.load.clone()
     assert x.grad is not None
     for together in (True, False):
         parts = random_mixture(**options)
-        set_loss_normaliser(parts, 1)
+        set_num_target_tokens(parts, 1)
         # Each part sees what all of them would have counted, in the way in which ranks would tell one another.
         halves = [half.detach().requires_grad_() for half in x.split([3, 5], dim=1)]
         counted: list[Tensor] = []
@@ -125,21 +125,23 @@ def test_even_load_of_transformers_loss_is_k_times_ours() -> None:
     torch.testing.assert_close(balance_experts(module)["experts/balance_loss"].float() * 2, theirs.detach())
 
 
-def test_a_training_step_that_does_not_know_its_normaliser_is_refused() -> None:
+def test_a_training_step_without_num_target_tokens_is_refused() -> None:
     module, x = random_mixture(balance_loss=0.1), random_input(1, 3)
-    with pytest.raises(RuntimeError, match=r"call titan_model\.set_loss_normaliser\(model, normaliser\) before"):
+    with pytest.raises(
+        RuntimeError, match=r"call titan_model\.set_num_target_tokens\(model, num_target_tokens\) before"
+    ):
         module(x)
     with torch.no_grad():
         module(x)  # no gradient, no question
     module.eval()
     module(x).sum().backward()
     assert not module.router.load.any()
-    set_loss_normaliser(random_mixture(), 3)  # nothing to tell, nothing refused
+    set_num_target_tokens(random_mixture(), 3)  # nothing to tell, nothing refused
 
 
 def one_step(model: Decoder, tokens: Tensor, rows: int) -> dict[str, Tensor]:
     """Return the gradients of the mean loss over all tokens, taken `rows` rows at a time."""
-    set_loss_normaliser(model, tokens.numel())
+    set_num_target_tokens(model, tokens.numel())
     for part in tokens.split(rows):
         loss = model(part, labels=part).total / tokens.numel()
         loss.backward()
@@ -149,7 +151,7 @@ def one_step(model: Decoder, tokens: Tensor, rows: int) -> dict[str, Tensor]:
 def balanced_decoder(**changes: object) -> Decoder:
     options: dict[str, Any] = {"balance_loss": 0.1, "balance_bias_rate": 0.01, **changes}
     model = build(with_moe(**options), "cpu")
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -190,7 +192,7 @@ def test_bias_moves_against_load_by_its_rate() -> None:
 
 
 def test_bias_chooses_but_does_not_weigh() -> None:
-    module, x = random_mixture(n_experts=4, top_k=2, normalise_top_k=False, balance_bias_rate=0.1), random_input(1, 9)
+    module, x = random_mixture(n_experts=4, top_k=2, normalize_top_k=False, balance_bias_rate=0.1), random_input(1, 9)
     assert module.router.bias is not None
     module.router.bias.copy_(torch.tensor([0.0, 0, 5, 5]))
     weights, chosen = module.router(x)
@@ -202,7 +204,7 @@ def test_bias_evens_the_load_in_time() -> None:
     module = random_mixture(n_experts=8, top_k=2, score="sigmoid", balance_bias_rate=0.02)
     assert module.router.bias is not None
     module.router.bias.zero_()
-    x = random_input(4, 64) + 1  # a mean makes favourites
+    x = random_input(4, 64) + 1  # a mean makes favorites
     loads = []
     for _ in range(30):
         module(x).sum().backward()
@@ -284,15 +286,15 @@ def test_buffers_are_whole_and_wide_after_any_move() -> None:
         lambda model: torch.compile(model, backend="eager"),
         nn.DataParallel,
     ],
-    ids=["plain", "checkpointed", "compiled", "replicated"],
+    ids=["regular", "checkpointed", "compiled", "replicated"],
 )
 def test_routers_are_found_through_wrappers(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = balanced_decoder()
     before = [block.ffn.router.bias.clone() for block in model.layers.values()]
     wrapped = wrap(model)
-    set_loss_normaliser(wrapped, torch.tensor(4))
+    set_num_target_tokens(wrapped, torch.tensor(4))
     for block in model.layers.values():
-        assert block.ffn.router.normaliser == 4
+        assert block.ffn.router.num_target_tokens == 4
         block.ffn.router.load[0] = 1
     assert balance_experts(wrapped)
     for block, old in zip(model.layers.values(), before, strict=True):
@@ -304,7 +306,7 @@ def train(model: nn.Module, tokens: Tensor, n_tokens: int, all_reduce: Callable[
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []
     for _ in range(3):
-        set_loss_normaliser(model, n_tokens)
+        set_num_target_tokens(model, n_tokens)
         for row in tokens.split(1):
             (model(row, labels=row).total / n_tokens).backward()
         seen += [float(value) for value in balance_experts(model, all_reduce).values()]
@@ -320,7 +322,7 @@ def sharded_training(config: DecoderConfig, tokens: Tensor) -> tuple[list[float]
     from torch.distributed.tensor import DTensor
 
     model = build(config, "cpu")
-    randomise(model)
+    randomize(model)
     for name, block in model.layers.items():
         model.layers[name] = fully_shard(checkpoint_wrapper(block))
     fully_shard(model)
@@ -340,7 +342,7 @@ def sharded_training(config: DecoderConfig, tokens: Tensor) -> tuple[list[float]
 def test_two_sharded_ranks_balance_as_one_process(ranks2: Ranks) -> None:
     config, tokens = with_moe(n_experts=5, balance_loss=0.5, balance_bias_rate=0.05), tokens_of(4)
     model = build(config, "cpu")
-    randomise(model)
+    randomize(model)
     start = copy.deepcopy(model.state_dict())
     seen = train(model, tokens, tokens.numel(), None)
     for got, state in ranks2.run(sharded_training, config, tokens):

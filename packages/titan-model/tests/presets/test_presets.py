@@ -107,7 +107,7 @@ def test_constants_are_the_released_ones(
 def test_experts_are_routed_as_released(name: str) -> None:
     moe = preset(name).moe
     assert moe is not None
-    assert (moe.n_experts, moe.top_k, moe.score, moe.normalise_top_k) == (128, 8, "softmax", True)
+    assert (moe.n_experts, moe.top_k, moe.score, moe.normalize_top_k) == (128, 8, "softmax", True)
     assert (moe.shared_ffn_dim, moe.dense_layers, moe.balance_loss) == (0, (), 0.001)
 
 

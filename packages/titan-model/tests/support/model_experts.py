@@ -29,7 +29,7 @@ def with_moe(**changes: object) -> DecoderConfig:
     return replace(SHAPE, moe=replace(SHAPE.moe, **changes))
 
 
-def randomise(module: nn.Module, seed: int = 0) -> None:
+def randomize(module: nn.Module, seed: int = 0) -> None:
     """Fill with weights large enough for every part, and every choice, to matter; selection biases too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 
 def random_mixture(seed: int = 0, **changes: object) -> MoE:
     module = MoE(with_moe(**changes))
-    randomise(module, seed)
+    randomize(module, seed)
     return module
 
 
@@ -63,13 +63,13 @@ def chosen_of(module: MoE, scores: Tensor) -> list[int]:
 
 
 def token_by_token(module: MoE, x: Tensor) -> Tensor:
-    """Do what `module` is to do, with plain Python loops over tokens and experts and nothing grouped."""
+    """Do what `module` is to do, with Python loops over tokens and experts and nothing grouped."""
     moe, experts = module.router.moe, module.experts
     out = []
     for token in x.flatten(0, -2):
         scores = scores_of(module, token)
         chosen = chosen_of(module, scores)
-        total = sum(scores[e] for e in chosen) if moe.normalise_top_k else 1.0
+        total = sum(scores[e] for e in chosen) if moe.normalize_top_k else 1.0
         mixed = torch.zeros_like(token)
         for e in chosen:
             hidden = F.silu(experts.gate_proj[e] @ token) * (experts.up_proj[e] @ token)

@@ -38,13 +38,13 @@ FAMILIES: dict[str, DecoderConfig] = {
     "qwen3-moe": DecoderConfig(**_QWEN, moe=_MOE),
     "qwen3-moe-mixed-tied": DecoderConfig(
         **_QWEN,
-        moe=MoEConfig(n_experts=8, top_k=2, ffn_dim=24, dense_layers=(0,), normalise_top_k=False),
+        moe=MoEConfig(n_experts=8, top_k=2, ffn_dim=24, dense_layers=(0,), normalize_top_k=False),
         tied_embeddings=True,
     ),
 }
 
 
-def randomise(model: nn.Module, seed: int = 7) -> None:
+def randomize(model: nn.Module, seed: int = 7) -> None:
     """Fill a model with weights large enough for every part to matter, norms too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -70,11 +70,11 @@ def transformers_model(config: DecoderConfig, **changes: Any) -> Any:
 
 
 def to_transformers(tensors: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """Return native tensors under the names, and in the form, that transformers 5 has in memory."""
-    foreign: dict[str, Tensor] = {}
+    """Return internal tensors with the names and shapes that transformers 5 has in memory."""
+    external: dict[str, Tensor] = {}
     for rule in huggingface_map(config, fused_experts=True).rules:
-        foreign |= rule.to_foreign({name: tensors[name] for name in rule.native})
-    return foreign
+        external |= rule.to_external({name: tensors[name] for name in rule.internal})
+    return external
 
 
 def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:

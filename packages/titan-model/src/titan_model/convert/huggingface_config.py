@@ -1,4 +1,7 @@
-"""Between `config.json` of Hugging Face's transformers and `DecoderConfig`."""
+"""Conversion between the `config.json` of Hugging Face's transformers and `DecoderConfig`.
+
+Called by `huggingface_files` to load a model, by `huggingface_names` for the config of a weight map, and by users.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _ARCHITECTURES = {
 }
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-# What a config.json may say about things that a Decoder has in one form only.
+# Keys of config.json for which a Decoder supports these values only.
 _ONLY: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -27,28 +30,28 @@ _ONLY: dict[str, tuple[object, ...]] = {
 
 
 def config_from_huggingface(values: Mapping[str, Any]) -> DecoderConfig:
-    """Return the config that a `config.json` describes.
+    """Convert a `config.json` to a `DecoderConfig`.
 
     Both spellings of the rotary settings are read: `rope_theta` with `rope_scaling`, and the `rope_parameters` of
-    transformers 5. What is left out takes the default that transformers gives it. How the load of experts is balanced
-    in training is not read: transformers balances only where it is asked to, and another loss than `balance_loss`.
+    transformers 5. Missing keys get the defaults of transformers. Settings that balance the load of experts in training
+    are not read: transformers balances on request only, and with another loss than `balance_loss`.
 
     Args:
-        values: What `config.json` holds, of model type `llama`, `qwen3` or `qwen3_moe`.
+        values: The contents of a `config.json` of model type `llama`, `qwen3` or `qwen3_moe`.
 
     Raises:
-        ValueError: If it describes something that a `Decoder` is not; the message lists every such key and value.
+        ValueError: If a `Decoder` does not support a setting; the message lists every such key and value.
     """
     kind = values.get("model_type")
     if kind not in _ARCHITECTURES:
-        raise ValueError(f"config.json: model_type is {kind!r}; known are {', '.join(_ARCHITECTURES)}")
-    wrong = _misfits(values, kind)
+        raise ValueError(f"config.json: model_type is {kind!r}; supported are {', '.join(_ARCHITECTURES)}")
+    wrong = _unsupported(values, kind)
     if wrong:
         raise ValueError(f"config.json of a {kind} model: " + "; ".join(wrong))
     rope = _rope(values)
     heads = values["num_attention_heads"]
-    # A Llama's heads share its width unless it says otherwise; Qwen3's are set apart from it.
-    head_dim = _given(values, "head_dim", 128 if kind == "qwen3" else None)
+    # In Llama the heads together are as wide as the model by default; in Qwen3 the width of a head is independent.
+    head_dim = _get(values, "head_dim", default=128 if kind == "qwen3" else None)
     if kind == "llama" and head_dim is not None and head_dim * heads == values["hidden_size"]:
         head_dim = None
     return DecoderConfig(
@@ -56,32 +59,32 @@ def config_from_huggingface(values: Mapping[str, Any]) -> DecoderConfig:
         dim=values["hidden_size"],
         n_layers=values["num_hidden_layers"],
         n_heads=heads,
-        n_kv_heads=_given(values, "num_key_value_heads", heads),
+        n_kv_heads=_get(values, "num_key_value_heads", default=heads),
         head_dim=head_dim,
         ffn_dim=values["intermediate_size"],
         moe=_experts(values) if kind == "qwen3_moe" else None,
         max_seq_len=values["max_position_embeddings"],
-        norm_eps=_given(values, "rms_norm_eps", 1e-6),
+        norm_eps=_get(values, "rms_norm_eps", default=1e-6),
         qk_norm=kind != "llama",
-        rope_theta=float(_given(rope, "rope_theta", _given(values, "rope_theta", 10_000.0))),
+        rope_theta=float(_get(rope, "rope_theta", default=_get(values, "rope_theta", default=10_000.0))),
         rope_scaling=_scaling(rope, values) if _rope_type(rope) == "llama3" else None,
-        tied_embeddings=_given(values, "tie_word_embeddings", False),
-        init_std=_given(values, "initializer_range", 0.02),
+        tied_embeddings=_get(values, "tie_word_embeddings", default=False),
+        init_std=_get(values, "initializer_range", default=0.02),
     )
 
 
 def config_to_huggingface(config: DecoderConfig) -> dict[str, Any]:
     """Return the `config.json` of a model, in the spelling that every release of transformers reads.
 
-    Token ids are null, since a model knows none: without them transformers would take those of Llama 2.
+    Token ids are null, since a `DecoderConfig` has none: if they were absent, transformers would use those of Llama 2.
 
     Raises:
-        ValueError: If no family that transformers knows is this model; the message lists every reason.
+        ValueError: If transformers has no architecture for this config; the message lists every reason.
     """
     kind = "llama" if not config.qk_norm else "qwen3" if config.moe is None else "qwen3_moe"
-    wrong = _inexpressible(config, kind)
+    wrong = _not_representable(config, kind)
     if wrong:
-        raise ValueError(f"no Hugging Face model of type {kind} is this one: " + "; ".join(wrong))
+        raise ValueError(f"Hugging Face's {kind} cannot represent this model: " + "; ".join(wrong))
     values: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
@@ -113,12 +116,14 @@ def config_to_huggingface(config: DecoderConfig) -> dict[str, Any]:
     return values
 
 
-def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
+def _get(values: Mapping[str, Any], key: str, *, default: Any) -> Any:
+    """Return a value, or the default if the key is missing or null."""
     value = values.get(key)
     return default if value is None else value
 
 
-def _misfits(values: Mapping[str, Any], kind: str) -> list[str]:
+def _unsupported(values: Mapping[str, Any], kind: str) -> list[str]:
+    """Return one message for each key that is missing or has a value that a `Decoder` does not support."""
     needed = [*_SIZES, "max_position_embeddings"]
     if kind == "qwen3_moe":
         needed += ["num_experts_per_tok", "moe_intermediate_size"]
@@ -128,24 +133,24 @@ def _misfits(values: Mapping[str, Any], kind: str) -> list[str]:
         needed.append("num_key_value_heads")
     wrong = [f"{key} is missing" for key in needed if not values.get(key)]
     wrong += [
-        f"{key} is {values[key]!r}, which a Decoder cannot express" + (f" (only {only[0]!r})" if only else "")
+        f"{key} is {values[key]!r}, which a Decoder does not support" + (f" (only {only[0]!r})" if only else "")
         for key, only in _ONLY.items()
         if values.get(key) is not None and values[key] not in only
     ]
     other_layers = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
     if other_layers:
-        wrong.append(f"layer_types has {', '.join(other_layers)}, a Decoder has full_attention only")
+        wrong.append(f"layer_types has {', '.join(other_layers)}, a Decoder supports full_attention only")
     rope = _rope(values)
     nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
     if nested:
-        wrong.append(f"the rotary settings differ by layer ({', '.join(nested)}), a Decoder has one for all")
+        wrong.append(f"the rotary settings differ by layer ({', '.join(nested)}), a Decoder has the same in all layers")
     if _rope_type(rope) not in ("default", "llama3"):
-        wrong.append(f"rope_type is {_rope_type(rope)!r}, a Decoder knows default and llama3")
+        wrong.append(f"rope_type is {_rope_type(rope)!r}, a Decoder supports default and llama3")
     elif _rope_type(rope) == "llama3":
         lost = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if rope.get(key) is None]
         wrong += [f"{key} is missing from the rotary settings" for key in lost]
-    if _given(rope, "partial_rotary_factor", 1) != 1:
-        wrong.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}, a Decoder turns whole heads")
+    if _get(rope, "partial_rotary_factor", default=1) != 1:
+        wrong.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}, a Decoder supports 1 only")
     return wrong
 
 
@@ -163,7 +168,7 @@ def _scaling(rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
         factor=rope["factor"],
         low_freq_factor=rope["low_freq_factor"],
         high_freq_factor=rope["high_freq_factor"],
-        original_context=_given(rope, "original_max_position_embeddings", values["max_position_embeddings"]),
+        original_context=_get(rope, "original_max_position_embeddings", default=values["max_position_embeddings"]),
     )
 
 
@@ -179,13 +184,13 @@ def _scaling_to_huggingface(scaling: RopeScaling) -> dict[str, Any]:
 
 def _experts(values: Mapping[str, Any]) -> MoEConfig:
     layers = range(values["num_hidden_layers"])
-    step, dense = _given(values, "decoder_sparse_step", 1), set(_given(values, "mlp_only_layers", ()))
+    step, dense = _get(values, "decoder_sparse_step", default=1), set(_get(values, "mlp_only_layers", default=()))
     return MoEConfig(
         n_experts=values.get("num_experts") or values["num_local_experts"],
         top_k=values["num_experts_per_tok"],
         ffn_dim=values["moe_intermediate_size"],
         dense_layers=tuple(layer for layer in layers if layer in dense or (layer + 1) % step),
-        normalise_top_k=_given(values, "norm_topk_prob", False),
+        normalize_top_k=_get(values, "norm_topk_prob", default=False),
     )
 
 
@@ -194,16 +199,17 @@ def _experts_to_huggingface(moe: MoEConfig) -> dict[str, Any]:
         "num_experts": moe.n_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.ffn_dim,
-        "norm_topk_prob": moe.normalise_top_k,
+        "norm_topk_prob": moe.normalize_top_k,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(moe.dense_layers),
     }
 
 
-def _inexpressible(config: DecoderConfig, kind: str) -> list[str]:
+def _not_representable(config: DecoderConfig, kind: str) -> list[str]:
+    """Return one message for each setting that the architecture `kind` of transformers has no equivalent of."""
     wrong = []
     if config.norm not in ("rmsnorm", "fused_rmsnorm"):
-        wrong.append(f"norm is {config.norm!r}, it has rmsnorm only")
+        wrong.append(f"norm is {config.norm!r}, it supports rmsnorm only")
     if kind == "llama" and config.moe is not None:
         wrong.append("moe is set without qk_norm")
     if kind == "llama" and config.dim % config.n_heads:
@@ -213,7 +219,7 @@ def _inexpressible(config: DecoderConfig, kind: str) -> list[str]:
         if moe.shared_ffn_dim:
             wrong.append(f"moe.shared_ffn_dim is {moe.shared_ffn_dim}, it has no shared expert")
         if moe.score != "softmax":
-            wrong.append(f"moe.score is {moe.score!r}, it has softmax only")
+            wrong.append(f"moe.score is {moe.score!r}, it supports softmax only")
         if moe.route_scale != 1:
-            wrong.append(f"moe.route_scale is {moe.route_scale}, it has no such factor")
+            wrong.append(f"moe.route_scale is {moe.route_scale}, it supports 1 only")
     return wrong

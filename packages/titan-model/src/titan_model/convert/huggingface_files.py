@@ -1,4 +1,8 @@
-"""Folders as Hugging Face's transformers reads and writes them: config.json and safetensors files."""
+"""Loading and saving model folders of Hugging Face's transformers: config.json and safetensors files.
+
+The public entry points `load_huggingface` and `save_huggingface`. Names come from `huggingface_names`, the config from
+`huggingface_config`; `loading` builds the model.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from titan_model.convert.errors import WeightsError, check_shapes
 from titan_model.convert.huggingface_config import config_from_huggingface
 from titan_model.convert.huggingface_names import huggingface_map
-from titan_model.convert.loading import load_mapped, native_tensors, read_description
+from titan_model.convert.loading import TensorSource, internal_tensors, load_mapped, read_json_object
 from titan_model.convert.weight_map import TensorRule
 from titan_model.decoder import Decoder
 
@@ -28,52 +32,58 @@ _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_huggingface(
-    folder: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Decoder:
-    """Build a decoder from a folder as transformers' `save_pretrained` writes it, or as it is downloaded from the Hub.
+    """Build a decoder from a folder that transformers' `save_pretrained` wrote or that was downloaded from the Hub.
 
-    Tensors go from the files to the device a few at a time: memory never holds two copies of the model. No code of
-    the folder's is run and nothing is unpickled.
+    Tensors go from the files to the device a few at a time: memory never holds two copies of the model. No code in
+    the folder is run and nothing is unpickled.
 
     Args:
-        folder: Holds `config.json` (model type `llama`, `qwen3` or `qwen3_moe`) and `model.safetensors`, or several
-            files and `model.safetensors.index.json`.
-        device: Where the parameters shall lie.
-        dtype: What they shall be; None keeps that of the files.
+        directory: Folder with `config.json` (model type `llama`, `qwen3` or `qwen3_moe`) and `model.safetensors`, or
+            several files and `model.safetensors.index.json`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters; None keeps that of the files.
 
     Returns:
-        The model, its head tied to its embedding where `config.json` says so.
+        The model. Its head is tied to its embedding if `config.json` says so.
 
     Raises:
-        FileNotFoundError: If a file is not there.
-        ValueError: If `config.json` describes something that a `Decoder` is not.
-        WeightsError: If tensors are missing, unexpected or misshaped: all of them in one message.
+        FileNotFoundError: If a file is missing.
+        ValueError: If `config.json` has a setting that a `Decoder` does not support.
+        WeightsError: If tensors are missing, unexpected or of the wrong shape; the message lists all of them.
+
+    Example:
+        >>> import tempfile
+        >>> from titan_model import build, load_huggingface, preset, save_huggingface
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     save_huggingface(build(preset("debug_qwen3"), device="cpu"), f"{parent}/my-qwen3")
+        ...     model = load_huggingface(f"{parent}/my-qwen3")
+        >>> model.config == preset("debug_qwen3")
+        True
     """
-    folder = Path(folder)
-    config = config_from_huggingface(read_description(folder / "config.json", "a Hugging Face model"))
+    directory = Path(directory)
+    config = config_from_huggingface(read_json_object(directory / "config.json", "a Hugging Face model"))
     with ExitStack() as stack:
         files: dict[str, Any] = {}
-        for path in _weight_files(folder):
+        for path in _weight_files(directory):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:
-                raise WeightsError(f"{path} is damaged or no safetensors file: {error}") from None
+                raise WeightsError(f"{path}: corrupt, or not a safetensors file: {error}") from None
             files |= dict.fromkeys(file.keys(), file)
-        shapes = {name: file.get_slice(name).get_shape() for name, file in files.items()}
-        return load_mapped(
-            config,
-            huggingface_map(config, fused_experts=any(name.endswith(".experts.gate_up_proj") for name in files)),
-            shapes,
-            lambda name: files[name].get_tensor(name),
-            str(folder),
-            device,
-            dtype,
+        source = TensorSource(
+            where=str(directory),
+            shapes={name: file.get_slice(name).get_shape() for name, file in files.items()},
+            fetch=lambda name: files[name].get_tensor(name),
         )
+        fused_experts = any(name.endswith(".experts.gate_up_proj") for name in files)
+        return load_mapped(config, huggingface_map(config, fused_experts=fused_experts), source, device, dtype)
 
 
 def save_huggingface(
     model: Decoder,
-    folder: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     max_file_bytes: int = 5_000_000_000,
@@ -81,78 +91,82 @@ def save_huggingface(
 ) -> None:
     """Write a folder that transformers' `AutoConfig` and `AutoModelForCausalLM.from_pretrained` read.
 
-    The folder appears under its name when everything is in it. Tied weights are written once. Memory holds no more
-    than one file's tensors besides the model. Put the tokenizer's files beside afterwards.
+    The folder appears under its name only when it is complete. Tied weights are written once. Besides the model, memory
+    holds the tensors of one file at most. Tokenizer files are not written: copy them into the folder afterwards.
 
     Args:
-        model: Whole: not sharded over ranks.
-        folder: Must not exist, or be empty.
-        dtype: What the tensors shall be written as; None keeps that of the parameters.
-        max_file_bytes: Above this size of its tensors a further file is begun. (The tensors that one native tensor
-            becomes stay together, those of a block's experts for example.)
+        model: The model, unsharded.
+        directory: Folder to write; must not exist, or be empty.
+        dtype: Dtype of the written tensors; None keeps that of the parameters.
+        max_file_bytes: Size of its tensors above which a new file is started. (The external tensors that one tensor of
+            the model becomes stay in one file, for example those of a block's experts.)
         extra_config: Further entries of `config.json`, such as `bos_token_id` and `eos_token_id`.
 
     Raises:
-        FileExistsError: If the folder is there with something in it.
-        ValueError: If transformers has no such model, or the parameters are sharded or on the meta device.
-        WeightsError: If the model's tensors are not those of its config (wrapped modules, for example).
+        FileExistsError: If the folder exists and is not empty.
+        ValueError: If transformers has no architecture for this model, or the parameters are sharded or on the meta
+            device.
+        WeightsError: If the model's tensors do not match its config (wrapped modules, for example).
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: name another folder, or remove it first")
+    directory = Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} already exists: choose another folder, or remove it first")
     if max_file_bytes < 1:
         raise ValueError(f"max_file_bytes is {max_file_bytes}, must be at least 1")
     weights = huggingface_map(model.config)
-    tensors = _whole_tensors(model)
+    tensors = _unsharded_tensors(model)
     files = _split(weights.rules, tensors, dtype, max_file_bytes)
     kept = dtype or tensors["embed.weight"].dtype
     values = {**weights.config, "torch_dtype": str(kept).removeprefix("torch."), **(extra_config or {})}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     staging.mkdir()
     try:
         _write_json(staging / "config.json", values)
         _write_files(staging, files, tensors, dtype)
-        staging.replace(folder)  # an empty folder gives way, any other is an error
+        staging.replace(directory)  # replaces an empty folder; fails on any other
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).is_file():
-        named = read_description(folder / _INDEX, "a Hugging Face model").get("weight_map")
-        if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-            raise ValueError(f"{folder / _INDEX} has no weight_map: it does not say which files there are")
-        paths = [folder / name for name in sorted(set(named.values()))]
-        lost = [path.name for path in paths if not path.is_file()]
-        if lost:
-            raise FileNotFoundError(f"{folder} lacks {', '.join(lost)}, which its {_INDEX} names")
+def _weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a model folder: those that the index lists, or the single file."""
+    index = directory / _INDEX
+    if index.is_file():
+        listed = read_json_object(index, "a Hugging Face model").get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError(f"{index}: no valid weight_map, which must give the file of each tensor")
+        paths = [directory / name for name in sorted(set(listed.values()))]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{directory}: missing {', '.join(missing)}, listed in {_INDEX}")
         return paths
-    if (folder / _ONE_FILE).is_file():
-        return [folder / _ONE_FILE]
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    why = f"; {pickled[0]} is a pickle, which may run code: convert it to safetensors" if pickled else ""
-    raise FileNotFoundError(f"{folder} holds neither {_ONE_FILE} nor {_INDEX}{why}")
+    if (directory / _ONE_FILE).is_file():
+        return [directory / _ONE_FILE]
+    pickled = sorted(path.name for path in directory.glob("*.bin"))
+    why = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
+    raise FileNotFoundError(f"{directory}: neither {_ONE_FILE} nor {_INDEX} found{why}")
 
 
-def _whole_tensors(model: Decoder) -> dict[str, Tensor]:
+def _unsharded_tensors(model: Decoder) -> dict[str, Tensor]:
+    """Return the tensors to save, without a tied head, after checking that each is complete and has values."""
     tensors = model.state_dict()
     if model.config.tied_embeddings:
         tensors.pop("head.weight", None)
-    expected = {name: tensor.shape for name, tensor in native_tensors(model.config).items()}
+    expected = {name: tensor.shape for name, tensor in internal_tensors(model.config).items()}
     check_shapes({name: tensor.shape for name, tensor in tensors.items()}, expected, "the model")
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             raise ValueError(
-                f"{name} is sharded over ranks: save_huggingface writes a model that is whole in one process"
+                f"{name} is sharded over ranks: save_huggingface needs a model that is unsharded in one process"
             )
         if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and holds no values: fill the model first")
+            raise ValueError(f"{name} is on the meta device and has no values: initialize or load the model first")
     if model.config.tied_embeddings and model.head.weight is not model.embed.weight:
         raise ValueError(
-            "head.weight is a weight of its own, but the config ties it to embed.weight: "
+            "head.weight is not embed.weight, but the config ties them: "
             "set `model.head.weight = model.embed.weight` first"
         )
     return tensors
@@ -161,12 +175,12 @@ def _whole_tensors(model: Decoder) -> dict[str, Tensor]:
 def _split(
     rules: tuple[TensorRule, ...], tensors: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int
 ) -> list[list[TensorRule]]:
-    """Deal the rules to files, in order."""
+    """Assign the rules to files, in order, starting a new file where `max_bytes` would be exceeded."""
     files: list[list[TensorRule]] = [[]]
     size = 0
     for rule in rules:
-        native = (tensors[name] for name in rule.native)
-        more = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in native)
+        internal = (tensors[name] for name in rule.internal)
+        more = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in internal)
         if files[-1] and size + more > max_bytes:
             files.append([])
             size = 0
@@ -176,23 +190,24 @@ def _split(
 
 
 def _write_files(
-    folder: Path, files: list[list[TensorRule]], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+    directory: Path, files: list[list[TensorRule]], tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> None:
+    """Write the safetensors files and, if there are several, their index."""
     where: dict[str, str] = {}
     total = 0
     for number, rules in enumerate(files, start=1):
         name = _ONE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        foreign: dict[str, Tensor] = {}
+        external: dict[str, Tensor] = {}
         for rule in rules:
-            foreign |= rule.to_foreign({name: tensors[name].detach() for name in rule.native})
-        ready = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in foreign.items()}
+            external |= rule.to_external({name: tensors[name].detach() for name in rule.internal})
+        ready = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in external.items()}
         total += sum(tensor.nbytes for tensor in ready.values())
         where |= dict.fromkeys(ready, name)
-        save_file(ready, folder / name, metadata={"format": "pt"})  # transformers refuses files without the metadata
-        with (folder / name).open("rb") as file:
+        save_file(ready, directory / name, metadata={"format": "pt"})  # transformers rejects files without the metadata
+        with (directory / name).open("rb") as file:
             os.fsync(file.fileno())
     if len(files) > 1:
-        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        _write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

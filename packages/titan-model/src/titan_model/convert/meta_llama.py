@@ -1,4 +1,4 @@
-"""Llama weights as Meta released them: consolidated.*.pth, with names and a rotary layout of their own."""
+"""Llama weights in Meta's original format: consolidated.*.pth, with other names and another rotary layout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from titan_model.config import DecoderConfig
 from titan_model.convert.errors import WeightsError, check_shapes
-from titan_model.convert.loading import foreign_shapes, load_mapped, read_description
-from titan_model.convert.weight_map import InterleavedRotary, Rename, TensorRule, WeightMap
+from titan_model.convert.loading import TensorSource, external_shapes, load_mapped, read_json_object
+from titan_model.convert.weight_map import DecoderWeightMap, InterleavedRotary, Rename, TensorRule
 from titan_model.decoder import Decoder
 
 _BLOCK = {
@@ -28,17 +28,17 @@ _BLOCK = {
 }
 
 
-def meta_map(config: DecoderConfig) -> WeightMap:
-    """Return the rules and the `params.json` of a Llama in Meta's original form.
+def meta_map(config: DecoderConfig) -> DecoderWeightMap:
+    """Return the weight map between a decoder and Meta's original format, with the `params.json`.
 
-    A tied head has no name of its own; files that hold a copy of it are read (`aliases`). Of scaled rotary positions
-    `params.json` says only that there are such, not by how much.
+    A tied head is not stored; files that contain a copy of it are accepted (`aliases`). `params.json` records that
+    rotary positions are scaled, but not by which factors.
 
     Args:
         config: The decoder's shape: a Llama 2, 3, 3.1 or 3.2.
 
     Raises:
-        ValueError: If it is no Llama; the message lists every reason.
+        ValueError: If the config is not a Llama; the message lists every reason.
     """
     values = _params(config)
     rules: list[TensorRule] = [Rename(("embed.weight",), ("tok_embeddings.weight",))]
@@ -56,50 +56,50 @@ def meta_map(config: DecoderConfig) -> WeightMap:
     rules.append(Rename(("norm.weight",), ("norm.weight",)))
     if not config.tied_embeddings:
         rules.append(Rename(("head.weight",), ("output.weight",)))
-    return WeightMap(
+    return DecoderWeightMap(
         rules=tuple(rules),
         config=values,
         aliases={"output.weight": "tok_embeddings.weight"} if config.tied_embeddings else {},
-        ignored=(r"rope\.freqs",),  # rotary frequencies, written as if they were weights
+        ignored=(r"rope\.freqs",),  # rotary frequencies, stored as weights
     )
 
 
 def load_meta(
-    folder: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     config: DecoderConfig,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Decoder:
-    """Build a decoder from a folder of Llama weights as Meta released them.
+    """Build a decoder from a folder of Llama weights in Meta's original format.
 
-    The parts of a model that was split for several devices are put together tensor by tensor; the files are mapped
-    into memory and read without running any code of theirs.
+    The parts of a model that was split for several devices are joined tensor by tensor. The files are memory-mapped and
+    read without running any code in them.
 
     Args:
-        folder: Holds `consolidated.00.pth` and further parts, and `params.json`.
-        config: The decoder's shape, for example `preset("llama3_8b")`; what `params.json` leaves open (context, by how
-            much rotary positions are scaled, whether the head is tied) comes from here.
-        device: Where the parameters shall lie.
-        dtype: What they shall be; None keeps that of the files.
+        directory: Folder with `consolidated.00.pth` and further parts, and `params.json`.
+        config: The decoder's shape, for example `preset("llama3_8b")`. It supplies what `params.json` does not record:
+            context length, factors of the rotary scaling, whether the head is tied.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters; None keeps that of the files.
 
     Raises:
-        FileNotFoundError: If there are no such files.
+        FileNotFoundError: If a file is missing.
         ValueError: If `params.json` contradicts the config; the message lists every contradiction.
-        WeightsError: If tensors are missing, unexpected or misshaped: all of them in one message.
+        WeightsError: If tensors are missing, unexpected or of the wrong shape; the message lists all of them.
     """
-    folder = Path(folder)
+    directory = Path(directory)
     weights = meta_map(config)
-    _check_params(read_description(folder / "params.json", "a Llama as Meta released it"), config)
-    paths = sorted(folder.glob("consolidated.*.pth"))
+    _check_params(read_json_object(directory / "params.json", "a Llama model in Meta's original format"), config)
+    paths = sorted(directory.glob("consolidated.*.pth"))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no consolidated.*.pth")
+        raise FileNotFoundError(f"{directory}: no consolidated.*.pth found")
     parts = [_open(path) for path in paths]
     for path, part in zip(paths, parts, strict=True):
-        check_shapes(_shapes(part), _shapes(parts[0]), f"{path.name}, held against {paths[0].name},")
+        check_shapes(_shapes(part), _shapes(parts[0]), f"{path.name} (compared with {paths[0].name})")
 
-    whole = foreign_shapes(config, weights)
-    whole |= {alias: whole[owner] for alias, owner in weights.aliases.items()}
-    joins = {name: _joined_dim(sizes, whole.get(name)) for name, sizes in _shapes(parts[0]).items()}
+    full = external_shapes(config, weights)
+    full |= {alias: full[owner] for alias, owner in weights.aliases.items()}
+    joins = {name: _joined_dim(sizes, full.get(name)) for name, sizes in _shapes(parts[0]).items()}
 
     def fetch(name: str) -> Tensor:
         dim = joins[name]
@@ -111,23 +111,25 @@ def load_meta(
             sizes[dim] *= len(parts)
         return sizes
 
-    return load_mapped(config, weights, {name: shape(name) for name in parts[0]}, fetch, str(folder), device, dtype)
+    source = TensorSource(str(directory), {name: shape(name) for name in parts[0]}, fetch)
+    return load_mapped(config, weights, source, device, dtype)
 
 
 def _params(config: DecoderConfig) -> dict[str, Any]:
+    """Return the `params.json` of a config, or raise ValueError with every reason why it has none."""
     wrong = []
     if config.norm not in ("rmsnorm", "fused_rmsnorm"):
-        wrong.append(f"norm is {config.norm!r}, it has rmsnorm only")
+        wrong.append(f"norm is {config.norm!r}, it supports rmsnorm only")
     if config.qk_norm:
         wrong.append("qk_norm is set, it has no such norms")
     if config.moe is not None:
         wrong.append("moe is set, it has no experts")
     if config.attention_head_dim * config.n_heads != config.dim:
-        wrong.append(f"head_dim is {config.head_dim}, it has dim / n_heads only")
+        wrong.append(f"head_dim is {config.head_dim}, it supports dim / n_heads only")
     if wrong:
-        raise ValueError("Meta's original format cannot hold this model: " + "; ".join(wrong))
-    # There the feed-forward's width is (8 / 3 * dim * multiplier), rounded up to a multiple; half a unit more than
-    # ours makes their arithmetic arrive at it exactly.
+        raise ValueError("Meta's original format cannot represent this model: " + "; ".join(wrong))
+    # Meta's code computes the feed-forward's width as (8 / 3 * dim * multiplier), truncated, then rounded up to a
+    # multiple. Half a unit added to our width makes the truncation arrive at it exactly.
     return {
         "dim": config.dim,
         "n_layers": config.n_layers,
@@ -143,12 +145,13 @@ def _params(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _check_params(found: dict[str, Any], config: DecoderConfig) -> None:
-    # As the reference code defaults them. The feed-forward's width is not compared: the tensors' shapes will tell.
+    """Raise ValueError if a `params.json` contradicts the config; the message lists every contradiction."""
+    # Defaults of the reference code. The feed-forward's width is not compared here: the tensors' shapes are.
     values = {"n_kv_heads": found.get("n_heads"), "rope_theta": 10_000.0, "use_scaled_rope": False, **found}
     expected = _params(config)
     for key in ("multiple_of", "ffn_dim_multiplier"):
         del expected[key]
-    if values.get("vocab_size") == -1:  # Llama 2: as many as the tokenizer has
+    if values.get("vocab_size") == -1:  # Llama 2: the size of the tokenizer's vocabulary
         del expected["vocab_size"]
     wrong = [
         f"{key} is {values[key]}, the config has {value}"
@@ -156,7 +159,7 @@ def _check_params(found: dict[str, Any], config: DecoderConfig) -> None:
         if key in values and values[key] != value
     ]
     if wrong:
-        raise ValueError("params.json is of another model than the config: " + "; ".join(wrong))
+        raise ValueError("params.json contradicts the config: " + "; ".join(wrong))
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -167,15 +170,15 @@ def _open(path: Path) -> dict[str, Tensor]:
     try:
         part = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{path} cannot be read, or holds more than tensors: {error}") from None
+        raise WeightsError(f"{path}: unreadable, or contains objects other than tensors: {error}") from None
     if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
-        raise WeightsError(f"{path} holds something else than tensors by name")
+        raise WeightsError(f"{path}: must contain a dict of tensors by name")
     return part
 
 
-def _joined_dim(sizes: tuple[int, ...], whole: tuple[int, ...] | None) -> int | None:
-    """Return the dim in which parts make a whole; None where a part is the whole already, or could not be of it."""
-    if whole is None or len(sizes) != len(whole):
+def _joined_dim(sizes: tuple[int, ...], full: tuple[int, ...] | None) -> int | None:
+    """Return the dim along which parts are joined; None if a part is the full tensor, or cannot be a part of it."""
+    if full is None or len(sizes) != len(full):
         return None
-    short = [dim for dim, size in enumerate(sizes) if size != whole[dim]]
+    short = [dim for dim, size in enumerate(sizes) if size != full[dim]]
     return short[0] if len(short) == 1 else None

@@ -1,8 +1,11 @@
-"""Rules between the tensors of a `Decoder` and those of other people's files, as data.
+"""Rules between the tensors of a `Decoder` and those of external file formats, as data.
 
-A rule ties one or a few of our names (native) to one or a few of theirs (foreign) and knows how to get from the
-tensors of either side to those of the other, bit for bit. No name appears in two rules, so a model of any size can be
-carried over rule by rule.
+A rule connects one or a few names of a `Decoder` (internal) with one or a few names in files (external) and converts
+the tensors of either side to those of the other, bit for bit. No name appears in two rules, so a model of any size can
+be converted rule by rule.
+
+Made by `huggingface_names` and `meta_llama`; used by `loading`, `huggingface_files` and, for streaming conversion of
+checkpoints, by titan-ckpt.
 """
 
 from __future__ import annotations
@@ -20,43 +23,43 @@ from titan_model.convert.errors import WeightsError
 
 @dataclass(frozen=True)
 class TensorRule(ABC):
-    """How a few tensors are called and laid out on both sides.
+    """Names and layouts of a few tensors on both sides.
 
     Attributes:
-        native: Names in `Decoder.state_dict()`.
-        foreign: Names in the files.
+        internal: Names in `Decoder.state_dict()`.
+        external: Names in the files.
     """
 
-    native: tuple[str, ...]
-    foreign: tuple[str, ...]
+    internal: tuple[str, ...]
+    external: tuple[str, ...]
 
     @abstractmethod
-    def to_foreign(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the foreign tensors, possibly views, made of the native ones in `tensors`."""
+    def to_external(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the external tensors, possibly views, made from the internal ones in `tensors`."""
 
     @abstractmethod
-    def to_native(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the native tensors, possibly views, made of the foreign ones in `tensors`."""
+    def to_internal(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the internal tensors, possibly views, made from the external ones in `tensors`."""
 
 
 @dataclass(frozen=True)
 class Rename(TensorRule):
-    """One tensor under another name."""
+    """One tensor with another name."""
 
-    def to_foreign(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_external(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename the tensor."""
-        return {self.foreign[0]: tensors[self.native[0]]}
+        return {self.external[0]: tensors[self.internal[0]]}
 
-    def to_native(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_internal(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename the tensor."""
-        return {self.native[0]: tensors[self.foreign[0]]}
+        return {self.internal[0]: tensors[self.external[0]]}
 
 
 @dataclass(frozen=True)
 class InterleavedRotary(TensorRule):
-    """A projection to queries or keys whose foreign form turns neighbouring rows of a head as a pair.
+    """A projection to queries or keys whose external form pairs neighboring rows of a head for the rotation.
 
-    Ours turns row `i` of a head with row `i + Dh / 2`; theirs row `2 i` with row `2 i + 1`.
+    A `Decoder` pairs row `i` of a head with row `i + Dh / 2`; the external form pairs row `2 i` with row `2 i + 1`.
 
     Attributes:
         head_dim: Rows of one head (`Dh`).
@@ -64,48 +67,48 @@ class InterleavedRotary(TensorRule):
 
     head_dim: int
 
-    def to_foreign(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring the rows of each pair together: `[H * Dh, D]` to the same shape."""
-        ours = tensors[self.native[0]]
-        pairs = ours.reshape(-1, 2, self.head_dim // 2, *ours.shape[1:])
-        return {self.foreign[0]: pairs.transpose(1, 2).reshape(ours.shape)}
+    def to_external(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Interleave the two halves of each head: `[H * Dh, D]` to the same shape."""
+        halves = tensors[self.internal[0]]
+        pairs = halves.reshape(-1, 2, self.head_dim // 2, *halves.shape[1:])
+        return {self.external[0]: pairs.transpose(1, 2).reshape(halves.shape)}
 
-    def to_native(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take the rows of each pair apart: `[H * Dh, D]` to the same shape."""
-        theirs = tensors[self.foreign[0]]
-        pairs = theirs.reshape(-1, self.head_dim // 2, 2, *theirs.shape[1:])
-        return {self.native[0]: pairs.transpose(1, 2).reshape(theirs.shape)}
+    def to_internal(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Separate the rows of each pair into two halves: `[H * Dh, D]` to the same shape."""
+        interleaved = tensors[self.external[0]]
+        pairs = interleaved.reshape(-1, self.head_dim // 2, 2, *interleaved.shape[1:])
+        return {self.internal[0]: pairs.transpose(1, 2).reshape(interleaved.shape)}
 
 
 @dataclass(frozen=True)
 class StackedExperts(TensorRule):
-    """One native tensor of all experts `[E, ...]`, a foreign one for each."""
+    """One internal tensor of all experts `[E, ...]`, one external tensor per expert."""
 
-    def to_foreign(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take the experts apart."""
-        return dict(zip(self.foreign, tensors[self.native[0]].unbind(0), strict=True))
+    def to_external(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Unstack the experts."""
+        return dict(zip(self.external, tensors[self.internal[0]].unbind(0), strict=True))
 
-    def to_native(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_internal(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Stack the experts."""
-        return {self.native[0]: torch.stack([tensors[name] for name in self.foreign])}
+        return {self.internal[0]: torch.stack([tensors[name] for name in self.external])}
 
 
 @dataclass(frozen=True)
 class FusedExperts(TensorRule):
-    """Two native tensors `[E, F, D]`, gate and up, that are one foreign tensor `[E, 2 F, D]`."""
+    """Two internal tensors `[E, F, D]`, gate and up, that are one external tensor `[E, 2 F, D]`."""
 
-    def to_foreign(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Join gate and up."""
-        return {self.foreign[0]: torch.cat([tensors[name] for name in self.native], dim=1)}
+    def to_external(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Concatenate gate and up."""
+        return {self.external[0]: torch.cat([tensors[name] for name in self.internal], dim=1)}
 
-    def to_native(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Part gate and up."""
-        return dict(zip(self.native, tensors[self.foreign[0]].chunk(2, dim=1), strict=True))
+    def to_internal(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Split gate and up."""
+        return dict(zip(self.internal, tensors[self.external[0]].chunk(2, dim=1), strict=True))
 
 
 @dataclass(frozen=True)
 class ZeroOnly(TensorRule):
-    """A native tensor that has no foreign counterpart and changes nothing while it is zero.
+    """An internal tensor without external counterpart, which has no effect while it is zero.
 
     Attributes:
         shape: Its shape.
@@ -113,34 +116,35 @@ class ZeroOnly(TensorRule):
 
     shape: tuple[int, ...]
 
-    def to_foreign(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_external(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return nothing.
 
         Raises:
-            WeightsError: If the tensor is not zero, so that the foreign model would be another one.
+            WeightsError: If the tensor is not zero, so that the external model would behave differently.
         """
-        tensor = tensors[self.native[0]]
+        tensor = tensors[self.internal[0]]
         if not tensor.is_meta and bool(tensor.count_nonzero()):
             raise WeightsError(
-                f"{self.native[0]} is not zero, and the target format has no place for it: the exported model would "
-                "choose other experts. Train with moe.balance_bias_rate = 0 what is to be exported to this format"
+                f"{self.internal[0]} is not zero, and the target format cannot store it: the exported model would "
+                "choose other experts. To export to this format, train with moe.balance_bias_rate = 0"
             )
         return {}
 
-    def to_native(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_internal(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return zeros in fp32."""
-        return {self.native[0]: torch.zeros(self.shape)}
+        return {self.internal[0]: torch.zeros(self.shape)}
 
 
 @dataclass(frozen=True)
-class WeightMap:
-    """Everything that separates a `Decoder`'s weights from a file format.
+class DecoderWeightMap:
+    """How a `Decoder`'s weights are stored in an external file format.
 
     Attributes:
-        rules: One for each group of tensors, in the order of the model.
-        config: The format's own description of the model: what goes into config.json or params.json.
-        aliases: Foreign names that files may hold besides, each with the foreign name whose copy it is (tied heads).
-        ignored: Regular expressions of foreign names that files may hold besides and that say nothing.
+        rules: One rule for each group of tensors, in the order of the model.
+        config: The contents of the format's config.json or params.json.
+        aliases: External names that files may contain in addition, each with the external name that it is a copy of
+            (tied heads).
+        ignored: Regular expressions of external names that files may contain in addition and that are not read.
     """
 
     rules: tuple[TensorRule, ...]

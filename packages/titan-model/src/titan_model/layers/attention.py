@@ -1,4 +1,4 @@
-"""Grouped-query attention over heads of a config."""
+"""The attention module of a block: projections, rotary positions, key/value cache, and the attention core."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions and, where the config says so, normed queries and keys."""
+    """Causal grouped-query attention with rotary positions and, if `qk_norm` is set, normalized queries and keys.
+
+    Args:
+        config: The decoder's shape.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -27,7 +31,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
         self.q_norm = make_head_norm(config) if config.qk_norm else None
         self.k_norm = make_head_norm(config) if config.qk_norm else None
-        # A module of its own, so that whoever splits the sequence over ranks can put another in its place.
+        # A separate module, so that context parallelism can replace it.
         self.core = AttentionCore()
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask | None, cache: LayerCache | None = None) -> Tensor:
@@ -36,18 +40,18 @@ class Attention(nn.Module):
         Args:
             x: `[B, S, D]`.
             rope: Cosine and sine of the rotary angles.
-            mask: Where a query may look; None is plain causal.
-            cache: Keys and values of earlier positions, to which those of `x` are added; None for no such.
+            mask: Which keys a query attends to; None: all earlier ones (causal).
+            cache: Keys and values of earlier positions, to which those of `x` are added; None: no cache.
 
         Returns:
             `[B, S, D]`.
         """
-        # Heads are counted from the projections' width, not the config: under tensor parallelism each rank holds some.
+        # The number of heads comes from the projections' width, since tensor parallelism splits them over ranks.
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, S, H, Dh]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hkv, Dh]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)  # under autocast a norm may widen
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)  # under autocast a norm may return fp32
         q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)  # [B, H, S, Dh]
         if cache is not None:
             k, v = cache.extend(k, v)  # [B, Hkv, T, Dh]

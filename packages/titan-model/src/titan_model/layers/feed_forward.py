@@ -1,4 +1,4 @@
-"""The feed-forward of a block."""
+"""The dense feed-forward of a block, also the shared expert of a mixture."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform each position by itself: `[..., D]` to `[..., D]`."""
+        """Transform each position independently: `[..., D]` to `[..., D]`."""
         out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out

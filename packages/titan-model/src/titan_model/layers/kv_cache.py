@@ -1,10 +1,12 @@
-"""Keys and values of the tokens a model has seen, so that generation computes each of them once.
+"""The key/value cache of generation, so that keys and values of each token are computed once.
 
-Rows hold texts of different lengths. They all begin at slot 0, so a slot's number is its token's position. The first
-forward brings the prompts, padded at their ends, where no earlier token looks; each further one brings one token per
-row, which takes the place of the padding. What lies beyond a row's length is masked.
+Sequences have different lengths. All of them start at slot 0, so a slot's number is its token's position. The first
+forward adds the prompts, padded at the end, where no earlier token attends; each later forward adds one token per
+sequence, which overwrites the padding. Slots beyond a sequence's length are masked.
 
-Shapes: `B` rows, `S` new tokens of each, `T` slots in use, `Hkv` key/value heads, `Dh` head dim.
+Used by `generation.generate`; `Decoder.forward` takes a `KVCache`, `Attention.forward` the `LayerCache` of its block.
+
+Shapes: `B` sequences, `S` new tokens of each, `T` slots in use, `Hkv` key/value heads, `Dh` head dim.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class LayerCache:
     """One block's keys and values.
 
     Args:
-        cache: What all blocks share.
+        cache: The state that all blocks share.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -40,20 +42,20 @@ class LayerCache:
             Keys and values of all tokens so far, `[B, Hkv, T, Dh]` each.
         """
         shared, new = self._cache, k.shape[2]
-        if self._k is None or self._v is None:  # only the model knows dtype, device and how many heads this rank has
+        if self._k is None or self._v is None:  # allocated here, where dtype, device and number of heads are known
             shape = (*k.shape[:2], shared.capacity, k.shape[3])
-            # Zeros, since a weight of 0 does not mask what happens to be no number.
+            # Zeros, not uninitialized memory: masked slots have weight 0, but 0 * nan is nan.
             self._k, self._v = k.new_zeros(shape), v.new_zeros(shape)
             self._k[:, :, :new], self._v[:, :, :new] = k, v
         else:
-            rows, slots = shared.last
-            self._k[rows, :, slots], self._v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+            sequences, slots = shared.last
+            self._k[sequences, :, slots], self._v[sequences, :, slots] = k[:, :, 0], v[:, :, 0]
         return self._k[:, :, : shared.used], self._v[:, :, : shared.used]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
+    def keep(self, sequences: Tensor) -> None:
+        """Drop all sequences except these."""
         if self._k is not None and self._v is not None:
-            self._k, self._v = self._k[rows], self._v[rows]
+            self._k, self._v = self._k[sequences], self._v[sequences]
 
 
 class KVCache:
@@ -61,40 +63,40 @@ class KVCache:
 
     Args:
         layers: Names of the blocks.
-        prompts: Number of tokens in each row's prompt.
-        capacity: Most tokens of a row, those of the prompt and those to come.
-        device: Where the model computes.
+        prompt_lengths: Number of tokens in each sequence's prompt.
+        capacity: Maximum number of tokens of a sequence, prompt included.
+        device: Device of the model.
 
     Attributes:
         layers: The cache of each block.
-        capacity: Most tokens of a row.
-        lengths: int64 `[B]`: tokens of each row so far, those of the forward under way included.
-        used: Tokens of the longest row so far, at least (`T`).
-        last: Where each row's last token is: rows `[B]` and slots `[B]`.
+        capacity: Maximum number of tokens of a sequence.
+        lengths: int64 `[B]`: tokens of each sequence so far, including those of the current forward.
+        used: Slots in use (`T`): at least the tokens of the longest sequence.
+        last: Where each sequence's last token is: sequences `[B]` and slots `[B]`.
     """
 
     def __init__(
-        self, layers: Iterable[str], prompts: Sequence[int], capacity: int, device: torch.device | str
+        self, layers: Iterable[str], prompt_lengths: Sequence[int], capacity: int, device: torch.device | str
     ) -> None:
         self.layers = {name: LayerCache(self) for name in layers}
         self.capacity = capacity
-        self.lengths = torch.tensor(prompts, device=device)
+        self.lengths = torch.tensor(prompt_lengths, device=device)
         self.used = 0
-        self.last = (torch.arange(len(prompts), device=device), self.lengths - 1)
+        self.last = (torch.arange(len(prompt_lengths), device=device), self.lengths - 1)
 
-    def place(self, tokens: Tensor) -> tuple[Tensor, Mask | None]:
-        """Begin a forward: make room for `tokens` and say where they are and what they may look at.
+    def advance(self, tokens: Tensor) -> tuple[Tensor, Mask | None]:
+        """Start a forward: reserve slots for `tokens` and return their positions and mask.
 
         Args:
-            tokens: Integers `[B, S]`: the prompts, padded at their ends, or then one token of each row.
+            tokens: Integers `[B, S]`: first the prompts, padded at the end, then one token of each sequence.
 
         Returns:
-            Positions `[1, S]` or `[B, 1]`, and the mask: None is plain causal.
+            Positions `[1, S]` or `[B, 1]`, and the mask: None means causal.
         """
         new, prefill = tokens.shape[1], self.used == 0
-        assert prefill or new == 1, "after the prompts, one token of each row at a time"
+        assert prefill or new == 1, "KVCache: after the prompts, pass one token of each sequence at a time"
         self.used += new
-        assert self.used <= self.capacity, "the cache is full"
+        assert self.used <= self.capacity, f"KVCache: more than its capacity of {self.capacity} tokens"
         slots = torch.arange(self.used, device=tokens.device)
         if prefill:
             return slots[None], None
@@ -102,14 +104,14 @@ class KVCache:
         self.last = (self.last[0], self.lengths - 1)
         return self.last[1][:, None], Mask(allowed=(slots < self.lengths[:, None])[:, None, None])
 
-    def newest(self, x: Tensor) -> Tensor:
-        """Return each row's last token's vector, `[B, 1, D]`, of all new ones `x` `[B, S, D]`."""
+    def select_last(self, x: Tensor) -> Tensor:
+        """Select each sequence's last token from those of the current forward: `[B, S, D]` to `[B, 1, D]`."""
         return x if x.shape[1] == 1 else x[self.last][:, None]
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, in this order."""
-        index = torch.tensor(rows, device=self.lengths.device)
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Drop all sequences except these, and put them into this order."""
+        index = torch.tensor(sequences, device=self.lengths.device)
         self.lengths = self.lengths[index]
-        self.last = (torch.arange(len(rows), device=index.device), self.lengths - 1)
+        self.last = (torch.arange(len(sequences), device=index.device), self.lengths - 1)
         for layer in self.layers.values():
             layer.keep(index)

@@ -1,4 +1,4 @@
-"""The output head: logits, or the loss without all logits at once."""
+"""The output head: returns logits or, given labels, the loss without materializing all logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Head(nn.Linear):
 
     Args:
         dim: Width of the residual stream (`D`).
-        vocab_size: `V`.
+        vocab_size: Number of token ids (`V`).
     """
 
     def __init__(self, dim: int, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""The norms that a config may name."""
+"""The norms that a config can name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm; see `titan_model.fused_ops.rms_norm`.
 
     Args:
-        dim: Width of what is normed.
+        dim: Width of the normalized dim.
         eps: Added to the mean square.
     """
 
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm the last dim of `x` `[..., dim]`."""
+        """Normalize the last dim of `x` `[..., dim]`."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -42,6 +42,6 @@ def make_norm(config: DecoderConfig) -> nn.Module:
 
 
 def make_head_norm(config: DecoderConfig) -> nn.Module:
-    """Return an RMSNorm over one head's queries or keys (Qwen3), fused where `config.norm` is."""
+    """Return an RMSNorm over one head's queries or keys (Qwen3), fused if `config.norm` is."""
     dim, eps = config.attention_head_dim, config.norm_eps
     return nn.RMSNorm(dim, eps) if config.norm == "fused_rmsnorm" else RMSNorm(dim, eps)

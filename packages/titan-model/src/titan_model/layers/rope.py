@@ -1,7 +1,8 @@
 """Rotary position embeddings (Su et al. 2021, RoFormer), with Llama 3.1's scaling.
 
 Pairs are the two halves of a head (`x[i]` with `x[i + Dh/2]`), the layout of Hugging Face's Llama weights. Meta's
-original files pair neighbours instead; going between the two is a permutation of the rows of the q and k projections.
+original files pair neighbors instead; `convert.weight_map.InterleavedRotary` permutes the rows of the q and k
+projections accordingly.
 
 Shapes: `B` batch, `S` sequence, `H` heads, `Dh` head dim.
 """
@@ -25,17 +26,17 @@ def inverse_frequencies(
         head_dim: Width of one head, even.
         theta: Base of the wavelengths.
         scaling: Llama 3.1's scaling, or None.
-        device: Where the result lies.
+        device: Device of the result.
 
     Returns:
-        fp32 `[Dh / 2]`, from fast to slow.
+        fp32 `[Dh / 2]`, in decreasing order.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies: Tensor = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
     wavelengths = 2 * math.pi / frequencies
-    # 1 where a wavelength stays, 0 where it grows by the whole factor, linear in the number of turns between.
+    # 1 where a wavelength is unchanged, 0 where it is multiplied by all of `factor`, linear in the turns between.
     turns = scaling.original_context / wavelengths
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
@@ -46,7 +47,7 @@ def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of every pair's angle at every position.
 
     Args:
-        positions: Integers `[B, S]` (or `[1, S]` when all rows agree).
+        positions: Integers `[B, S]` (or `[1, S]` if they are the same in all sequences).
         frequencies: fp32 `[Dh / 2]` from `inverse_frequencies`.
 
     Returns:

@@ -1,54 +1,42 @@
-"""Causal attention within documents that lie one after the other, each computed by itself.
+"""Causal attention within packed documents, each computed separately (the back-end `varlen`).
 
-On CUDA this is torch's variable-length flash attention. The CPU has no such kernel, but it has a flash kernel for one
-sequence, which is called document by document here: no query ever meets a key of another document, so that packing
-saves work instead of masking it away, and each document gets the very sums it would get alone.
+Called by `attention_backends`. On CUDA this is torch's variable-length flash attention. The CPU has no such kernel, but
+a flash kernel for one sequence, which is called here for each document: no query meets a key of another document, so
+packing saves work that a mask would waste, and each document gets bitwise the result that it would get alone.
 
-The operators are registered with torch, so that compiled code takes them as they are, whatever the documents' lengths.
+The CPU operators are registered with torch, so that `torch.compile` does not trace into them and the documents' lengths
+cause no recompilation. Their tensors are separate arguments because operators accept no dataclasses.
 
-Shapes: `T` tokens of all rows together, `H` query heads, `Hkv` key/value heads, `Dh` head dim, `N` documents.
+Shapes: `T` tokens of all sequences together, `H` query heads, `Hkv` key/value heads, `Dh` head dim, `N` documents.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from titan_model._torch_compat import cpu_flash_attention, cpu_flash_attention_backward, cuda_varlen_attention
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
-    """Attend causally within each document.
+    """Compute causal attention within each document.
 
     Args:
         q: `[T, H, Dh]`.
         k: `[T, Hkv, Dh]`.
         v: `[T, Hkv, Dh]`.
-        boundaries: int32 `[N + 1]`: where each document begins, and `T`. (On the CPU `T` may be repeated.)
-        longest: No document has more tokens.
+        boundaries: int32 `[N + 1]`: where each document starts, then `T`. (On the CPU `T` may be repeated.)
+        longest: Upper bound of the tokens of one document.
 
     Returns:
         `[T, H, Dh]`.
     """
     if q.is_cuda:
-        return _varlen(q, k, v, boundaries, longest)
+        return cuda_varlen_attention(q, k, v, boundaries, longest)
     out: Tensor = _attend(q, k, v, boundaries)[0]
-    return out
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Newer releases want to be told of grouped heads; older ones have no such argument and take them as they come.
-    attend: Any = varlen_attn
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    causal = (-1, 0)
-    out: Tensor = attend(q, k, v, boundaries, boundaries, longest, longest, window_size=causal, **grouped)
     return out
 
 
@@ -57,8 +45,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor
     """Return the output `[T, H, Dh]` and the log of each softmax's denominator, fp32 `[T, H]`."""
     out, log_sums = _attend_shapes(q, k, v, boundaries)
     for document in _slices(boundaries):
-        part, log_sum = _flash(
-            _heads_first(q[document]), _heads_first(k[document]), _heads_first(v[document]), 0.0, True
+        part, log_sum = cpu_flash_attention(
+            _heads_first(q[document]), _heads_first(k[document]), _heads_first(v[document])
         )
         out[document], log_sums[document] = part[0].transpose(0, 1), log_sum[0].transpose(0, 1)
     return out, log_sums
@@ -66,7 +54,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor
 
 @_attend.register_fake
 def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> tuple[Tensor, Tensor]:
-    # The kernel gives its sums in fp32, or in fp64 for fp64.
+    # The kernel returns the log-sums in fp32, or in fp64 for fp64 inputs.
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -77,8 +65,8 @@ def _attend_backward(
     gradients: tuple[Tensor, Tensor, Tensor] = _backward_shapes(grad, q, k, v, boundaries, out, log_sums)
     for document in _slices(boundaries):
         inputs = (_heads_first(x[document]) for x in (grad, q, k, v, out, log_sums))
-        for whole, part in zip(gradients, _flash_backward(*inputs, 0.0, True), strict=True):
-            whole[document] = part[0].transpose(0, 1)
+        for gradient, part in zip(gradients, cpu_flash_attention_backward(*inputs), strict=True):
+            gradient[document] = part[0].transpose(0, 1)
     return gradients
 
 
@@ -109,5 +97,5 @@ def _slices(boundaries: Tensor) -> Iterator[slice]:
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """Turn one document's `[n, H, ...]` into a batch of one, `[1, H, n, ...]`."""
+    """Reshape one document's `[n, H, ...]` to a batch of one, `[1, H, n, ...]`."""
     return x.transpose(0, 1)[None]

@@ -1,4 +1,6 @@
-"""The router: which experts a token goes to, and what keeps their load even.
+"""The router: chooses the experts of each token, and records their load and the balancing loss.
+
+Called by `moe.layer`; `moe.load_balancing` reads and resets what it records.
 
 Shapes: `T` tokens (`B * S`), `E` experts, `k` experts per token.
 """
@@ -16,18 +18,18 @@ from torch import Tensor, nn
 
 from titan_model.config import MoEConfig
 
-_LEAST_SUM = 1e-20  # of the chosen scores, which may all have underflowed
+_MIN_SUM = 1e-20  # of the chosen scores, all of which may underflow to 0
 
 
 class Router(nn.Module):
     """Chooses each token's experts by a linear map of the token.
 
-    Logits and scores are computed in fp32 whatever the dtype of the model, under autocast too. (A weight that mixed
-    precision hands over in bf16 has been rounded by then; the sum over `D` and all that follows has not.) It is no
-    `nn.Linear`, so that what rewrites these to lower precision leaves it alone.
+    Logits and scores are computed in fp32 whatever the dtype of the model, also under autocast. (If mixed precision
+    passes the weight in bf16, the weight is rounded, but the sum over `D` and everything after it is not.) It is not an
+    `nn.Linear`, so that conversions of linear layers to lower precision (float8) do not apply to it.
 
-    What it sees in training is recorded in the backward pass, where every forward counts once: recomputed ones
-    (activation checkpointing) no more than others, and those without a backward not at all.
+    Loads are recorded in the backward pass, so that every forward counts exactly once: a recomputed one (activation
+    checkpointing) is not counted twice, one without a backward is not counted.
 
     Args:
         dim: Width of the residual stream (`D`).
@@ -35,14 +37,14 @@ class Router(nn.Module):
 
     Attributes:
         weight: `[E, D]`.
-        bias: fp32 `[E]`, added to the scores for the choice alone; a buffer, moved by `balance_experts`. None where
-            `moe.balance_bias_rate` is 0.
-        load: fp32 `[E + 2]`, what the backward passes since the last `balance_experts` recorded: pairs of token and
-            expert for each expert, the sum over tokens of the entropy of their scores, and the sum over tokens of the
-            balancing loss. A buffer that is in no state dict.
-        normaliser: Scalar, what the caller divides the summed loss by; see `set_loss_normaliser`.
+        bias: fp32 `[E]`, added to the scores for the choice of experts only; a buffer, updated by `balance_experts`.
+            None if `moe.balance_bias_rate` is 0.
+        load: fp32 `[E + 2]`, recorded by the backward passes since the last `balance_experts`: token-expert pairs of
+            each expert, the sum over tokens of the entropy of their scores, and the sum over tokens of the balancing
+            loss. A non-persistent buffer.
+        num_target_tokens: Scalar, what the caller divides the summed loss by; see `set_num_target_tokens`.
         sum_over_sequence: Sums counts over the ranks that hold parts of the same sequences; see
-            `set_sequence_sum`. None where every rank holds whole ones.
+            `set_sequence_sum`. None if every rank holds full sequences.
     """
 
     bias: Tensor | None
@@ -52,11 +54,11 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.n_experts, dim))
-        nn.init.uniform_(self.weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))  # as torch's own linears
+        nn.init.uniform_(self.weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))  # as nn.Linear
         has_bias = moe.balance_bias_rate > 0
         self.register_buffer("bias", torch.zeros(moe.n_experts, dtype=torch.float32) if has_bias else None)
         self.register_buffer("load", torch.zeros(moe.n_experts + 2, dtype=torch.float32), persistent=False)
-        self.normaliser: Tensor | None = None
+        self.num_target_tokens: Tensor | None = None
         self.sum_over_sequence: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,7 @@ class Router(nn.Module):
             x: `[..., S, D]`.
 
         Returns:
-            fp32 `[T, k]`, what each chosen expert's output counts, and integers `[T, k]`, which experts these are.
+            fp32 `[T, k]`, the weight of each chosen expert's output, and integers `[T, k]`, the chosen experts.
         """
         with _no_autocast(x.device.type):
             logits = F.linear(x.float(), self.weight.float())  # [..., S, E]
@@ -74,49 +76,53 @@ class Router(nn.Module):
             preference = scores.detach() if self.bias is None else scores.detach() + self.bias
             chosen = preference.topk(self.moe.top_k).indices  # [..., S, k]
             weights = scores.gather(-1, chosen)
-            if self.moe.normalise_top_k:
-                weights = weights / weights.sum(-1, keepdim=True).clamp_min(_LEAST_SUM)
+            if self.moe.normalize_top_k:
+                weights = weights / weights.sum(-1, keepdim=True).clamp_min(_MIN_SUM)
             weights = weights * self.moe.route_scale
             if self.training and torch.is_grad_enabled():
-                weights = self._observe(weights, scores, chosen)
+                weights = self._record_load(weights, scores, chosen)
         return weights.flatten(0, -2), chosen.flatten(0, -2)
 
-    def _observe(self, weights: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-        """Return `weights`, in whose backward the load is recorded and the balancing loss adds its gradient.
+    def _record_load(self, weights: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Return `weights` unchanged; their backward records the load and adds the gradient of the balancing loss.
 
         The loss of one sequence is S * E * sum over experts of (share of its token-expert pairs) * (mean probability),
-        which is S where both are even (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961, eq. 4). It is taken
-        over each sequence by itself (as by DeepSeek-V2, arXiv:2405.04434), so that it does not depend on how a batch
-        is cut into microbatches and ranks.
+        which is S if both are even (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961, eq. 4). It is computed
+        over each sequence separately (as in DeepSeek-V2, arXiv:2405.04434), so that it does not depend on how a batch
+        is split into microbatches and over ranks.
         """
         n_experts = scores.shape[-1]
         pairs = chosen.flatten(-2)  # [..., S * k]
         counts = scores.new_zeros(*pairs.shape[:-1], n_experts)
         counts = counts.scatter_add(-1, pairs, torch.ones_like(pairs, dtype=scores.dtype))  # [..., E]
-        # The loss is linear in the probabilities: given the shares of whole sequences, its parts add up.
-        whole = counts if self.sum_over_sequence is None else self.sum_over_sequence(counts)
-        shares = whole / whole.sum(-1, keepdim=True).clamp_min(1)
+        # The loss is linear in the probabilities: with the shares of full sequences, the losses of their parts add up.
+        full = counts if self.sum_over_sequence is None else self.sum_over_sequence(counts)
+        shares = full / full.sum(-1, keepdim=True).clamp_min(1)
         probabilities = scores if self.moe.score == "softmax" else scores / scores.sum(-1, keepdim=True)
         balance = n_experts * (shares * probabilities.sum(-2)).sum()
         entropy = torch.special.entr(probabilities.detach()).sum()
         record = torch.cat((counts.view(-1, n_experts).sum(0), torch.stack((entropy, balance.detach()))))
-        loss = self.moe.balance_loss * balance / self._loss_normaliser() if self.moe.balance_loss else None
-        observed: Tensor = _Observe.apply(weights, loss, record, self.load)
-        return observed
+        loss = self.moe.balance_loss * balance / self._required_num_target_tokens() if self.moe.balance_loss else None
+        recorded: Tensor = _RecordLoad.apply(weights, loss, record, self.load)
+        return recorded
 
-    def _loss_normaliser(self) -> Tensor:
-        if self.normaliser is None:
+    def _required_num_target_tokens(self) -> Tensor:
+        if self.num_target_tokens is None:
             raise RuntimeError(
-                f"moe.balance_loss is {self.moe.balance_loss}, but the router does not know what the summed loss will "
-                "be divided by: call titan_model.set_loss_normaliser(model, normaliser) before the forward pass of "
-                "each training step (with 1 if the loss stays a sum)"
+                f"moe.balance_loss is {self.moe.balance_loss}, but num_target_tokens is not set: call "
+                "titan_model.set_num_target_tokens(model, num_target_tokens) before the forward pass of each training "
+                "step, with the number that the summed loss is divided by (1 if it remains a sum)"
             )
-        return self.normaliser
+        return self.num_target_tokens
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move to another device or dtype, as `to` and `to_empty` do, with the buffers whole and in fp32.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 - nn.Module's
+        """Move to another device or dtype (`to`, `to_empty`), keeping the buffers in fp32 and initialized.
 
-        In bf16 counts would stop at 256 and the bias at steps of its rounding; `to_empty` would leave memory as found.
+        In bf16, counts would saturate at 256 and small updates of the bias would be rounded away; `to_empty` would
+        leave uninitialized memory.
+
+        torch 2.11 to 2.15: `nn.Module._apply` is private, but the only place that all of `to`, `cuda`, `bfloat16` and
+        `to_empty` pass through.
         """
         bias = self.bias
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -131,13 +137,13 @@ def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
-class _Observe(torch.autograd.Function):
-    """The identity on weights, whose backward adds `record` to `load` and starts the gradient of `loss`."""
+class _RecordLoad(torch.autograd.Function):
+    """The identity on `weights`, whose backward adds `record` to `load` and backpropagates `loss` with gradient 1."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, loss: Tensor | None, record: Tensor, load: Tensor) -> Tensor:
         ctx.save_for_backward(record)
-        ctx.load = load  # not saved as the record is: it may change until the backward comes
+        ctx.load = load  # not `save_for_backward`: it may be changed in place before the backward
         ctx.has_loss = loss is not None
         return weights.view_as(weights)
 

@@ -1,4 +1,8 @@
-"""Named decoder configs: one file per family, all of it data."""
+"""Named decoder configs, as data: one file per model family.
+
+Called by users and by titan-train (`preset`).
+Hands on a `DecoderConfig`; `dataclasses.replace` changes it.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +18,21 @@ _FAMILIES = (DEBUG, LLAMA2, LLAMA3, QWEN3)
 
 
 def preset_names() -> list[str]:
-    """Return every preset's name, family by family."""
+    """Return the names of all presets, grouped by family."""
     return [name for family in _FAMILIES for name in family]
 
 
 def preset(name: str) -> DecoderConfig:
-    """Return the config that goes by `name`.
+    """Return the config of a preset.
 
     Args:
         name: One of `preset_names()`, for example `llama3_8b`.
 
     Raises:
-        KeyError: If there is none; the message names the nearest ones.
+        KeyError: If there is no such preset; the message gives the nearest names.
     """
     for family in _FAMILIES:
         if name in family:
             return family[name]
     near = difflib.get_close_matches(name, preset_names(), n=3) or preset_names()
-    raise KeyError(f"no model preset is called {name!r}; did you mean {', '.join(near)}?")
+    raise KeyError(f"unknown model preset {name!r}; did you mean {', '.join(near)}?")

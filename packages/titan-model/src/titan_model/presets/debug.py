@@ -1,4 +1,6 @@
-"""Decoders small enough for a laptop's CPU, one of each family, for the byte tokenizer's 258 tokens."""
+"""Debug models, small enough for a laptop's CPU, one of each family, for the 258 tokens of a byte tokenizer."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -13,7 +15,7 @@ DEBUG: Mapping[str, DecoderConfig] = MappingProxyType(
         "debug": DecoderConfig(
             vocab_size=_VOCAB, dim=256, n_layers=4, n_heads=8, n_kv_heads=4, ffn_dim=704, max_seq_len=1024
         ),
-        # As Llama 3.2: tied, and rotary wavelengths stretched beyond the context of pre-training.
+        # Like Llama 3.2: tied embeddings, and rotary wavelengths scaled beyond the context of pre-training.
         "debug_llama3": DecoderConfig(
             vocab_size=_VOCAB,
             dim=256,

@@ -1,5 +1,7 @@
 """Llama 2 (Touvron et al. 2023, arXiv:2307.09288)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
 

@@ -1,5 +1,7 @@
 """Llama 3, 3.1 and 3.2 (Llama team 2024, arXiv:2407.21783, and the model cards of 3.2)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
 

@@ -1,8 +1,10 @@
 """Qwen3, dense and mixture of experts (Qwen team 2025, arXiv:2505.09388, tables 1 and 2; the released config.json).
 
-Contexts are those of the released chat models (40,960); the base models state 32,768. The coefficient of the
-balancing loss is the `router_aux_loss_coef` of the released files, though there one loss spans all blocks.
+Context lengths are those of the released chat models (40,960); the base models specify 32,768. The coefficient of the
+balancing loss is the `router_aux_loss_coef` of the released files, although there one loss covers all blocks together.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
