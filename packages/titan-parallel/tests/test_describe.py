@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 import parallel_describe
 from parallel_cases import build
@@ -57,7 +56,7 @@ def test_parameters_and_bytes(ranks4: Ranks, degrees: Degrees, tied: bool) -> No
     [
         (Degrees(), "-", "fsdp dim 0"),
         (Degrees(tp=2), "colwise", "fsdp dim 0, tp dim 0"),
-        (Degrees(dp_replicate=2), "-", "dp_replicate copy, fsdp dim 0"),
+        (Degrees(dp_replicate=2), "-", "dp_replicate replicated, fsdp dim 0"),
         (Degrees(tp=4), "colwise", "tp dim 0"),
     ],
     ids=str,
@@ -69,15 +68,15 @@ def test_style_and_placement(ranks4: Ranks, degrees: Degrees, style: str, placem
     if degrees.tp > 1:
         norm = next(line for line in rows(text) if line[0] == "stack.0-2.norm1.weight")
         assert norm[1] == "sequence"
-        assert norm[2].endswith("tp copy")
+        assert norm[2].endswith("tp replicated")
 
 
 def test_notes(ranks2: Ranks, ranks1: Ranks) -> None:
     text = ranks1.run(parallel_describe.table, Degrees(), False)[0][0]
-    assert text.startswith("1 ranks: nothing is split\n\n")
-    assert {line[2] for line in rows(text)} == {"whole"}
+    assert text.startswith("1 ranks: no parallelism\n\n")
+    assert {line[2] for line in rows(text)} == {"unsharded"}
     options = ParallelOptions(
-        param_dtype=torch.bfloat16,
+        param_dtype="bfloat16",
         activation_checkpointing="full",
         checkpoint_every=2,
         compile_blocks=True,
@@ -87,10 +86,10 @@ def test_notes(ranks2: Ranks, ranks1: Ranks) -> None:
     notes = ranks2.run(parallel_describe.table, Degrees(), False, options)[0][0].split("\n\n")[0].splitlines()
     assert notes == [
         "2 ranks: dp_shard 2",
-        "forward and backward in torch.bfloat16, gradients summed in torch.float32",
+        "forward and backward in bfloat16, gradients summed in float32",
         "between a block's forward and backward its weights stay gathered",
         "parameters, gradients and optimizer state in host memory",
-        "activation checkpointing: full, the first of every 2 of 3 blocks",
+        "activation checkpointing: full, one of every 2 of 3 blocks",
         "compiled: each of 3 blocks, by inductor",
     ]
 
@@ -98,7 +97,7 @@ def test_notes(ranks2: Ranks, ranks1: Ranks) -> None:
 @pytest.mark.slow
 def test_float8_is_told(ranks2: Ranks) -> None:
     pytest.importorskip("torchao")
-    options = ParallelOptions(float8=Float8Options(emulate=True, skip=["stack.1"]))
+    options = ParallelOptions(float8=Float8Options(emulate=True, skip=("stack.1",)))
     text = ranks2.run(parallel_describe.table, Degrees(tp=2), False, options)[0][0]
     assert "float8: 12 linears, tensorwise, emulated" in text
     styles = {line[0]: line[1] for line in rows(text)}

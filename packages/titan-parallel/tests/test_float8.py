@@ -15,7 +15,6 @@ import parallel_float8
 from ranks import Ranks
 from titan_parallel import Degrees, Float8Options, LayoutError, ParallelOptions
 from titan_parallel.float8 import check_float8, convert_linears, is_float8
-from titan_parallel.options import check_options
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is an optional extra")
 EMULATED = Float8Options(emulate=True)
@@ -76,7 +75,7 @@ def test_what_is_converted(ranks2: Ranks) -> None:
     for names, parameters in ranks2.run(parallel_float8.converted, Degrees(tp=2), ParallelOptions(float8=EMULATED)):
         assert sorted(names) == sorted(linears)  # not the head
         assert set(parameters) == set(cases.build(False).state_dict())
-    skip = replace(EMULATED, skip=["stack.*.mix", "stack.1.mlp.0"])
+    skip = replace(EMULATED, skip=("stack.*.mix", "stack.1.mlp.0"))
     for names, _ in ranks2.run(parallel_float8.converted, Degrees(tp=2), ParallelOptions(float8=skip)):
         assert sorted(names) == ["stack.0.mlp.0", "stack.0.mlp.2", "stack.1.mlp.2", "stack.2.mlp.0", "stack.2.mlp.2"]
 
@@ -88,7 +87,7 @@ def test_odd_sizes_are_noted(caplog: pytest.LogCaptureFixture) -> None:
         convert_linears(model, ["0", "1"], {}, 1, EMULATED)
     assert [is_float8(model["1"][i]) for i in range(2)] == [False, True]
     assert [record.message for record in caplog.records if record.name.startswith("titan_parallel")] == [
-        "these stay as they are, not in float8: *.0 (24 x 32 on a rank, which are not both multiples of 16)"
+        "linears not converted to float8: *.0 (24 x 32 on a rank, not both multiples of 16)"
     ]
 
 
@@ -107,7 +106,9 @@ def test_sizes_are_those_of_a_rank(caplog: pytest.LogCaptureFixture) -> None:
 
 @needs_torchao
 def test_needs_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LayoutError, match=r"8\.9 or above .*, and this is cpu; leave it off, or set emulate"):
+    with pytest.raises(
+        LayoutError, match=r"8\.9 or above .*, but this is cpu; unset it or, for tests, set float8\.emulate"
+    ):
         check_float8(Float8Options(), "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(LayoutError, match=r"this is compute capability 8\.0"):
@@ -124,13 +125,17 @@ def test_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("float8", "says"),
+    ("chosen", "says"),
     [
-        (Float8Options(recipe="blockwise"), "recipe 'blockwise' is none of ['tensorwise', 'rowwise', "),
-        (Float8Options(recipe="rowwise", fsdp_all_gather=True), "gathered under recipe 'tensorwise', not 'rowwise'"),
+        ({"recipe": "blockwise"}, "float8.recipe: 'blockwise' is not one of ['tensorwise', 'rowwise', "),
+        (
+            {"recipe": "rowwise", "fsdp_all_gather": True},
+            "fsdp_all_gather: requires recipe 'tensorwise', not 'rowwise'",
+        ),
+        ({"skip": "stack.1"}, "float8.skip: 'stack.1' is a string; write a tuple"),
     ],
 )
-def test_contradictions(float8: Float8Options, says: str) -> None:
+def test_contradictions(chosen: dict, says: str) -> None:
     with pytest.raises(LayoutError) as refused:
-        check_options(ParallelOptions(float8=float8), Degrees())
+        Float8Options(**chosen)
     assert says in str(refused.value)

@@ -1,4 +1,4 @@
-"""What FSDP2 keeps gathered, offloads and sums when changes memory and traffic, not what is learnt."""
+"""What FSDP2 keeps gathered, offloads and sums when changes memory and traffic, not the results."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import parallel_cases as cases
 import parallel_sharding
 from parallel_curves import same
 from ranks import Ranks
-from titan_parallel import Degrees, LayoutError, ParallelOptions
-from titan_parallel.options import check_options, reshard_blocks
+from titan_parallel import Degrees, LayoutError, ParallelOptions, ParallelPlan, check_plan
+from titan_parallel.options import reshard_blocks
 
 
 @pytest.mark.parametrize("pp", [1, 2])
@@ -60,13 +60,22 @@ def test_gradients_summed_once_a_step(ranks4: Ranks, plain: dict, degrees: Degre
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ("sometimes", "'sometimes' is none of ['default', 'always', 'never', 'a number of ranks']"),
-        (False, "reshard_after_forward is False; say 'never'"),
-        (5, "no way to share 12 ranks (dp_shard x cp x ep); these numbers would be: [2, 3, 4, 6]"),
+        (
+            "sometimes",
+            "reshard_after_forward: 'sometimes' is not one of ['default', 'always', 'never', 'a number of ranks']",
+        ),
+        (False, "reshard_after_forward: False is a bool; set 'never'"),
+        (
+            5,
+            "5 does not divide the 12 ranks that shard the weights (dp_shard x cp x ep) into equal groups; these "
+            "numbers would: [2, 3, 4, 6]",
+        ),
     ],
 )
 def test_refusals(asked: str | int, says: str) -> None:
-    check_options(ParallelOptions(reshard_after_forward=3), Degrees(dp_shard=3, cp=2, ep=2))
+    plan: ParallelPlan = {"experts": ["experts"], "attention": ["core"], "sequence": {"x": 1}, "positions": None}
+    degrees = Degrees(dp_shard=3, cp=2, ep=2)
+    check_plan(plan, degrees, options=ParallelOptions(reshard_after_forward=3))
     with pytest.raises(LayoutError) as refused:
-        check_options(ParallelOptions(reshard_after_forward=asked), Degrees(dp_shard=3, cp=2, ep=2))
+        check_plan(plan, degrees, options=ParallelOptions(reshard_after_forward=asked))
     assert says in str(refused.value)

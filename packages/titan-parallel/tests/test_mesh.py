@@ -1,4 +1,4 @@
-"""Degrees either multiply to the world size or are refused with numbers that work."""
+"""Degrees either multiply to the world size or raise an error with numbers that work."""
 
 from __future__ import annotations
 

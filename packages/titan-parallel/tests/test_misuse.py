@@ -1,4 +1,4 @@
-"""What cannot work is refused in words that help; a look at the model changes nothing; gradients add up."""
+"""Misuse raises errors that say what to change; evaluating changes nothing; gradients accumulate."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ WITHOUT_INNER = {name: style for name, style in plan(False)["tensor"].items() if
     [
         ({"divisible": {"heads": 3}}, "tp 2 does not divide heads 3; these degrees would: [1, 3]"),
         ({"blocks": ["stock.*"]}, "'stock.*' (nearest: stack.0"),
-        ({"tensor": {}}, "the plan says under 'tensor' of no module"),
-        ({"tensor": {"table": "colums"}}, "unknown tensor-parallel styles ['colums']"),
+        ({"tensor": {}}, "tp=2 requires plan['tensor']"),
+        ({"tensor": {"table": "colums"}}, "plan['tensor']: unknown styles ['colums']"),
         ({"tensor": {"tabel": "vocab", "lost": "sequence"}}, "'tabel' (nearest: table"),
         (
             {"experts": ["stack.*.mlp"]},
-            "the plan names experts (stack.*.mlp), but under 'tensor' no module is a 'mixture'",
+            "plan['experts'] names stack.*.mlp, but no module in plan['tensor'] has the style 'mixture'",
         ),
         ({"tensor": {"stack.*.norm1": "colwise"}}, "'stack.0.norm1' is a LayerNorm, but 'colwise' splits nn.Linear"),
-        ({"tensor": {"last.weight": "sequence"}}, "'last.weight' is a parameter, for which there is only 'replicate'"),
+        (
+            {"tensor": {"last.weight": "sequence"}},
+            "'last.weight' is a parameter, for which the only style is 'replicate'",
+        ),
         (
             {"tensor": WITHOUT_INNER},
             "covers stack.0.mlp.0.weight, stack.0.mlp.0.bias, stack.0.mlp.2.weight, stack.0.mlp.2.bias, stack.1.mlp.0",
@@ -47,7 +50,11 @@ def test_experts_that_are_not_there(ranks2: Ranks) -> None:
 @pytest.mark.parametrize(
     ("shared", "changed", "says"),
     [
-        (True, {}, "missing in the plan under 'tied': ('vocab_out.weight', 'table.weight')"),
+        (
+            True,
+            {},
+            "('vocab_out.weight', 'table.weight') is one parameter of the model, but not in plan['tied']; add it",
+        ),
         (
             False,
             {"tied": [("vocab_out.weight", "table.weight")]},
@@ -56,7 +63,7 @@ def test_experts_that_are_not_there(ranks2: Ranks) -> None:
         (
             True,
             {"tied": [("vocab_out.weight", "table.weight")], "after": ["last"]},
-            "'vocab_out.weight' and 'table.weight' are one parameter, but lie in different units",
+            "'vocab_out.weight' and 'table.weight' are one parameter, but in different FSDP units",
         ),
     ],
     ids=["unknown", "untied", "units"],
@@ -72,59 +79,59 @@ def test_refusals_of_tied_weights(ranks2: Ranks, shared: bool, changed: dict, sa
         ("degrees", "the layout is Degrees(dp_replicate=1, dp_shard=-1"),
         ("plan", "the plan's 'after' is ['last', 'vocab_out'] on rank 0 and ['vocab_out', 'last'] on rank 1"),
         ("options", "option compile_blocks is False on rank 0 and True on rank 1"),
-        ("frozen", "their names, shapes, dtypes and requires_grad is [("),
-        ("weights", "the first number of each is ["),
-        ("normaliser", "the normaliser is 1.0 on rank 0 and 2.0 on rank 1"),
+        ("frozen", "the parameters' names, shapes, dtypes and requires_grad is [("),
+        ("weights", "the first element of each parameter is ["),
+        ("num_target_tokens", "num_target_tokens is 1.0 on rank 0 and 2.0 on rank 1"),
         ("forward_backward", "the number of microbatches of forward_backward is 1 on rank 0 and 2 on rank 1"),
         ("evaluate", "the number of microbatches of evaluate is 1 on rank 0 and 2 on rank 1"),
     ],
 )
 def test_ranks_that_disagree(ranks2: Ranks, what: str, says: str) -> None:
     for message in ranks2.run(misuse.disagreement, what):
-        assert message.startswith("LayoutError: ranks were not asked for the same, and would wait for one another: ")
+        assert message.startswith("LayoutError: ranks got different arguments and would wait for one another forever: ")
         assert says in message
 
 
 def test_what_was_laid_out_before(ranks2: Ranks) -> None:
     for sharded, again, wrapped, parallel, mesh in ranks2.run(misuse.laid_out_before):
-        assert sharded.startswith("LayoutError: Net is laid out already (stack.1 is sharded)")
-        assert again.startswith("LayoutError: FSDPNet is laid out already (itself is sharded)")
-        assert wrapped.startswith("LayoutError: the model is wrapped by DistributedDataParallel: give its `module`")
-        assert parallel == "LayoutError: the model is a ParallelModel, which is laid out already"
-        assert mesh.startswith("LayoutError: the mesh has the dims ('dp',), not ('pp', ")
+        assert sharded.startswith("LayoutError: model: Net is sharded already (stack.1)")
+        assert again.startswith("LayoutError: model: FSDPNet is sharded already (the root)")
+        assert wrapped.startswith("LayoutError: model: is wrapped by DistributedDataParallel; pass its `module`")
+        assert parallel == "LayoutError: model: is a ParallelModel already; pass the original module"
+        assert mesh.startswith("LayoutError: mesh: has the dims ('dp',), not ('pp', ")
 
 
 def test_states_of_other_layouts(ranks2: Ranks) -> None:
     for plain, other in ranks2.run(misuse.states_of_other_layouts):
-        assert "table.weight is a plain tensor, but on a mesh of ('fsdp',) [2] in the model: distribute it" in plain
+        assert "table.weight is a regular tensor, but on a mesh of ('fsdp',) [2] in the model: distribute it" in plain
         assert "table.weight is on a mesh of ('tp',) [2], but on a mesh of ('fsdp',) [2]" in other
 
 
 def test_dropout_of_what_ranks_have_in_whole(ranks2: Ranks) -> None:
     for message in ranks2.run(misuse.dropped, 1, False):
-        assert message.startswith("LayoutError: ranks were not asked for the same")
-        assert "the state of torch's random generator, for dropout, is " in message
+        assert message.startswith("LayoutError: ranks got different arguments")
+        assert "the state of torch's random generator (for dropout) is " in message
     for seed, sequence_parallel in ((0, False), (1, True)):
         assert ranks2.run(misuse.dropped, seed, sequence_parallel) == ["no error"] * 2
 
 
 def test_parameters_that_cannot_be_sharded(ranks2: Ranks) -> None:
     for message in ranks2.run(misuse.unshardable, Degrees()):
-        assert "last.temperature has no dims, make its shape [1]" in message
-        assert "vocab_out.weight [32, 32] has strides [1, 32], make its data contiguous" in message
+        assert "last.temperature is a scalar, give it the shape [1]" in message
+        assert "vocab_out.weight [32, 32] has the strides [1, 32], make it contiguous" in message
     assert ranks2.run(misuse.unshardable, Degrees(tp=2)) == ["no error"] * 2
 
 
 def test_unknown_entries_of_the_plan() -> None:
-    with pytest.raises(LayoutError, match=r"unknown entries of the plan \['block'\]; there are \['blocks', "):
+    with pytest.raises(LayoutError, match=r"plan: unknown entries \['block'\]; the entries are \['blocks', "):
         check_plan({"block": ["stack.*"]}, Degrees())  # type: ignore[typeddict-unknown-key]
 
 
 def test_wrong_calls(ranks2: Ranks) -> None:
     for no_step, nothing_to_evaluate, no_number, incomplete, misshapen in ranks2.run(misuse.wrong_calls):
-        assert no_step.startswith("ValueError: there is no microbatch")
-        assert nothing_to_evaluate.startswith("ValueError: there is no microbatch")
-        assert no_number.endswith("the sum over what it scores, a scalar, but returned a tensor [32]")
+        assert no_step.startswith("ValueError: microbatches: is empty; pass at least one")
+        assert nothing_to_evaluate.startswith("ValueError: microbatches: is empty; pass at least one")
+        assert no_number.endswith("the sum of its losses, a scalar tensor, but returned a tensor [32]")
         assert "missing ['table.weight'], unexpected []" in incomplete
         assert misshapen == "ValueError: the state does not fit the model: last.bias is (1,), not (32,)"
 

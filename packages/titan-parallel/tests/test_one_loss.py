@@ -1,4 +1,4 @@
-"""A model with biases, whole norms and a head norm, unlike the matrix's, trains as in one process of plain torch."""
+"""A model with biases, replicated norms and a head norm, unlike the matrix's, trains as with torch in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's scripts run as it says, and it lists what is public."""
+"""The README's scripts run as described, and its tables list what is public."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_scripts(tmp_path: Path, script: str, ranks: int, says: str) -> None:
         assert float(found[2]) < float(found[1]) / 2
 
 
-def test_what_works_together_is_what_the_matrix_trains() -> None:
-    assert parallel_table.written(README) == README, "run packages/titan-parallel/tests/parallel_table.py"
+def test_tables_are_up_to_date() -> None:
+    assert parallel_table.written(README) == README, "run packages/titan-parallel/tests/support/parallel_table.py"
 
 
 def test_tables() -> None:

@@ -1,4 +1,4 @@
-"""What is no language model, and keeps its parameters where it likes, trains as in one process too."""
+"""A regression model with parameters in unusual places trains as in one process."""
 
 from __future__ import annotations
 

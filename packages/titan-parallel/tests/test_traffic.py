@@ -1,4 +1,4 @@
-"""A step sends what theory says, and no more.
+"""A step sends the bytes that theory predicts, and no more.
 
 The model has an embedding table, 3 blocks, and a norm and a vocabulary matrix that make one unit: 5 units for FSDP.
 """
@@ -89,6 +89,6 @@ def test_shared_heads(ranks2: Ranks) -> None:
 def test_tensor_parallel_without_sequence_parallel(ranks2: Ranks) -> None:
     training, _ = count(ranks2, Degrees(tp=2), ParallelOptions(sequence_parallel=False))
     # What was a scatter and a gather is one all-reduce: forward, attention, MLP and table; backward, attention, MLP and
-    # vocabulary matrix. Norms see whole sequences, and so have whole gradients, but for those of a rank's heads. The
+    # vocabulary matrix. Norms see full sequences, and so have complete gradients, except those of a rank's heads. The
     # loss needs 3, as above.
     assert training == {"all_reduce": (2 * BLOCKS + 1) + (2 * BLOCKS + 1) + BLOCKS + 3}

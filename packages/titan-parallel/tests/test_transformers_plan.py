@@ -1,4 +1,4 @@
-"""Models of `transformers`, which knows nothing of titan, train to the losses and weights of one process."""
+"""Models of `transformers` train to the losses and weights of one process."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_plans_of_models_that_are_split_in_other_words() -> None:
     with torch.device("meta"):
         phi3 = transformers.Phi3ForCausalLM(transformers.Phi3Config(vocab_size=64, pad_token_id=0, **shape))
         gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(LayoutError, match=r"Phi3ForCausalLM asks for \['colwise_gather_output', .*tensor=False"):
+    with pytest.raises(LayoutError, match=r"Phi3ForCausalLM: .* styles \['colwise_gather_output', .*tensor=False"):
         plan_from_transformers(phi3)
     plan = plan_from_transformers(phi3, tensor=False)
     roles = [plan[role] for role in ("before", "blocks", "after")]
     assert roles == [["model.embed_tokens"], ["model.layers.*"], ["model.norm", "lm_head"]]
-    with pytest.raises(LayoutError, match="tp is 2, but the plan says under 'tensor' of no module"):
+    with pytest.raises(LayoutError, match=r"tp=2 requires plan\['tensor'\]"):
         check_plan(plan, Degrees(tp=2))
-    with pytest.raises(LayoutError, match="GPT2LMHeadModel does not say how it may be split"):
+    with pytest.raises(LayoutError, match="GPT2LMHeadModel: its config has no base_model_tp_plan"):
         plan_from_transformers(gpt2, tensor=False)

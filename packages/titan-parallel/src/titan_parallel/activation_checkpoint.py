@@ -1,4 +1,7 @@
-"""Activation checkpointing: what a block keeps for its backward, and what it computes again."""
+"""Activation checkpointing: which results of a block's forward are kept for its backward; the rest is recomputed.
+
+`parallelize` calls `checkpoint_blocks` after tensor parallelism and before compilation.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from titan_parallel._torch_compat import (
+    COSTLY_OPERATORS,
+    MATMUL_OPERATORS,
+    TorchDispatchMode,
+    checkpoint_wrapper,
+    is_operator,
+)
 from titan_parallel.errors import LayoutError
 from titan_parallel.options import ParallelOptions
 
-# By name: some operators are there only once whoever defines them has been imported.
-_ALWAYS = frozenset(
-    {
-        "aten._scaled_dot_product_flash_attention",
-        "aten._scaled_dot_product_efficient_attention",
-        "aten._scaled_dot_product_cudnn_attention",
-        "aten._scaled_dot_product_flash_attention_for_cpu",
-        "torch_attn._varlen_attn",
-        "titan_parallel.context_attend",
-        "titan_parallel.context_ring",
-        "aten._grouped_mm",
-        "_c10d_functional.reduce_scatter_tensor",
-        "_c10d_functional.all_to_all_single",
-    }
-)
-_EVERY_SECOND = frozenset({"aten.mm", "aten.addmm", "aten._scaled_mm"})
+# Names, not operators: some exist only after the module that defines them has been imported.
+_ALWAYS = COSTLY_OPERATORS | {"titan_parallel.context_attend", "titan_parallel.context_ring"}
 
 
 def checkpoint_blocks(
@@ -41,17 +35,17 @@ def checkpoint_blocks(
     save: Iterable[str],
     units: Collection[nn.Module] = (),
 ) -> None:
-    """Wrap every `checkpoint_every`-th block to keep less for its backward, in place.
+    """Wrap every `checkpoint_every`-th block in place, so that it keeps less for its backward.
 
     Args:
-        model: Holds the blocks; parameter names seen through `clean_name` stay.
-        blocks: Their names in the model's order.
-        options: Says how.
-        save: Operators of the model's own that selective checkpointing saves too, as `namespace.operator`.
-        units: Modules within blocks that will be FSDP units of their own.
+        model: The model that contains the blocks; parameter names seen through `clean_name` do not change.
+        blocks: Names of the blocks in the model's order.
+        options: The mode, and which blocks.
+        save: The model's own operators whose results selective checkpointing keeps too, as `namespace.operator`.
+        units: Modules within blocks that will be separate FSDP units.
 
     Raises:
-        LayoutError: If there is no such operator.
+        LayoutError: If an operator does not exist.
     """
     names = frozenset([*save, *options.save_ops])
     _check_operators(names)
@@ -66,12 +60,12 @@ def checkpoint_blocks(
 
 
 def checkpoint_block(block: nn.Module, save: frozenset[str] | None, *, holds_units: bool = False) -> nn.Module:
-    """Return `block` wrapped to keep of its forward only its input or, beside it, what costs most to compute again.
+    """Return `block` wrapped so that its forward keeps only its input and, if asked, the most expensive results.
 
     Args:
         block: Any module.
-        save: Operators to save beside those that any block's are; None saves no result at all.
-        holds_units: Whether modules in the block will be FSDP units of their own.
+        save: Operators whose results to keep beside those kept for any block; None keeps no result at all.
+        holds_units: Whether modules in the block will be separate FSDP units.
     """
     if save is None:
         return checkpoint_wrapper(block, preserve_rng_state=True)
@@ -84,13 +78,13 @@ def _check_operators(names: Iterable[str]) -> None:
     for name in sorted(names):
         namespace, _, operator = name.partition(".")
         known = getattr(torch.ops, namespace)
-        if not isinstance(getattr(known, operator, None), torch._ops.OpOverloadPacket):
+        if not is_operator(getattr(known, operator, None)):
             near = difflib.get_close_matches(operator, dir(known), n=3)
             wrong.append(f"{name!r} (nearest: {', '.join(f'{namespace}.{one}' for one in near) or 'none'})")
     if wrong:
         raise LayoutError(
-            f"there are no such operators to save: {'; '.join(wrong)}; name them as torch does without the overload, "
-            "'aten.mm', and import what defines them before"
+            f"operators to save do not exist: {'; '.join(wrong)}; use torch's names without the overload, such as "
+            "'aten.mm', and import the module that defines them first"
         )
 
 
@@ -99,13 +93,13 @@ def _contexts(save: frozenset[str]) -> tuple[Any, Any]:
 
 
 def _contexts_over_units(save: frozenset[str]) -> tuple[Any, Any]:
-    """Have only the operators looked at that may be saved.
+    """Apply the selective contexts only to the operators that may be saved.
 
-    torch holds that recomputation runs the same operators as forward did. But FSDP runs others of its own: whether it
-    gathers a unit just when that is called, or did so before, differs.
+    torch requires that recomputation runs the same operators as forward did. FSDP adds its own, and they differ: a unit
+    may be gathered when it is called, or may have been prefetched.
     """
     forward, recompute = _contexts(save)
-    return _OnlyNamed(forward, save | _EVERY_SECOND), _OnlyNamed(recompute, save | _EVERY_SECOND)
+    return _OnlyNamed(forward, save | MATMUL_OPERATORS), _OnlyNamed(recompute, save | MATMUL_OPERATORS)
 
 
 class _OnlyNamed(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -125,14 +119,14 @@ class _OnlyNamed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _save_costly(save: frozenset[str]) -> Callable[..., CheckpointPolicy]:
-    """Save what costs most to compute again for its size: `save`, and every second of the other matrix products."""
+    """Return the policy: keep the results of `save` and of every second other matrix product, recompute the rest."""
     seen = {"forward": 0, "recompute": 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = _name(op)
         if name in save:
             return CheckpointPolicy.MUST_SAVE
-        if name in _EVERY_SECOND:
+        if name in MATMUL_OPERATORS:
             phase = "recompute" if context.is_recompute else "forward"
             seen[phase] += 1
             if seen[phase] % 2:
@@ -143,4 +137,4 @@ def _save_costly(save: frozenset[str]) -> Callable[..., CheckpointPolicy]:
 
 
 def _name(op: Any) -> str:
-    return str(getattr(op, "overloadpacket", op))  # operators that take functions have no overloads
+    return str(getattr(op, "overloadpacket", op))  # higher-order operators have no overloads

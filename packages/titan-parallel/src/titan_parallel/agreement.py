@@ -1,4 +1,7 @@
-"""Whether all ranks were asked for the same, before they wait for one another in what differs."""
+"""A check that all ranks got equal arguments, before a difference makes them wait for one another forever.
+
+Called by `build_mesh`, `parallelize` and, in the first step, by `ParallelModel`.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,17 @@ _SHOWN = 120  # characters of a value in a message
 
 
 def check_agreement(asked: Mapping[str, object], group: dist.ProcessGroup | None = None) -> None:
-    """Check that all ranks were asked for the same; all of them call this together.
+    """Check that all ranks got equal arguments; all ranks of the group must call this together.
 
     Args:
-        asked: Names for the message, each with a value that ranks with equal ones write alike (`repr`).
+        asked: Names for the message, each with a value; values with equal `repr` are equal.
         group: The ranks; the default process group if None.
 
     Raises:
-        LayoutError: On all ranks, with what differs and the first rank whose is not that of the group's first.
+        LayoutError: On all ranks, if values differ; the message names the first rank that differs from the first one.
     """
     size = dist.get_world_size(group)
-    if size == 1 or dist.get_backend() == "fake":  # where there is nobody to ask
+    if size == 1 or dist.get_backend() == "fake":  # no other ranks, or no real ones
         return
     mine = {name: _short(repr(value)) for name, value in asked.items()}
     ranks: list[dict[str, str]] = [{} for _ in range(size)]
@@ -36,7 +39,7 @@ def check_agreement(asked: Mapping[str, object], group: dist.ProcessGroup | None
             values = ((first.get(name), numbers[0]), (ranks[other].get(name), numbers[other]))
             wrong.append(f"{name} is {' and '.join(f'{value} on rank {number}' for value, number in values)}")
     if wrong:
-        raise LayoutError(f"ranks were not asked for the same, and would wait for one another: {'; '.join(wrong)}")
+        raise LayoutError(f"ranks got different arguments and would wait for one another forever: {'; '.join(wrong)}")
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,7 @@
-"""Gradient norm and clipping over parameters of any sharding."""
+"""Gradient norm and clipping over parameters of any sharding.
+
+`ParallelModel.clip_grad_norm` calls it for the parameters of a rank; it works without a `ParallelModel` too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from titan_parallel._torch_compat import multiply_all, norms_of_all
 from titan_parallel.tensor.styles import settle_gradients
 
 
@@ -23,17 +27,17 @@ def clip_grad_norm(
 ) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `max_norm`.
 
-    Parameters are grouped by the mesh dims that they are sharded over; each group's squares are summed over those.
-    No gradient is gathered.
+    Parameters are grouped by the mesh dims that they are sharded over, and the squares of each group are summed over
+    these dims. No gradient is gathered.
 
     Args:
-        parameters: All parameters of this rank; those without a gradient are passed over.
-        max_norm: The bound; None only measures.
-        stages: The ranks of a pipeline, each with parameters of its own; None if there is none.
-        copies: Those of the parameters that another rank of `stages` counts. They are scaled with the rest.
+        parameters: All parameters of this rank; those without a gradient are skipped.
+        max_norm: The bound; None only measures the norm.
+        stages: The ranks of a pipeline, each with its own parameters; None without a pipeline.
+        copies: Those of `parameters` that another rank of `stages` counts. They are scaled with the others.
 
     Returns:
-        The norm before clipping, a plain fp32 scalar that is equal on all ranks; not finite if any gradient is not.
+        The norm before clipping, a regular fp32 scalar, equal on all ranks; not finite if any gradient is not.
     """
     parameters = list(parameters)
     settle_gradients(parameters)
@@ -58,13 +62,13 @@ def clip_grad_norm(
 
 
 def _scale(gradients: list[Tensor], factor: Tensor) -> None:
-    """Multiply each rank's shards: DTensor would first work out how all of them lie, each at the others' cost."""
+    """Multiply each rank's local shards: DTensor's own operator would compute the sharding of every gradient first."""
     devices: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         devices.setdefault(local.device, []).append(local)
     for device, shards in devices.items():
-        torch._foreach_mul_(shards, factor.to(device))
+        multiply_all(shards, factor.to(device))
 
 
 def _sharding(gradient: Tensor) -> tuple[DeviceMesh, tuple[bool, ...]] | None:
@@ -74,15 +78,15 @@ def _sharding(gradient: Tensor) -> tuple[DeviceMesh, tuple[bool, ...]] | None:
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
-    """Sum over all ranks, for gradients of one group; in fp32 whatever their dtype, so that layouts round alike."""
+    """Return the sum over all ranks for gradients of one group, in fp32 so that layouts round alike."""
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    total: Tensor = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).square().sum()
+    total: Tensor = torch.stack(norms_of_all(local)).square().sum()
     sharding = _sharding(gradients[0])
     if sharding is None:
         return total
     mesh, sharded = sharding
-    total = total.to(mesh.device_type)  # gradients may be offloaded, but ranks speak between devices
-    # Dim by dim: torch 2.11 cannot sum a DTensor over the three dims that experts may lie on.
+    total = total.to(mesh.device_type)  # gradients may be offloaded, but ranks communicate between devices
+    # torch 2.11 cannot sum a DTensor over the three dims that experts may be sharded over, so dim by dim.
     for dim, is_sharded in enumerate(sharded):
         if is_sharded and mesh.size(dim) > 1:
             torch.distributed.all_reduce(total, group=mesh.get_group(dim))

@@ -1,33 +1,36 @@
-"""Compilation of blocks, as graphs without breaks."""
+"""Compilation of blocks by torch.compile, as graphs without breaks.
+
+`parallelize` calls `compile_blocks` after activation checkpointing and before FSDP.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from titan_parallel._torch_compat import compile_graph, memory_budget
 from titan_parallel.options import ParallelOptions
 
 
 def compile_blocks(
     model: nn.Module, blocks: Iterable[str], options: ParallelOptions, apart: Collection[nn.Module] = ()
 ) -> None:
-    """Compile blocks in place, when they are first called.
+    """Compile blocks in place; compilation happens when they are first called.
 
-    A block is one graph or, if it holds modules that no graph can hold, whatever lies around them. Experts that are
-    spread over ranks are such: only their data tell how many rows come to them, and FSDP gathers them by themselves.
-    Then each of the block's children that holds none of them is a graph of its own, and so on down to the experts; the
-    code between these graphs runs as it is.
+    A block is one graph, unless it contains modules that no graph can contain. Experts distributed over ranks are such:
+    the number of rows that they get depends on the data, and FSDP gathers them separately. Then each child of the block
+    that contains none of them is one graph, and so on down to the experts; the code between these graphs runs eagerly.
 
     Args:
-        model: Holds them.
+        model: The model that contains the blocks.
         blocks: Their names.
-        options: Backend, memory budget, whether collectives and products of tensor parallelism are to overlap.
-        apart: Modules to leave alone.
+        options: Backend, memory budget, and whether tensor-parallel collectives and products overlap.
+        apart: Modules to leave out of all graphs.
     """
     backend: Any = options.compile_backend
     if options.memory_budget is not None or options.async_tp:
@@ -47,18 +50,18 @@ def _compile_around(module: nn.Module, apart: Collection[nn.Module], backend: An
         if isinstance(child, _CONTAINERS) or any(inner in apart for inner in child.modules()):
             _compile_around(child, apart, backend)
         else:
-            # Not its call, which has the hooks: torch keeps one small set of graphs for the calls of all modules.
+            # `forward` and not the module's call: torch keeps one small cache of graphs for the calls of all modules.
             child.forward = torch.compile(child.forward, backend=backend, fullgraph=True)
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # never called themselves
 
 
 @dataclass(frozen=True)
 class _Backend:
-    """A backend of torch.compile under settings that torch keeps for the whole process, set for its graphs only.
+    """A backend of torch.compile with settings that torch keeps per process, applied to these graphs only.
 
-    A dataclass, so that equal ones share what is compiled: the blocks of a model are one code.
+    A dataclass, so that equal backends share compiled code: all blocks of a model are one function.
     """
 
     name: str
@@ -66,16 +69,6 @@ class _Backend:
     async_tp: bool
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
-        # What backward saves is decided together with the forward's graph, so within this call. What inductor makes of
-        # the backward's graph comes later, and takes its settings along only if they are handed to it.
-        patches = {"config_patches": {"_micro_pipeline_tp": True}} if self.async_tp else {}
-        with self._budget():
-            return torch._dynamo.lookup_backend(self.name)(graph, inputs, **patches)
-
-    def _budget(self) -> AbstractContextManager[Any]:
-        if self.memory_budget is None:
-            return nullcontext()
-        from torch._functorch import config  # heavy, and of use to who compiles only
-
-        patched: AbstractContextManager[Any] = config.patch(activation_memory_budget=self.memory_budget)
-        return patched
+        # The budget decides what forward saves, which happens within this call.
+        with nullcontext() if self.memory_budget is None else memory_budget(self.memory_budget):
+            return compile_graph(self.name, graph, inputs, async_tp=self.async_tp)

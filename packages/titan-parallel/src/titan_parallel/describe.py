@@ -1,4 +1,4 @@
-"""A table of where each parameter lies, and what it takes."""
+"""The table of `ParallelModel.describe`: how each parameter is split, and its size on this rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from titan_parallel.mesh import MESH_DIMS
+from titan_parallel.degrees import MESH_DIMS
 from titan_parallel.options import ParallelOptions, reshard_blocks
 
 _HEADER = ("parameter", "style", "placement", "shape", "on this rank", "dtype", "bytes on this rank")
@@ -19,11 +19,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model was parallelized by, as far as it cannot be seen in its parameters.
+    """How a model was parallelized, as far as its parameters do not show it.
 
     Attributes:
-        options: The choices.
-        blocks: Names of the blocks, of all stages.
+        options: The options.
+        blocks: Names of the blocks of all stages.
         styles: Names of modules and parameters to their tensor-parallel style; empty without tensor parallelism.
         float8: Names of the linears that multiply in float8.
     """
@@ -35,7 +35,7 @@ class Layout:
 
 
 class _Row(NamedTuple):
-    """What parameters of one line have in common; `name` is relative to the block, if they are in one."""
+    """The cells of a line, which stands for equal parameters; `name` is relative to the block, if there is one."""
 
     name: str
     style: str
@@ -46,12 +46,12 @@ class _Row(NamedTuple):
 
 
 def describe(named_parameters: Iterable[tuple[str, nn.Parameter]], mesh: DeviceMesh, layout: Layout) -> str:
-    """Return a table with a line for each parameter of this rank, those of equal blocks in one, and totals.
+    """Return a table with one line per parameter of this rank, equal blocks combined, and totals.
 
     Args:
-        named_parameters: Plain names and parameters, each once; meta ones will do.
+        named_parameters: Names in the original model and parameters, each once; they may be on meta.
         mesh: From `build_mesh`.
-        layout: What else to tell.
+        layout: How the model was parallelized.
     """
     rows: dict[_Row, list[str]] = {}
     sizes: dict[_Row, int] = {}
@@ -79,33 +79,33 @@ def describe(named_parameters: Iterable[tuple[str, nn.Parameter]], mesh: DeviceM
     totals = {
         "parameters": total,
         "gradients": trained,
-        "AdamW's state, at 2 values of a parameter's dtype": 2 * trained,
+        "AdamW state, 2 values of the parameter's dtype each": 2 * trained,
     }
-    said = [f"{what}: {size:,} bytes ({size / _GIB:.2f} GiB) on this rank" for what, size in totals.items()]
-    return "\n".join([*_notes(mesh, layout), "", *_table([_HEADER, *lines]), "", *said])
+    sums = [f"{what}: {size:,} bytes ({size / _GIB:.2f} GiB) on this rank" for what, size in totals.items()]
+    return "\n".join([*_notes(mesh, layout), "", *_table([_HEADER, *lines]), "", *sums])
 
 
 def _style(name: str, layout: Layout) -> str:
-    """Return the word of the plan that split a parameter: its own, or that of the nearest module above."""
+    """Return the plan's style of a parameter: its own, or that of the nearest module above it."""
     parts = name.split(".")
     above = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-    word = next((layout.styles[one] for one in above if layout.styles.get(one, "gather") != "gather"), "-")
-    return f"{word}, float8" if name.removesuffix(".weight") in layout.float8 else word
+    style = next((layout.styles[one] for one in above if layout.styles.get(one, "gather") != "gather"), "-")
+    return f"{style}, float8" if name.removesuffix(".weight") in layout.float8 else style
 
 
 def _placement(parameter: nn.Parameter) -> str:
     if not isinstance(parameter, DTensor):
-        return "whole"
+        return "unsharded"
     names = parameter.device_mesh.mesh_dim_names or ()
     kinds = [f"{name} {_kind(placement)}" for name, placement in zip(names, parameter.placements, strict=True)]
     return ", ".join(kinds)
 
 
 def _kind(placement: Placement) -> str:
-    # The shards of FSDP2 within those of tensor parallelism are a kind of their own, of which not all torches agree
-    # whether it is a `Shard`.
+    # FSDP2 shards within tensor-parallel shards are a separate placement, which is a `Shard` in some torch versions
+    # only; it always has a `dim`.
     dim = getattr(placement, "dim", None)
-    return f"dim {dim}" if isinstance(placement, Shard) or dim is not None else "copy"
+    return f"dim {dim}" if isinstance(placement, Shard) or dim is not None else "replicated"
 
 
 def _shape(x: Tensor) -> str:
@@ -113,7 +113,7 @@ def _shape(x: Tensor) -> str:
 
 
 def _blocks(names: Sequence[str]) -> str:
-    """Return one name for several that end in a number: `layers.0-3,5`; others are listed."""
+    """Return one name for several that end in numbers, such as `layers.0-3,5`; other names are listed."""
     parents, keys = zip(*[name.rpartition(".")[::2] for name in names], strict=True)
     if len(names) == 1 or len(set(parents)) > 1 or not all(key.isdecimal() for key in keys):
         return ",".join(names)
@@ -141,7 +141,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 def _notes(mesh: DeviceMesh, layout: Layout) -> list[str]:
     options = layout.options
     degrees = [f"{name} {mesh[name].size()}" for name in MESH_DIMS if mesh[name].size() > 1]
-    notes = [f"{mesh.size()} ranks: {', '.join(degrees) or 'nothing is split'}"]
+    notes = [f"{mesh.size()} ranks: {', '.join(degrees) or 'no parallelism'}"]
     if options.param_dtype is not None:
         notes.append(f"forward and backward in {options.param_dtype}, gradients summed in {options.reduce_dtype}")
     if mesh["dp_shard"].size() * mesh["cp"].size() * mesh["ep"].size() > 1:
@@ -163,6 +163,6 @@ def _notes(mesh: DeviceMesh, layout: Layout) -> list[str]:
 
 def _checkpointing(options: ParallelOptions) -> str:
     if options.memory_budget is not None:
-        return f"the compiler's, within {options.memory_budget:.0%} of the activations,"
-    every = f", the first of every {options.checkpoint_every}" if options.checkpoint_every > 1 else ""
+        return f"chosen by the compiler, within {options.memory_budget:.0%} of the activations,"
+    every = f", one of every {options.checkpoint_every}" if options.checkpoint_every > 1 else ""
     return options.activation_checkpointing + every

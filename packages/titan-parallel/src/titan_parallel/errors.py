@@ -1,5 +1,5 @@
-"""What titan-parallel raises for a layout or plan that cannot work."""
+"""The exception of titan-parallel."""
 
 
 class LayoutError(ValueError):
-    """A layout that does not fit the machine or the model; the message says which numbers to change."""
+    """A layout, plan or option that does not fit the machine or the model; the message says what to change."""

@@ -1,4 +1,8 @@
-"""Matrix products in float8, by torchao."""
+"""Float8 matrix products by torchao, an optional dependency.
+
+`parallelize` checks the options and converts linears before any other transform; `ParallelModel` prepares the scales
+before each step.
+"""
 
 from __future__ import annotations
 
@@ -17,42 +21,42 @@ from titan_parallel.errors import LayoutError
 from titan_parallel.options import Float8Options
 from titan_parallel.plan import ParallelPlan, match_names, style_names
 
-_UNIT = 16  # the kernels take sizes of whole 16 bytes
+_UNIT = 16  # the kernels require sizes that are multiples of 16 bytes
 _CAPABILITY = (8, 9)
 _NUMBER = r"\b\d+\b"
 _log = logging.getLogger(__name__)
 
 
 def check_float8(options: Float8Options, device_type: str) -> None:
-    """Check that torchao is there, and hardware that computes in float8 if it is not to be emulated.
+    """Check that torchao is installed and, unless float8 is emulated, that the hardware supports it.
 
     Raises:
         LayoutError: If not.
     """
     if importlib.util.find_spec("torchao") is None:
-        raise LayoutError("float8 needs torchao: pip install 'titan-parallel[float8]'")
+        raise LayoutError("float8: requires torchao; pip install 'titan-parallel[float8]'")
     if options.emulate:
         return
     found = torch.cuda.get_device_capability() if device_type == "cuda" else None
     if found is None or found < _CAPABILITY:
         here = f"compute capability {found[0]}.{found[1]}" if found else device_type
         raise LayoutError(
-            f"float8 needs a GPU of compute capability 8.9 or above (H100, L40 and later), and this is {here}; leave "
-            "it off, or set emulate, which rounds to float8 but multiplies as before: no faster, for tests"
+            f"float8: requires a GPU of compute capability 8.9 or above (H100, L40 and later), but this is {here}; "
+            "unset it or, for tests, set float8.emulate, which rounds to float8 but is not faster"
         )
 
 
 def convert_linears(
     model: nn.Module, blocks: Sequence[str], plan: ParallelPlan, tp: int, options: Float8Options
 ) -> None:
-    """Let the linears within blocks multiply in float8, in place. Parameters and their names stay.
+    """Convert the linears within blocks to float8 products, in place. Parameters and their names do not change.
 
-    Those that float8's kernels do not take stay as they are, which is logged.
+    Linears that float8 kernels do not support are left unchanged and logged.
 
     Args:
-        model: The plain model, on any device, meta included.
-        blocks: Names of its blocks; without any, all of the model is one.
-        plan: Says what tensor parallelism makes of them.
+        model: The unsharded model, on any device, meta included.
+        blocks: Names of its blocks; if empty, the model is one block.
+        plan: The plan, for the sizes of tensor-parallel shards.
         tp: Degree of tensor parallelism.
         options: Recipe and exceptions.
 
@@ -68,12 +72,14 @@ def convert_linears(
         if type(module) is nn.Linear and (not blocks or _within(name, blocks)) and not _within(name, skipped)
     ]
     reasons = {
-        name: why for name in wanted if (why := _unfit(model.get_submodule(name), styles.get(name, ""), tp, shared))
+        name: why
+        for name in wanted
+        if (why := _unfit(model.get_submodule(name), styles.get(name, ""), tp, shared_heads=shared))
     }
     if reasons:
-        # A module of every block is one to the reader.
+        # Report a module that every block has once.
         listed = dict.fromkeys(f"{re.sub(_NUMBER, '*', name, count=1)} ({why})" for name, why in reasons.items())
-        _log.warning("these stay as they are, not in float8: %s", "; ".join(listed))
+        _log.warning("linears not converted to float8: %s", "; ".join(listed))
     chosen = frozenset(wanted) - reasons.keys()
     torchao: Any = importlib.import_module("torchao.float8")
     config = torchao.Float8LinearConfig.from_recipe_name(options.recipe)
@@ -82,12 +88,12 @@ def convert_linears(
 
 
 def prepare_weights(model: nn.Module) -> None:
-    """Find the scales of all weights that are gathered in float8, in one all-reduce; else each takes its own."""
+    """Compute the scales of all weights that are gathered in float8 in one all-reduce, instead of one per weight."""
     importlib.import_module("torchao.float8").precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def is_float8(module: nn.Module) -> bool:
-    """Tell whether a module multiplies in float8."""
+    """Return whether a module is a linear converted to float8."""
     return isinstance(module, nn.Linear) and type(module).__name__ == "Float8Linear"
 
 
@@ -95,10 +101,10 @@ def _within(name: str, above: Iterable[str]) -> bool:
     return any(name == one or name.startswith(f"{one}.") for one in above)
 
 
-def _unfit(linear: nn.Module, style: str, tp: int, shared: bool) -> str:
-    """Return why a linear cannot multiply in float8, if so."""
+def _unfit(linear: nn.Module, style: str, tp: int, *, shared_heads: bool) -> str:
+    """Return why float8 kernels do not support a linear, or an empty string."""
     assert isinstance(linear, nn.Linear)
-    if style == "colwise_kv" and shared:
+    if style == "colwise_kv" and shared_heads:
         return "ranks share its heads"
     inner, outer = linear.in_features, linear.out_features
     if style in ("colwise", "colwise_kv"):
@@ -106,5 +112,5 @@ def _unfit(linear: nn.Module, style: str, tp: int, shared: bool) -> str:
     if style == "rowwise":
         inner //= tp
     if inner % _UNIT or outer % _UNIT:
-        return f"{outer} x {inner} on a rank, which are not both multiples of {_UNIT}"
+        return f"{outer} x {inner} on a rank, not both multiples of {_UNIT}"
     return ""

@@ -1,4 +1,7 @@
-"""Data parallelism through FSDP2: sharded, replicated, or both (HSDP)."""
+"""Data parallelism through FSDP2: sharded, replicated, or both (HSDP).
+
+`parallelize` calls `apply_fsdp` last of all transforms; the runs call `set_last_microbatch` before each microbatch.
+"""
 
 from __future__ import annotations
 
@@ -29,86 +32,72 @@ def apply_fsdp(
     experts: Sequence[nn.Module],
     options: ParallelOptions,
 ) -> None:
-    """Shard `model` in place, one unit for each block, so that only one block's weights are whole at a time.
+    """Shard `model` in place, with one unit per block, so that only one block's weights are unsharded at a time.
 
-    Gradients are summed over the ranks, not averaged: the loss is divided by the global batch's normaliser instead.
+    Gradients are summed over the ranks, not averaged: the loss is divided by the global number of target tokens.
 
     Args:
-        model: The root; holds whatever is in no unit.
+        model: The model; its root unit holds the parameters that are in no other unit.
         mesh: From `build_mesh`.
-        roles: Names of its modules before the blocks, a unit each; of the blocks, a unit each; of those after them,
-            one unit, which stays gathered, since its backward comes at once.
-        tied: Whether a weight is shared between the modules before and after, which makes one unit of them.
-        experts: Modules spread by expert parallelism; each is a unit in that of its block, over fewer ranks.
+        roles: Names of the modules before the blocks, one unit each; of the blocks, one unit each; and of those after
+            them, one unit together, which stays gathered because its backward follows at once.
+        tied: Whether a weight is shared between the modules before and after, which then are one unit.
+        experts: Modules distributed by expert parallelism; each is a unit within that of its block, over fewer ranks.
         options: Dtypes, resharding and offloading.
 
     Raises:
-        LayoutError: If it has parameters that FSDP2 does not take.
+        LayoutError: If the model has parameters that FSDP2 does not support.
     """
     _check_parameters(model)
-    data_mesh = fsdp_mesh(mesh)
-    # The root casts what comes in from outside; inside, the dtypes are right (and fp32 rotary angles must stay fp32).
-    outer = MixedPrecisionPolicy(param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options))
-    inner = MixedPrecisionPolicy(
-        param_dtype=options.param_dtype, reduce_dtype=_reduce_dtype(options), cast_forward_inputs=False
-    )
-
-    freed = reshard_blocks(options, mesh["pp"].size())
-    before, blocks, after = ([model.get_submodule(name) for name in names] for names in astuple(roles))
-
+    # The root casts the model's inputs; inside, dtypes are right already (and fp32 rotary angles must stay fp32).
+    root, inner = (_mixed_precision(options, cast_inputs=cast) for cast in (True, False))
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if options.cpu_offload else OffloadPolicy()
-
-    def shard(unit: nn.Module | list[nn.Module], reshard: bool | int) -> None:
-        fully_shard(unit, mesh=data_mesh, mp_policy=inner, reshard_after_forward=reshard, offload_policy=offload)
-
+    shard = partial(fully_shard, mesh=fsdp_mesh(mesh), offload_policy=offload)
+    shard_unit = partial(shard, mp_policy=inner, reshard_after_forward=reshard_blocks(options, mesh["pp"].size()))
+    before, blocks, after = ([model.get_submodule(name) for name in names] for names in astuple(roles))
     for unit in experts:
         own_mesh = fsdp_mesh(mesh, experts=True)
-        fully_shard(
-            unit,
-            mesh=own_mesh,
-            mp_policy=inner,
-            reshard_after_forward=freed,
-            offload_policy=offload,
-            shard_placement_fn=partial(placement_of_shards, ranks=own_mesh.shape[-1]),
-        )
+        placement = partial(placement_of_shards, ranks=own_mesh.shape[-1])
+        shard_unit(unit, mesh=own_mesh, shard_placement_fn=placement)
     for unit in [] if tied else before:
-        shard(unit, freed)
+        shard_unit(unit)
         if isinstance(unit, nn.Embedding) and isinstance(unit, FSDPModule):
-            unit.set_unshard_in_backward(False)  # the gradient of a table does not depend on the table
+            # An embedding's gradient does not depend on its table, so backward does not gather it.
+            unit.set_unshard_in_backward(unshard_in_backward=False)
     for unit in blocks:
-        shard(unit, freed)
+        shard_unit(unit)
     if after:
-        shard([*before, *after] if tied else after, False)
-    fully_shard(model, mesh=data_mesh, mp_policy=outer, reshard_after_forward=False, offload_policy=offload)
+        shard_unit([*before, *after] if tied else after, reshard_after_forward=False)
+    shard(model, mp_policy=root, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # Without this a factor of 1 asks gloo for a kind of reduction that it does not have.
+            # Otherwise FSDP2 implements a factor of 1 with a reduction that gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
 
 
 def _check_parameters(model: nn.Module) -> None:
     named = [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
-    wrong = [f"{name} has no dims, make its shape [1]" for name, parameter in named if not parameter.ndim]
+    wrong = [f"{name} is a scalar, give it the shape [1]" for name, parameter in named if not parameter.ndim]
     wrong += [
-        f"{name} {list(parameter.shape)} has strides {list(parameter.stride())}, make its data contiguous"
+        f"{name} {list(parameter.shape)} has the strides {list(parameter.stride())}, make it contiguous"
         for name, parameter in named
         if not parameter.is_contiguous()
     ]
     if wrong:
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise LayoutError(
-            f"parameters of {type(model).__name__} that cannot be sharded: {'; '.join(wrong[:_SHOWN])}{more}"
+            f"{type(model).__name__} has parameters that FSDP2 cannot shard: {'; '.join(wrong[:_SHOWN])}{more}"
         )
 
 
-def set_last_microbatch(model: nn.Module, is_last: bool, *, reduce_every: bool) -> None:
-    """Tell FSDP whether more microbatches of this step follow: replicas exchange gradients on the last one only.
+def set_last_microbatch(model: nn.Module, *, is_last: bool, reduce_every: bool) -> None:
+    """Prepare FSDP for a microbatch: gradients are summed over replicas in the last one of a step only.
 
     Args:
-        model: A part, parallelized.
-        is_last: Whether none follows.
-        reduce_every: Whether shards are summed after each microbatch, or whole gradients kept until the last.
+        model: A parallelized part of the model.
+        is_last: Whether this is the last microbatch of the step.
+        reduce_every: Whether gradients are summed over the shards after each microbatch, or only after the last.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last or reduce_every)
@@ -117,14 +106,17 @@ def set_last_microbatch(model: nn.Module, is_last: bool, *, reduce_every: bool) 
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the gathered weights that units keep for a backward which does not come.
+    """Free the gathered weights that units keep for a backward, if no backward follows.
 
-    They would stand in for the parameters until the next backward, even after an optimizer step.
+    Otherwise they would be used instead of the parameters until the next backward, even after an optimizer step.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def _reduce_dtype(options: ParallelOptions) -> torch.dtype | None:
-    return options.reduce_dtype if options.param_dtype is not None else None
+def _mixed_precision(options: ParallelOptions, *, cast_inputs: bool) -> MixedPrecisionPolicy:
+    if options.param_dtype is None:
+        return MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
+    param_dtype, reduce_dtype = (getattr(torch, name) for name in (options.param_dtype, options.reduce_dtype))
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs)

@@ -1,4 +1,8 @@
-"""`ParallelModel`: one object through which a training loop drives a model, whatever its layout."""
+"""`ParallelModel`: the interface of a training loop to a model, the same for every layout.
+
+Made by `parallelize`. It cuts sequences (`context.inputs`), runs the parts by a `Run` (`sequential` or `pipeline`), and
+presents parameters and state under the names of the original model.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from titan_parallel.agreement import check_agreement
 from titan_parallel.context.inputs import SequenceCut
+from titan_parallel.degrees import MESH_DIMS
 from titan_parallel.describe import Layout, describe
 from titan_parallel.float8 import prepare_weights
 from titan_parallel.fsdp import reshard
-from titan_parallel.mesh import MESH_DIMS
 from titan_parallel.plan import clean_name
 from titan_parallel.sequential import LossFunction, Microbatch, Run
 from titan_parallel.tensor.styles import settle_gradients
@@ -25,11 +29,11 @@ from titan_parallel.tied_weights import tie_weights
 
 
 class ParallelModel:
-    """A parallelized model. Made by `parallelize`.
+    """A parallelized model, made by `parallelize`.
 
     Attributes:
-        parts: What of the model is on this rank: all of it in one part or, under pipeline parallelism, its stages.
-        mesh: The mesh it is laid out on.
+        parts: The parts of the model on this rank: the model or, under pipeline parallelism, this rank's stages.
+        mesh: The device mesh.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class ParallelModel:
         mesh: DeviceMesh,
         tied: Sequence[tuple[str, str]],
         run: Run,
+        *,
         layout: Layout,
         cut: SequenceCut | None,
     ) -> None:
@@ -47,15 +52,15 @@ class ParallelModel:
         self._run = run
         self._layout = layout
         self._cut = cut
-        # By dim, of those that have more than one rank. (To look a dim up builds a mesh of it.)
+        # Of the dims with more than one rank. Kept, because looking up a dim builds a mesh each time.
         self._groups = {name: mesh[name].get_group() for name in MESH_DIMS if mesh[name].size() > 1}
         self._called: set[str] = set()
 
     def materialize(self, device: torch.device | str) -> None:
-        """Allocate the parameters and buffers of a model built on meta, uninitialised.
+        """Allocate the parameters and buffers of a model built on meta, without initializing them.
 
         Args:
-            device: Where they lie; parameters that `cpu_offload` keeps in host memory lie there.
+            device: Where to allocate; with `cpu_offload` parameters are allocated in host memory.
         """
         for part in self.parts:
             part.to_empty(device=torch.device("cpu" if self._layout.options.cpu_offload else device))
@@ -63,35 +68,35 @@ class ParallelModel:
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(device))
             names = {clean_name(name) for name, _ in part.named_parameters(remove_duplicate=False)}
-            # `to_empty` makes two tensors of a tied one
+            # `to_empty` makes two tensors of a tied one.
             tie_weights(part, [pair for pair in self._tied if names.issuperset(pair)])
         _share_buffers(self.parts)
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, normaliser: float
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float
     ) -> Tensor:
-        """Add the gradients of one step's loss: the sum over all microbatches of all ranks, over `normaliser`.
+        """Accumulate the gradients of one step's loss: the sum over all microbatches of all ranks / num_target_tokens.
 
         Args:
-            microbatches: This rank's share of the global batch, with the same number of microbatches on each rank;
-                whole sequences, of which context parallelism takes this rank's part.
+            microbatches: This rank's share of the global batch, the same number of microbatches on each rank, with full
+                sequences, of which context parallelism takes this rank's part.
             loss_function: Maps (output, target) to the *summed* loss, a scalar. The output is what the model returns,
-                its tensors whole, but for logits that the plan leaves split over the vocabulary: on these,
-                `torch.nn.functional.cross_entropy` with plain targets works as always.
-            normaliser: What to divide by, equal on all ranks: for the mean over tokens, the number of scored tokens
-                of the global batch.
+                with full tensors, except logits that the plan leaves split over the vocabulary: on these,
+                `torch.nn.functional.cross_entropy` with regular targets works as usual.
+            num_target_tokens: The number to divide by, equal on all ranks: for the mean over tokens, the number of
+                scored tokens of the global batch (labels that are not ignored).
 
         Returns:
             This rank's part of the loss, detached; `sum_parts` adds up those of all ranks.
 
         Raises:
             ValueError: If there is no microbatch, context parallelism cannot cut its sequences, or the loss function
-                returns no scalar.
-            LayoutError: In the first call, if ranks have other numbers of microbatches, or another normaliser.
+                does not return a scalar.
+            LayoutError: In the first call, if ranks differ in the number of microbatches or in `num_target_tokens`.
         """
-        self._check_call("forward_backward", microbatches, normaliser)
+        self._check_call("forward_backward", microbatches, num_target_tokens)
         self._prepare_weights()
-        loss = self._run.forward_backward(self._own_tokens(microbatches), loss_function, normaliser)
+        loss = self._run.forward_backward(self._own_tokens(microbatches), loss_function, num_target_tokens)
         settle_gradients(self.parameters())
         return loss
 
@@ -108,11 +113,11 @@ class ParallelModel:
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's output for the given arguments, its tensors whole on every rank, in evaluation mode.
+        """Return the model's output for the given arguments, with full tensors on every rank, in evaluation mode.
 
-        All ranks call it together; those that share a place on the data axis with equal arguments. Under context
-        parallelism tensors of the output that have this rank's number of tokens in the dim that the plan gives as
-        `output` under `sequence` (1 if it does not) are gathered, their tokens in order; others stay this rank's own.
+        All ranks call it together; ranks with the same place on the data axis must pass equal arguments. Under context
+        parallelism, tensors of the output that have this rank's number of tokens in dim `plan["sequence"]["output"]`
+        (default 1) are gathered, with their tokens in order; other tensors remain those of this rank.
         """
         self._prepare_weights()
         with self._evaluating():
@@ -122,12 +127,12 @@ class ParallelModel:
             return self._cut.gather(self._run.predict(part.args, part.kwargs), part.length)
 
     def sum_parts(self, values: Tensor, *, over_stages: bool = True) -> Tensor:
-        """Return the sum of a tensor over all ranks that hold parts of it: all but those that `tp` made equal.
+        """Return the sum of a tensor over all ranks that hold parts of it; tensor-parallel ranks hold equal values.
 
         Args:
-            values: Of equal shape on all ranks of the sum, such as what `forward_backward` returns.
-            over_stages: Whether to sum over the stages of a pipeline too. Without, it is the sum over the ranks that
-                have other tokens for the same parts of the model.
+            values: A tensor of equal shape on all ranks, such as the result of `forward_backward`.
+            over_stages: Whether to sum over the stages of a pipeline too. If false, the sum is over the ranks that have
+                different tokens for the same parts of the model.
         """
         total = values.detach().clone()
         for name, group in self._groups.items():
@@ -136,32 +141,32 @@ class ParallelModel:
         return total
 
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        """Clip the gradients by their global norm and return it; see `titan_parallel.clip_grad_norm`."""
+        """Clip the gradients by their global norm and return the norm; see `titan_parallel.clip_grad_norm`."""
         return self._run.clip_grad_norm(list(self.parameters()), max_norm)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name in the plain model, parameter) of this rank's parts.
+        """Yield (name in the original model, parameter) for this rank's parts.
 
-        A tied weight comes once, under its owner's name. In a pipeline the ranks with the first and the last stage
-        both have a copy of a weight that these share, under this name; what is done with one has to be done with both.
+        A tied weight is yielded once, under its owner's name. In a pipeline the ranks with the first and the last stage
+        both have a copy of a weight that these share, under this name; treat both copies alike.
         """
         owners = dict(self._tied)
         seen: set[str] = set()
         for part in self.parts:
             for name, parameter in part.named_parameters():
-                plain = owners.get(clean_name(name), clean_name(name))
-                if plain not in seen:
-                    seen.add(plain)
-                    yield plain, parameter
+                original = owners.get(clean_name(name), clean_name(name))
+                if original not in seen:
+                    seen.add(original)
+                    yield original, parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield every parameter once."""
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return parameters and persistent buffers of this rank's parts by their names in the plain model.
+        """Return parameters and persistent buffers of this rank's parts by their names in the original model.
 
-        A tied weight comes once, as in `named_parameters`.
+        A tied weight is contained once, as in `named_parameters`.
         """
         owners = dict(self._tied)
         state: dict[str, Any] = {}
@@ -172,11 +177,11 @@ class ParallelModel:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy `state`, of the form that `state_dict` returns and of the same sharding, into the model.
+        """Copy `state`, in the form and with the sharding that `state_dict` returns, into the model.
 
         Raises:
-            KeyError: If names are missing or unexpected; nothing is copied then.
-            ValueError: If shapes or meshes differ; nothing is copied then.
+            KeyError: If names are missing or unexpected; nothing is copied.
+            ValueError: If shapes or meshes differ; nothing is copied.
         """
         own = self.state_dict()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -185,26 +190,29 @@ class ParallelModel:
         shapes = [(name, tuple(state[name].shape), tuple(value.shape)) for name, value in own.items()]
         wrong = [f"{name} is {given}, not {wanted}" for name, given, wanted in shapes if given != wanted]
         wrong += [
-            f"{name} is {_lies(state[name])}, but {_lies(value)} in the model: distribute it as there first, or load "
-            "by what reshards, such as torch.distributed.checkpoint"
+            f"{name} is {_location(state[name])}, but {_location(value)} in the model: distribute it like the model's "
+            "first, or load by a checkpointer that reshards, such as torch.distributed.checkpoint"
             for name, value in own.items()
             if _mesh(state[name]) != _mesh(value)
         ]
-        if wrong:  # copying would repeat a smaller tensor to fit
+        if wrong:  # `copy_` would broadcast a smaller tensor
             raise ValueError(f"the state does not fit the model: {'; '.join(wrong)}")
         for name, value in own.items():
             if value is not state[name]:
                 value.copy_(state[name])
 
     def describe(self) -> str:
-        """Return a table of this rank's parameters: how each is split, its whole and its own shape, and its bytes."""
+        """Return a table of this rank's parameters: how each is split, its full and its local shape, and its bytes."""
         return describe(self.named_parameters(), self.mesh, self._layout)
 
-    def _check_call(self, call: str, microbatches: Sequence[Microbatch], normaliser: float = 1.0) -> None:
-        """Check that there are microbatches and, in the first such call, that all ranks were asked for the same."""
+    def _check_call(self, call: str, microbatches: Sequence[Microbatch], num_target_tokens: float = 1.0) -> None:
+        """Check that there are microbatches and, in the first such call, that all ranks got equal arguments."""
         if call not in self._called:
             check_agreement(
-                {f"the number of microbatches of {call}": len(microbatches), "the normaliser": float(normaliser)}
+                {
+                    f"the number of microbatches of {call}": len(microbatches),
+                    "num_target_tokens": float(num_target_tokens),
+                }
             )
             if (
                 self.mesh["tp"].size() > 1
@@ -214,14 +222,14 @@ class ParallelModel:
                 self._check_random()
             self._called.add(call)
         if not microbatches:
-            raise ValueError("there is no microbatch; every rank needs at least one, and as many as the others")
+            raise ValueError("microbatches: is empty; pass at least one on every rank, the same number on all")
 
     def _check_random(self) -> None:
-        """Check that tensor-parallel ranks drop the same of what each has in whole; on CUDA torch sees to it."""
+        """Check that tensor-parallel ranks will draw equal dropout masks, which on CUDA torch ensures."""
         modules = [module for part in self.parts for module in part.modules()]
         if any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in modules):
             state = hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()[:8]
-            check_agreement({"the state of torch's random generator, for dropout,": state}, self.mesh["tp"].get_group())
+            check_agreement({"the state of torch's random generator (for dropout)": state}, self.mesh["tp"].get_group())
 
     def _own_tokens(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         if self._cut is None:
@@ -236,7 +244,7 @@ class ParallelModel:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        # Some modules may be frozen in another mode than the rest.
+        # Modes are restored module by module: frozen modules may be in evaluation mode.
         modes = [(module, module.training) for part in self.parts for module in part.modules()]
         for part in self.parts:
             part.eval()
@@ -250,7 +258,7 @@ class ParallelModel:
 
 
 def _share_buffers(parts: Sequence[nn.Module]) -> None:
-    """Let parts that have a buffer in common hold one tensor, which is filled once."""
+    """Let parts that have a buffer in common hold one tensor, so that it is initialized once."""
     first: dict[str, Tensor] = {}
     for part in parts:
         for name, buffer in list(part.named_buffers()):
@@ -263,6 +271,6 @@ def _mesh(x: Tensor) -> DeviceMesh | None:
     return x.device_mesh if isinstance(x, DTensor) else None
 
 
-def _lies(x: Tensor) -> str:
+def _location(x: Tensor) -> str:
     mesh = _mesh(x)
-    return "a plain tensor" if mesh is None else f"on a mesh of {mesh.mesh_dim_names} {list(mesh.shape)}"
+    return "a regular tensor" if mesh is None else f"on a mesh of {mesh.mesh_dim_names} {list(mesh.shape)}"

@@ -1,213 +1,301 @@
-"""How to parallelize, apart from the layout."""
+"""The options of `parallelize`: one frozen dataclass per topic, each field described where it is defined.
+
+This is the only place that names, types, defaults and descriptions of options are written. A program (a command line,
+a table in a README) reads them with `dataclasses.fields` and `typing.get_type_hints`; the description is
+`field.metadata["help"]`, as for `titan_parallel.degrees.Degrees`. Values are plain Python: `Literal`, `int`, `float`,
+`bool`, `str`, `tuple`, None, or another dataclass of this module.
+
+A dataclass checks its own values and raises `LayoutError` with the field's name. `titan_parallel.check` checks what
+also depends on the layout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
-
-import torch
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from titan_parallel.errors import LayoutError
-from titan_parallel.mesh import Degrees
 
 ActivationCheckpointing = Literal["none", "full", "selective", "budget"]
 ContextKind = Literal["allgather", "ring", "ulysses"]
+DtypeName = Literal["float32", "bfloat16", "float16", "float64"]
 Reshard = Literal["default", "always", "never"]
 Float8Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Float8Options:
-    """How the linears within blocks multiply in float8. What runs before and after the blocks does not.
-
-    Attributes:
-        recipe: One scale for each tensor (`tensorwise`, the fastest), for each row (`rowwise`, the more exact), or for
-            each row and the gradients of weights in the dtype of the others (`rowwise_with_gw_hp`). On a GPU the last
-            two want `param_dtype` to be `torch.bfloat16`.
-        fsdp_all_gather: Let FSDP2 gather weights in float8, at a quarter or half of the traffic; `tensorwise` only.
-        skip: Patterns of modules that stay as they are, themselves and what is in them.
-        emulate: Round to float8, but multiply in the dtype of the others: on any device, no faster, for tests.
-    """
-
-    recipe: Float8Recipe = "tensorwise"
-    fsdp_all_gather: bool = False
-    skip: Sequence[str] = ()
-    emulate: bool = False
+def _not_one_of(name: str, value: object, choices: Any) -> list[str]:
+    known = get_args(choices)
+    return [] if value in known else [f"{name}: {value!r} is not one of {list(known)}"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PipelineOptions:
-    """How pipeline parallelism splits the blocks into stages, and in which order these run.
-
-    Attributes:
-        schedule: One of `SCHEDULES`, or the path of a file that ends in `.csv`: a row for each rank, a cell for each
-            of its actions in their order, such as `0F3`: stage 0 runs the forward of microbatch 3. The other kinds are
-            `B` (backward), or `I` and `W` for the two halves of one (gradients of inputs, of weights).
-        stages_per_rank: None is 1 for GPipe and 1F1B, what a file says, and 2 for the others.
-        split: Names of the blocks that begin a stage, without the first. Empty: stages are balanced by what their
-            blocks compute.
-        first_stage_less: For balancing: how many blocks' work the modules before the blocks stand for. None counts
-            their parameters, but for embedding tables, which are only looked up in.
-        last_stage_less: The same for the modules after the blocks.
-    """
-
-    schedule: str = "1F1B"
-    stages_per_rank: int | None = None
-    split: tuple[str, ...] = ()
-    first_stage_less: float | None = None
-    last_stage_less: float | None = None
+def _not_names(name: str, value: object) -> list[str]:
+    """Refuse a string where a tuple of strings is expected: it would be taken letter by letter."""
+    return [f"{name}: {value!r} is a string; write a tuple of strings, ({value!r},)"] if isinstance(value, str) else []
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParallelOptions:
-    """Choices that change speed and memory, not what is learnt (but for the rounding of a lower precision).
-
-    Attributes:
-        param_dtype: Dtype in which forward and backward run; the parameters themselves, and the optimizer, keep
-            their own. None computes in the parameters' dtype.
-        reduce_dtype: Dtype in which gradients are summed over ranks when `param_dtype` is set.
-        reshard_after_forward: Whether to free each block's gathered weights after its forward and gather them again
-            for its backward: `always` (less memory), `never` (less communication), or a number of ranks, such as those
-            of one host, over which they stay sharded between the two. `default` is `always`, but under pipeline
-            parallelism, where each microbatch would gather them twice, `never`.
-        reduce_every_microbatch: Sum gradients over the shards after each microbatch, so that a rank holds those of its
-            own shard only. If not, whole gradients are kept until the last microbatch of a step and summed once: less
-            communication when accumulating, and memory for a whole copy of them.
-        cpu_offload: Keep parameters, gradients and optimizer state in host memory, and bring each block's weights to
-            the device for its forward and backward. The optimizer then runs on the CPU.
-        sequence_parallel: Under tensor parallelism, split the activations between blocks over the sequence.
-        async_tp: Under tensor parallelism, let the compiler overlap the collectives of the sequence with the matrix
-            products next to them. Needs CUDA, compilation by inductor and `sequence_parallel`. It relies on torch's
-            symmetric memory, which no CPU has, so that the tests check its refusals and settings only.
-        activation_checkpointing: `none` keeps all activations of a block for backward, `full` only its input (and
-            computes the rest again), `selective` also the results of attention, of the grouped products of experts,
-            of every second other matrix product, of the reduce-scatters of sequence parallelism, and of `save_ops`.
-            `budget` leaves the choice to the compiler, within `memory_budget`.
-        checkpoint_every: Checkpoint the first of so many blocks each, and let the others keep all.
-        save_ops: Operators whose results `selective` keeps too, named as torch does: `aten.mm`.
-        memory_budget: For `budget`: the share, 0 to 1, of the memory that compiled blocks would take without any
-            checkpointing; 0 is as `full`.
-        compile_blocks: Compile each block with torch.compile.
-        compile_backend: Backend of torch.compile.
-        float8: Multiply in float8, by torchao; None does not.
-        context: Under context parallelism, how ranks attend to sequences of which each has a part: `allgather` gathers
-            all keys and values, `ring` passes them from rank to rank, `ulysses` exchanges parts of the sequence for
-            parts of the heads.
-        pipeline: Stages and schedule, where `pp` is more than 1.
-    """
-
-    param_dtype: torch.dtype | None = None
-    reduce_dtype: torch.dtype = torch.float32
-    reshard_after_forward: Reshard | int = "default"
-    reduce_every_microbatch: bool = True
-    cpu_offload: bool = False
-    sequence_parallel: bool = True
-    async_tp: bool = False
-    activation_checkpointing: ActivationCheckpointing = "none"
-    checkpoint_every: int = 1
-    save_ops: Sequence[str] = ()
-    memory_budget: float | None = None
-    compile_blocks: bool = False
-    compile_backend: str = "inductor"
-    float8: Float8Options | None = None
-    context: ContextKind = "allgather"
-    pipeline: PipelineOptions = PipelineOptions()
-
-
-def check_options(options: ParallelOptions, degrees: Degrees) -> None:
-    """Check that options agree with one another and with the layout.
-
-    Args:
-        options: The choices.
-        degrees: The layout; a `dp_shard` of -1 passes for anything.
-
-    Raises:
-        LayoutError: With all that does not fit, and what to change.
-    """
-    wrong = [
-        *_checkpointing(options),
-        *_resharding(options, degrees),
-        *_overlap(options, degrees),
-        *_float8(options.float8),
-    ]
+def _raise(wrong: list[str]) -> None:
     if wrong:
         raise LayoutError("; ".join(wrong))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Float8Options:
+    """Float8 matrix products of the linears within blocks. Modules before and after the blocks keep their dtype.
+
+    Every field is described in its metadata, `dataclasses.fields(Float8Options)`, and in the README.
+
+    Raises:
+        LayoutError: If a value is invalid; the message names the field.
+    """
+
+    recipe: Float8Recipe = field(
+        default="tensorwise",
+        metadata={
+            "help": "Granularity of the scales: one per tensor (`tensorwise`, fastest), one per row (`rowwise`, more "
+            "accurate), or one per row with weight gradients in the dtype of the other products "
+            "(`rowwise_with_gw_hp`). On a GPU the last two require `param_dtype` `bfloat16`."
+        },
+    )
+    fsdp_all_gather: bool = field(
+        default=False,
+        metadata={
+            "help": "Let FSDP2 gather weights in float8, which halves or quarters the traffic. Requires `tensorwise`."
+        },
+    )
+    skip: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Name patterns of modules that stay out of float8, together with everything inside them."},
+    )
+    emulate: bool = field(
+        default=False,
+        metadata={
+            "help": "Round to float8 but multiply in the dtype of the other products: runs on any device and is not "
+            "faster; for tests."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        wrong = [*_not_one_of("float8.recipe", self.recipe, Float8Recipe), *_not_names("float8.skip", self.skip)]
+        if self.fsdp_all_gather and self.recipe != "tensorwise":
+            wrong.append(f"float8.fsdp_all_gather: requires recipe 'tensorwise', not {self.recipe!r}; set one of them")
+        _raise(wrong)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """How pipeline parallelism splits the blocks into stages, and the order in which they run.
+
+    Every field is described in its metadata, `dataclasses.fields(PipelineOptions)`, and in the README.
+    `check_pipeline` checks them against a number of ranks, the blocks and the microbatches.
+
+    Raises:
+        LayoutError: If a value is invalid; the message names the field.
+    """
+
+    schedule: str = field(
+        default="1F1B",
+        metadata={
+            "help": "One of `titan_parallel.SCHEDULES`, or the path of a `.csv` file with one row per rank and one "
+            "action per cell, such as `0F3`: stage 0 runs the forward of microbatch 3. The other kinds are `B` "
+            "(backward), or `I` and `W` for its two halves (gradients of inputs, of weights)."
+        },
+    )
+    stages_per_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stages on each rank. Default: 1 for GPipe and 1F1B, as many as the file has for a `.csv` file, "
+            "2 for the other schedules."
+        },
+    )
+    split: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Names of the blocks that begin a stage, without the first stage, such as `layers.4`. Default: "
+            "balance the stages by the work of their blocks."
+        },
+    )
+    first_stage_less: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cost of the modules before the first block, in units of one block, for balancing. Default: "
+            "estimated from their parameter count, without embedding tables."
+        },
+    )
+    last_stage_less: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cost of the modules after the last block, in units of one block, for balancing. Default: "
+            "estimated from their parameter count."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        wrong = _not_names("pipeline.split", self.split)
+        for name in ("first_stage_less", "last_stage_less"):
+            cost = getattr(self, name)
+            if cost is not None and cost < 0:
+                wrong.append(f"pipeline.{name}: {cost} is negative; set a cost of at least 0")
+        _raise(wrong)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """Options that change speed and memory, not what is learned (apart from the rounding of a lower precision).
+
+    Every field is described in its metadata, `dataclasses.fields(ParallelOptions)`, and in the README.
+
+    Raises:
+        LayoutError: If values are invalid or contradict one another; the message names the fields.
+    """
+
+    param_dtype: DtypeName | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of forward and backward, such as `bfloat16`. Parameters, gradients and optimizer state keep "
+            "their own dtype. The model's inputs are cast too; tensors that it creates itself are not. Default: the "
+            "parameters' dtype."
+        },
+    )
+    reduce_dtype: DtypeName = field(
+        default="float32",
+        metadata={"help": "Dtype in which gradients are summed over data ranks when `param_dtype` is set."},
+    )
+    reshard_after_forward: Reshard | int = field(
+        default="default",
+        metadata={
+            "help": "Free each block's gathered weights after its forward and gather them again for its backward: "
+            "`always` (less memory), `never` (less communication), or a number of ranks, such as those of one host, "
+            "over which they stay sharded in between. `default` is `always`, but `never` under pipeline parallelism, "
+            "where each microbatch would gather them twice."
+        },
+    )
+    reduce_every_microbatch: bool = field(
+        default=True,
+        metadata={
+            "help": "Sum gradients over the shards after each microbatch, so that a rank holds its own shard only. If "
+            "false, each rank keeps full gradients until the last microbatch of a step and sums them once: less "
+            "communication when accumulating, and memory for a full copy."
+        },
+    )
+    cpu_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep parameters, gradients and optimizer state in host memory and copy each block's weights to "
+            "the device for its forward and backward. The optimizer then runs on the CPU."
+        },
+    )
+    sequence_parallel: bool = field(
+        default=True,
+        metadata={"help": "Under tensor parallelism, split the activations between blocks over the sequence."},
+    )
+    async_tp: bool = field(
+        default=False,
+        metadata={
+            "help": "Under tensor parallelism, let the compiler overlap the collectives of the sequence with the "
+            "adjacent matrix products. Requires CUDA, `sequence_parallel`, `compile_blocks` and `compile_backend` "
+            "`inductor`. Not covered by the tests, which run on CPU and only check that it is refused there."
+        },
+    )
+    activation_checkpointing: ActivationCheckpointing = field(
+        default="none",
+        metadata={
+            "help": "What a block keeps for its backward: `none` keeps all activations; `full` keeps only its input "
+            "and recomputes the rest; `selective` also keeps what is expensive to recompute (attention, the grouped "
+            "products of experts, every second other matrix product, the reduce-scatters of sequence parallelism, "
+            "`save_ops`); `budget` lets the compiler choose within `memory_budget`."
+        },
+    )
+    checkpoint_every: int = field(
+        default=1,
+        metadata={
+            "help": "Apply activation checkpointing to one of every this many blocks; the others keep all activations."
+        },
+    )
+    save_ops: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Additional operators whose results `selective` keeps, by torch's names, such as `aten.mm`."},
+    )
+    memory_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "For `budget`: fraction, 0 to 1, of the activation memory of the compiled blocks without "
+            "checkpointing that they may keep; 0 is like `full`. It applies to these blocks, not to the process."
+        },
+    )
+    compile_blocks: bool = field(
+        default=False,
+        metadata={"help": "Compile each block with torch.compile, as one graph without breaks."},
+    )
+    compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile."})
+    float8: Float8Options | None = field(
+        default=None,
+        metadata={"help": "Float8 matrix products in the blocks, by torchao. Default: off."},
+    )
+    context: ContextKind = field(
+        default="allgather",
+        metadata={
+            "help": "Under context parallelism, how ranks attend to the sequences that they share: `allgather` gathers "
+            "all keys and values, `ring` passes them from rank to rank, `ulysses` exchanges parts of the sequence for "
+            "parts of the heads."
+        },
+    )
+    pipeline: PipelineOptions = field(
+        default=PipelineOptions(),
+        metadata={"help": "Stages and schedule of pipeline parallelism."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values and that they agree with one another."""
+        wrong = [
+            *([] if self.param_dtype is None else _not_one_of("param_dtype", self.param_dtype, DtypeName)),
+            *_not_one_of("reduce_dtype", self.reduce_dtype, DtypeName),
+            *_not_one_of("context", self.context, ContextKind),
+            *_wrong_checkpointing(self),
+        ]
+        reshard, known = self.reshard_after_forward, get_args(Reshard)
+        if isinstance(reshard, bool):
+            wrong.append(f"reshard_after_forward: {reshard} is a bool; set {'always' if reshard else 'never'!r}")
+        elif isinstance(reshard, str) and reshard not in known:
+            wrong.append(f"reshard_after_forward: {reshard!r} is not one of {[*known, 'a number of ranks']}")
+        _raise(wrong)
+
+
 def reshard_blocks(options: ParallelOptions, pp: int) -> bool | int:
-    """Return what to do with a block's gathered weights after its forward, in FSDP2's terms.
+    """Return `reshard_after_forward` in FSDP2's terms.
 
     Args:
-        options: Asks for something, or leaves it to the case.
-        pp: Degree of pipeline parallelism.
+        options: The options.
+        pp: Degree of pipeline parallelism, which the default depends on.
 
     Returns:
-        Whether to free them, or over how many ranks to shard them.
+        Whether to free a block's gathered weights after its forward, or the number of ranks to shard them over.
     """
     if isinstance(options.reshard_after_forward, int):
         return options.reshard_after_forward
     return {"default": pp == 1, "always": True, "never": False}[options.reshard_after_forward]
 
 
-def _checkpointing(options: ParallelOptions) -> list[str]:
-    mode, budget, wrong = options.activation_checkpointing, options.memory_budget, []
-    if mode not in get_args(ActivationCheckpointing):
-        wrong.append(f"activation_checkpointing {mode!r} is none of {list(get_args(ActivationCheckpointing))}")
-    if options.checkpoint_every < 1:
-        wrong.append(f"checkpoint_every is {options.checkpoint_every}; it has to be at least 1")
-    elif options.checkpoint_every > 1 and mode not in ("full", "selective"):
-        wrong.append(f"checkpoint_every goes with activation_checkpointing 'full' or 'selective', not {mode!r}")
-    if options.save_ops and mode != "selective":
-        wrong.append(f"save_ops go with activation_checkpointing 'selective', not {mode!r}")
-    if (mode == "budget") != (budget is not None):
-        wrong.append(f"activation_checkpointing is {mode!r} and memory_budget {budget}: set both or none of them")
-    if budget is not None and not 0 <= budget <= 1:
-        wrong.append(f"memory_budget is {budget}; it is a share, from 0 to 1")
-    if mode == "budget" and not options.compile_blocks:
-        wrong.append("activation_checkpointing 'budget' is the compiler's: set compile_blocks too")
-    return wrong
-
-
-def _resharding(options: ParallelOptions, degrees: Degrees) -> list[str]:
-    asked = options.reshard_after_forward
-    if isinstance(asked, str):
-        known = get_args(Reshard)
-        return [] if asked in known else [f"reshard_after_forward {asked!r} is none of {[*known, 'a number of ranks']}"]
-    if isinstance(asked, bool):
-        return [f"reshard_after_forward is {asked}; say {'always' if asked else 'never'!r}"]
-    if degrees.dp_shard < 0:
-        return []
-    ranks = degrees.dp_shard * degrees.cp * degrees.ep
-    fits = [n for n in range(2, ranks) if ranks % n == 0]
-    if asked in fits:
-        return []
-    return [
-        f"reshard_after_forward {asked} is no way to share {ranks} ranks (dp_shard x cp x ep); "
-        f"these numbers would be: {fits}; or 'always' or 'never'"
+def _wrong_checkpointing(options: ParallelOptions) -> list[str]:
+    mode, budget = options.activation_checkpointing, options.memory_budget
+    wrong = [
+        *_not_one_of("activation_checkpointing", mode, ActivationCheckpointing),
+        *_not_names("save_ops", options.save_ops),
     ]
-
-
-def _overlap(options: ParallelOptions, degrees: Degrees) -> list[str]:
-    if not options.async_tp:
-        return []
-    needs = {
-        "tp above 1": degrees.tp > 1,
-        "sequence_parallel": options.sequence_parallel,
-        "compile_blocks": options.compile_blocks,
-        "compile_backend 'inductor'": options.compile_backend == "inductor",
-    }
-    missing = [need for need, there in needs.items() if not there]
-    return [f"async_tp needs {', '.join(missing)}"] if missing else []
-
-
-def _float8(options: Float8Options | None) -> list[str]:
-    if options is None:
-        return []
-    if options.recipe not in get_args(Float8Recipe):
-        return [f"float8 recipe {options.recipe!r} is none of {list(get_args(Float8Recipe))}"]
-    if options.fsdp_all_gather and options.recipe != "tensorwise":
-        return [
-            f"float8 weights can be gathered under recipe 'tensorwise', not {options.recipe!r}: unset fsdp_all_gather"
-        ]
-    return []
+    if options.checkpoint_every < 1:
+        wrong.append(f"checkpoint_every: {options.checkpoint_every} is not at least 1")
+    elif options.checkpoint_every > 1 and mode not in ("full", "selective"):
+        wrong.append(f"checkpoint_every: requires activation_checkpointing 'full' or 'selective', not {mode!r}")
+    if options.save_ops and mode != "selective":
+        wrong.append(f"save_ops: requires activation_checkpointing 'selective', not {mode!r}")
+    if (mode == "budget") != (budget is not None):
+        wrong.append(
+            f"memory_budget: is {budget} while activation_checkpointing is {mode!r}; set both ('budget' and a "
+            "fraction) or neither"
+        )
+    if budget is not None and not 0 <= budget <= 1:
+        wrong.append(f"memory_budget: {budget} is not a fraction from 0 to 1")
+    if mode == "budget" and not options.compile_blocks:
+        wrong.append("activation_checkpointing: 'budget' is implemented by the compiler; set compile_blocks too")
+    return wrong

@@ -1,4 +1,7 @@
-"""How a model that is whole on each rank runs the microbatches of a step: one after the other."""
+"""Running the microbatches of a step one after the other, for layouts without a pipeline.
+
+`parallelize` makes a `SequentialRun` or, with pp above 1, a `PipelineRun`; `ParallelModel` calls either as a `Run`.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_parallel.clip_grad import clip_grad_norm
 from titan_parallel.fsdp import set_last_microbatch
-from titan_parallel.tensor.styles import to_full, whole
+from titan_parallel.tensor.styles import full_output, to_full
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward and its loss need.
+    """The arguments of one forward and its loss.
 
     Attributes:
         args: Positional arguments of the model.
-        target: Second argument of the loss function, after the model's output.
+        target: Second argument of the loss function; the first is the model's output.
         kwargs: Keyword arguments of the model.
     """
 
@@ -34,12 +37,12 @@ class Microbatch:
 
 
 class Run(Protocol):
-    """What `ParallelModel` runs its parts through; see the methods of the same names there."""
+    """Interface by which `ParallelModel` runs its parts; see its methods of the same names."""
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, normaliser: float
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float
     ) -> Tensor:
-        """Add the gradients of one step; return this rank's part of the loss."""
+        """Accumulate the gradients of one step; return this rank's part of the loss."""
         ...
 
     def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> Tensor:
@@ -47,38 +50,38 @@ class Run(Protocol):
         ...
 
     def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return the whole output, on every rank."""
+        """Return the full output, on every rank."""
         ...
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Clip by the norm over all ranks and return it."""
+        """Clip by the norm over all ranks and return the norm."""
         ...
 
 
-def loss_context(sharded_logits: bool) -> AbstractContextManager[None]:
-    """Return the context in which the loss of logits that are split over the vocabulary is taken."""
+def loss_context(*, sharded_logits: bool) -> AbstractContextManager[None]:
+    """Return the context to compute the loss in; `sharded_logits`: logits are split over the vocabulary."""
     return loss_parallel() if sharded_logits else nullcontext()
 
 
 def checked_loss(loss: Tensor) -> Tensor:
-    """Return what a loss function returned.
+    """Return the result of a loss function.
 
     Raises:
-        ValueError: If it is no single number.
+        ValueError: If it is not a scalar tensor.
     """
     if isinstance(loss, Tensor) and loss.ndim == 0:
         return loss
-    what = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-    raise ValueError(f"the loss function has to return the sum over what it scores, a scalar, but returned {what}")
+    found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    raise ValueError(f"the loss function must return the sum of its losses, a scalar tensor, but returned {found}")
 
 
 @dataclass(frozen=True)
 class SequentialRun:
-    """Runs a whole model.
+    """Runs a model that is not split into stages.
 
     Attributes:
         model: The model.
-        sharded_logits: Whether its logits are left split over the vocabulary.
+        sharded_logits: Whether its logits stay split over the vocabulary.
         reduce_every: Whether gradients are summed over the shards after each microbatch.
     """
 
@@ -87,26 +90,27 @@ class SequentialRun:
     reduce_every: bool
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, normaliser: float
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float
     ) -> Tensor:
         """See `Run`."""
         parts = []
         for i, microbatch in enumerate(microbatches):
-            set_last_microbatch(self.model, i == len(microbatches) - 1, reduce_every=self.reduce_every)
-            with loss_context(self.sharded_logits):
-                loss = self._loss(microbatch, loss_function) / normaliser
+            is_last = i == len(microbatches) - 1
+            set_last_microbatch(self.model, is_last=is_last, reduce_every=self.reduce_every)
+            with loss_context(sharded_logits=self.sharded_logits):
+                loss = self._loss(microbatch, loss_function) / num_target_tokens
                 loss.backward()  # type: ignore[no-untyped-call]
             parts.append(to_full(loss.detach()))
         return torch.stack(parts).sum()
 
     def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> Tensor:
         """See `Run`."""
-        with loss_context(self.sharded_logits):
+        with loss_context(sharded_logits=self.sharded_logits):
             return torch.stack([to_full(self._loss(m, loss_function)) for m in microbatches]).sum()
 
     def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """See `Run`."""
-        return whole(self.model(*args, **kwargs))
+        return full_output(self.model(*args, **kwargs))
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
         """See `Run`."""
@@ -114,4 +118,4 @@ class SequentialRun:
 
     def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
         output = self.model(*microbatch.args, **microbatch.kwargs)
-        return checked_loss(loss_function(output if self.sharded_logits else whole(output), microbatch.target))
+        return checked_loss(loss_function(output if self.sharded_logits else full_output(output), microbatch.target))

@@ -1,4 +1,7 @@
-"""Tied weights: one parameter that several modules hold."""
+"""Tied weights: one parameter that several modules hold.
+
+`parallelize` checks the plan's `tied` against the model, and ties again after a transform replaced parameters.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ from titan_parallel.errors import LayoutError
 
 
 def check_tied(model: nn.Module, tied: Sequence[tuple[str, str]], units: Mapping[str, str]) -> None:
-    """Check that the plan ties what the model shares, and nothing else.
+    """Check that the plan's tied weights are exactly those that the model shares.
 
-    A weight that is shared unknown to the plan would be split in two by sharding; one that is tied by the plan alone
-    would be left out of the state. Neither would be noticed.
+    Sharding would make two of a shared weight that is not in the plan; a weight tied only by the plan would be missing
+    from the state dict. Neither would raise an error later.
 
     Args:
-        model: The plain model, before any transform.
+        model: The model, before any transform.
         tied: Pairs (alias, owner) of the plan.
-        units: Module names to the name of the FSDP unit they are in; what is under none of them is in the root.
+        units: Module names to the name of the FSDP unit that they are in; other modules are in the root unit.
 
     Raises:
-        LayoutError: With every weight that does not fit.
+        LayoutError: If they differ; the message names every weight.
     """
     holders: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
@@ -33,11 +36,13 @@ def check_tied(model: nn.Module, tied: Sequence[tuple[str, str]], units: Mapping
         if owner not in together.get(alias, ()):
             wrong.append(f"{alias!r} and {owner!r} are tied in the plan, but are not one parameter of the model")
         elif _unit(alias, units) != _unit(owner, units):
-            wrong.append(f"{alias!r} and {owner!r} are one parameter, but lie in different units of sharding")
+            wrong.append(f"{alias!r} and {owner!r} are one parameter, but in different FSDP units")
     aliases = {alias for alias, _ in tied}
     for names in holders.values():
         owner, *others = [name for name in names if name not in aliases] or names
-        wrong += [f"one parameter of the model, missing in the plan under 'tied': {(other, owner)}" for other in others]
+        wrong += [
+            f"{(other, owner)} is one parameter of the model, but not in plan['tied']; add it" for other in others
+        ]
     if wrong:
         raise LayoutError(f"tied weights of {type(model).__name__}: {'; '.join(wrong)}")
 

@@ -1,4 +1,4 @@
-"""The plan of a model of `transformers`, from what it says of itself. Nothing of `transformers` is imported."""
+"""The plan of a Hugging Face model, derived from the model's own plans. `transformers` is not imported."""
 
 from __future__ import annotations
 
@@ -10,42 +10,51 @@ from torch import nn
 from titan_parallel.errors import LayoutError
 from titan_parallel.plan import ParallelPlan
 
-# Their words for the inside of a block, in ours. Those for mixtures of experts are missing.
+# transformers' styles inside a block, and ours. Those of mixtures of experts are missing.
 _STYLES = {"colwise": "colwise", "rowwise": "rowwise", "replicated_with_grad_allreduce": "local"}
 
 
 def plan_from_transformers(model: nn.Module, *, tensor: bool = True) -> ParallelPlan:
     """Derive the plan of a causal language model of Hugging Face's `transformers` from its own plans.
 
-    Its config says how the projections of a block are split (`base_model_tp_plan`) and what runs in which order
-    (`base_model_pp_plan`). What they leave open follows from the modules: whatever holds a `colwise` projection needs
-    the whole sequence, and norms between blocks work on each position.
+    Its config defines how the projections of a block are split (`base_model_tp_plan`) and the order of modules
+    (`base_model_pp_plan`). The rest is derived from the modules: a module that contains a `colwise` projection needs
+    the full sequence, and norms between blocks treat each position separately.
 
     Args:
-        model: Such as `LlamaForCausalLM`, on any device, meta included.
-        tensor: Whether to say how it is split by tensor parallelism. Without, the plan is for layouts with tp 1, and
-            what titan-parallel has no word for is passed over.
+        model: A model such as `LlamaForCausalLM`, on any device, meta included.
+        tensor: Whether to include tensor-parallel styles. Without them the plan is for layouts with tp 1, and styles
+            that titan-parallel does not support are ignored.
 
     Returns:
-        The plan; add to it or change it as any dict.
+        The plan, a dict that you may change.
 
     Raises:
-        LayoutError: If the model brings no such plans, or says in them what titan-parallel has no word for.
+        LayoutError: If the model's config has no such plans, or they use a style that titan-parallel does not support.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
+        >>> plan = plan_from_transformers(LlamaForCausalLM(config))
+        >>> plan["blocks"], plan["before"], plan["after"]
+        (['model.layers.*'], ['model.embed_tokens'], ['model.norm', 'lm_head'])
+        >>> plan["tensor"]["model.layers.*.mlp.down_proj"]
+        'rowwise'
     """
     config: Any = getattr(model, "config", None)
     styles: Mapping[str, str] | None = getattr(config, "base_model_tp_plan", None)
     order: Mapping[str, Any] | None = getattr(config, "base_model_pp_plan", None)
     if (tensor and not styles) or not order:
         raise LayoutError(
-            f"{type(model).__name__} does not say how it may be split (its config has no base_model_tp_plan or no "
-            "base_model_pp_plan): write its plan by hand"
+            f"{type(model).__name__}: its config has no base_model_tp_plan or no base_model_pp_plan to derive a plan "
+            "from; write the plan by hand"
         )
     styles = styles if tensor and styles else {}
     unknown = sorted(set(styles.values()) - _STYLES.keys())
     if unknown:
         raise LayoutError(
-            f"{type(model).__name__} asks for {unknown}, which titan-parallel has no word for: write the plan's "
-            "'tensor' by hand, or leave it out with tensor=False and take tp 1"
+            f"{type(model).__name__}: its base_model_tp_plan uses the styles {unknown}, which titan-parallel does not "
+            "support; write plan['tensor'] by hand, or pass tensor=False and set tp=1"
         )
     base = f"{model.base_model_prefix}." if hasattr(model, str(model.base_model_prefix)) else ""
     modules = [f"{base}{name}" for name in order]
@@ -79,15 +88,15 @@ def plan_from_transformers(model: nn.Module, *, tensor: bool = True) -> Parallel
 
 
 def _block_styles(model: nn.Module, stack: str, styles: Mapping[str, str]) -> dict[str, str]:
-    """Return the styles of a block's modules: its norms, then what gathers, then what they say themselves."""
+    """Return the styles of a block's modules: norms, modules that gather, then those of the model's own plan."""
     first = next(iter(model.get_submodule(stack).children()))
-    # A child of a block that holds vectors alone is a norm, whatever its class is called.
+    # A child of a block whose parameters are all vectors is a norm, whatever the name of its class.
     norms = [
         name
         for name, child in first.named_children()
         if (vectors := [parameter.ndim for parameter in child.parameters()]) and max(vectors) == 1
     ]
-    # Patterns may name modules that this model, unlike others of its family, does not have.
+    # Patterns may name modules that other models of the family have, but not this one.
     here = {name: style for name, style in styles.items() if _has(model, name.replace("*", "0"))}
     gathers = {name.rpartition(".")[0]: "gather" for name, style in here.items() if style == "colwise"}
     return {**{f"{stack}.*.{name}": "sequence" for name in norms}, **gathers, **here}

@@ -1,4 +1,4 @@
-"""Attention of sequences in parts is attention of whole ones, piece by piece and rank by rank; and what it sends."""
+"""Attention of sequences in parts equals attention of full sequences, piece by piece and rank by rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from titan_parallel.context.blockwise import (
     wide,
 )
 from titan_parallel.context.flex import attend_flex
-from titan_parallel.context.kernels import PLAIN, Kernel, kernel_for
+from titan_parallel.context.kernels import UNFUSED, Kernel, kernel_for
 from titan_parallel.context.layout import Span, by_rank, in_order, is_balanced, spans_of, take_part
 
 KINDS = ["allgather", "ring", "ulysses"]
@@ -102,7 +102,7 @@ def test_balanced_ranks_have_equal_work() -> None:
 @few
 @given(packed(3))
 def test_pieces_are_what_the_mask_shows(case: tuple[tuple[int, int, int, int, int], Tensor | None]) -> None:
-    # In one go against whole sequences, and against the parts of one rank after the other.
+    # At once against full sequences, and against the parts of one rank after the other.
     (rows, _, _, length, _), ids = case
     starts = None if ids is None else document_starts(ids)
     expected = torch.ones(rows, 1, length, length).tril() if ids is None else cases.dense_mask(ids).float()
@@ -169,9 +169,9 @@ def play_ring(
     scale, length = q.shape[-1] ** -0.5, q.shape[2]
     out, logs, gradients = wide(q), no_logs(q), (wide(q), wide(k), wide(v))
     parts = [spans_of(rank, size, length, balanced=True) for rank in range(size)]
-    spans = [[Span(s.place, s.place, s.length) for s in part] for part in parts]  # where they lie in the whole
+    spans = [[Span(s.place, s.place, s.length) for s in part] for part in parts]  # where they are in the full sequence
     for keys in spans:
-        add_attention(pieces(queries, keys, starts), q, k, v, scale, out, logs)
+        add_attention(pieces(queries, keys, starts), (q, k, v), scale, (out, logs))
     for keys in spans:
         add_gradients(pieces(queries, keys, starts), grad, (q, k, v), scale, (out.to(q.dtype), logs), gradients)
     return out, *gradients
@@ -186,25 +186,25 @@ def test_kernels_agree_with_the_plain_one(device: str, dtype: torch.dtype, width
     length = 37  # of no kernel's liking
     q, k, v, grad = (x.to(device, dtype) for x in cases.inputs((2, 6, 2, length, width)))
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    found, expected = (run_kernel(kernel, q, k, v, grad, causal) for kernel in (kernel_for(q), PLAIN))
+    found, expected = (run_kernel(kernel, q, k, v, grad, causal) for kernel in (kernel_for(q), UNFUSED))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, **tolerance)
 
 
 def run_kernel(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, causal: bool) -> tuple[Tensor, ...]:
-    out, logs = kernel.forward(q, k, v, causal, 0.3)
-    return out, logs, *kernel.backward(grad, q, k, v, out, logs, causal, 0.3)
+    result = kernel.forward((q, k, v), causal=causal, scale=0.3)
+    return *result, *kernel.backward(grad, (q, k, v), result, causal=causal, scale=0.3)
 
 
 def test_what_no_kernel_takes_is_computed_plainly() -> None:
-    assert kernel_for(torch.zeros(1, 1, 1, 8)) is not PLAIN
-    assert kernel_for(torch.zeros(1, 1, 1, 8, dtype=torch.float16)) is PLAIN
-    assert kernel_for(torch.zeros(1, 1, 1, 8, device="meta")) is PLAIN
+    assert kernel_for(torch.zeros(1, 1, 1, 8)) is not UNFUSED
+    assert kernel_for(torch.zeros(1, 1, 1, 8, dtype=torch.float16)) is UNFUSED
+    assert kernel_for(torch.zeros(1, 1, 1, 8, device="meta")) is UNFUSED
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("length", [384, 336])  # of whole blocks, and not
+@pytest.mark.parametrize("length", [384, 336])  # a multiple of blocks, and not
 def test_flex_masks(length: int) -> None:
     # Its backward runs on CUDA only, where test_one_device_plays_all_ranks takes it.
     size, sizes = 2, (2, 4, 2, length, 8)

@@ -1,4 +1,4 @@
-"""Sequences shared by a model that computes attention in a function, and knows nothing of titan."""
+"""Context parallelism for a model that computes attention in a function and is not a titan model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What context parallelism cannot do is refused in words that help, before anything is sent."""
+"""Misuse of context parallelism raises errors that say what to change, before anything is sent."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PLAN = cases.PLAN
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"sequence": {}}, "cp is 2, but the plan does not say 'sequence'"),
-        ({"positions": "rows"}, "the plan's 'positions', 'rows', is not among its 'sequence', {'tokens': 1"),
+        ({"sequence": {}}, "cp=2 requires plan['sequence']"),
+        ({"positions": "rows"}, "plan['positions']: 'rows' is not in plan['sequence'], {'tokens': 1"),
         (
             {"sequence": {"tokens": 1, "places": 1, "documents": 1}},
             "the forward of Net does not take: 'documents' (nearest: document_ids, ",
@@ -33,19 +33,19 @@ def test_refusals(ranks2: Ranks, changed: dict, says: str) -> None:
 def test_a_plan_without_attention() -> None:
     plan = {name: entry for name, entry in PLAN.items() if name not in ("attention", "sequence", "positions")}
     check_plan(plan, Degrees(dp_shard=2))
-    with pytest.raises(LayoutError, match=r"does not say 'attention' and 'sequence'.* or take cp 1"):
+    with pytest.raises(LayoutError, match=r"requires plan\['attention'\] and plan\['sequence'\].* or set cp=1"):
         check_plan(plan, Degrees(dp_shard=1, cp=2))
 
 
 def test_kinds() -> None:
-    with pytest.raises(LayoutError, match=r"unknown kind of context parallelism 'rings'; there are \['allgather', "):
+    with pytest.raises(LayoutError, match=r"context: 'rings' is not one of \['allgather', "):
         check_plan(PLAN, Degrees(cp=2), options=ParallelOptions(context="rings"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("kind", "degrees", "says"),
     [
-        ("ulysses", Degrees(cp=3), "cp 3 does not divide 4 query heads; these degrees of cp would: [1, 2, 4]; or take"),
+        ("ulysses", Degrees(cp=3), "cp 3 does not divide 4 query heads; these degrees of cp would: [1, 2, 4]; or set"),
         (
             "ulysses",
             Degrees(cp=4, tp=2),
@@ -68,7 +68,7 @@ def test_heads(kind: str, degrees: Degrees, says: str | None) -> None:
             Degrees(cp=4),
             20,
             "into 8 chunks, two for each rank of cp 4: its length must be a multiple of 8, which 20 is not; the "
-            "nearest are 16 and 24; of cp, these degrees would do for it: [1, 2, 5, 10]",
+            "nearest are 16 and 24; these degrees of cp would divide it: [1, 2, 5, 10]",
         ),
         ("ulysses", Degrees(cp=4), 20, ""),
         ("ulysses", Degrees(cp=4), 18, "into cp 4 parts: its length must be a multiple of 4, which 18 is not"),
@@ -79,7 +79,12 @@ def test_heads(kind: str, degrees: Degrees, says: str | None) -> None:
             "each part split over tp 4 (sequence parallelism): its length must be a multi",
         ),
         ("ring", Degrees(cp=2, tp=2), 12, ""),
-        ("ring", Degrees(cp=2), 3, "a multiple of 4, which 3 is not; the nearest are 4; no degree of cp would do"),
+        (
+            "ring",
+            Degrees(cp=2),
+            3,
+            "a multiple of 4, which 3 is not; the nearest are 4; no degree of cp would divide it",
+        ),
     ],
 )
 def test_lengths(kind: str, degrees: Degrees, length: int, says: str) -> None:
@@ -89,7 +94,7 @@ def test_lengths(kind: str, degrees: Degrees, length: int, says: str) -> None:
 
 
 def test_lengths_without_sequence_parallel() -> None:
-    # 12 tokens over cp 2 are 6 a rank, which tp 4 does not have to divide then.
+    # 12 tokens over cp 2 are 6 a rank, which tp 4 need not divide then.
     assert refusal(Degrees(cp=2, tp=4), ParallelOptions(sequence_parallel=False), 12, heads=16) == ""
     assert refusal(Degrees(tp=8), ParallelOptions(sequence_parallel=False), 12, heads=16) == ""
     assert "sequence length (sequence parallel) 12" in refusal(Degrees(tp=8), ParallelOptions(), 12, heads=16)
@@ -108,6 +113,8 @@ def test_wrong_calls(ranks2: Ranks) -> None:
     for length, lengths, target, nothing, unnamed in ranks2.run(cases.wrong_calls):
         assert "must be a multiple of 4, which 6 is not; the nearest are 4 and 8" in length
         assert lengths.endswith("sequences of different lengths: {'tokens': 16, 'document_ids': 8}")
-        assert target.startswith("the target is [4, 8], but the plan says that it holds sequences in dim 1")
-        assert "none of ['document_ids', 'places', 'tokens'], which the plan names under 'sequence'" in nothing
-        assert unnamed.startswith("the model's forward names 2 positional parameters, but 3 are given")
+        assert target.startswith("target: has the shape [4, 8], but plan['sequence'] states its sequences are in dim 1")
+        assert "any of the inputs in plan['sequence'], ['document_ids', 'places', 'tokens']" in nothing
+        assert unnamed.startswith(
+            "the model's forward has 2 named positional parameters, but got 3 positional arguments"
+        )

@@ -98,7 +98,7 @@ def test_four_processes_compiled(ranks4: Ranks, together: dict) -> None:
 @pytest.mark.slow
 def test_bf16_stays_near(ranks2: Ranks, alone: dict) -> None:
     for degrees in (Degrees(ep=2), Degrees(tp=2)):
-        for result in ranks2.run(cases.train, degrees, ParallelOptions(param_dtype=torch.bfloat16)):
+        for result in ranks2.run(cases.train, degrees, ParallelOptions(param_dtype="bfloat16")):
             assert result["losses"] == pytest.approx(alone["losses"], abs=5e-2)
             assert result["losses"] != alone["losses"]  # it did compute in bf16
 
@@ -183,7 +183,7 @@ def test_clipping_over_mixed_meshes(ranks4: Ranks, degrees: Degrees) -> None:
 @pytest.mark.parametrize(
     ("degrees", "changed", "says"),
     [
-        (Degrees(ep=2), {"experts": []}, "ep is 2, but the plan names no module under 'experts'"),
+        (Degrees(ep=2), {"experts": []}, "ep=2 requires plan['experts']"),
         (
             Degrees(ep=2),
             {"n_experts": 9},
@@ -195,18 +195,22 @@ def test_clipping_over_mixed_meshes(ranks4: Ranks, degrees: Degrees) -> None:
             {"experts": ["stack.*.mixture.beside"], "n_experts": 24},
             "beside.2.bias [32] has 32 in dim 0, the plan's",
         ),
-        (Degrees(tp=2), {"tensor": {"stack.*.mixture": "gather"}}, "under 'tensor' no module is a 'mixture'"),
+        (
+            Degrees(tp=2),
+            {"tensor": {"stack.*.mixture": "gather"}},
+            "no module in plan['tensor'] has the style 'mixture'",
+        ),
         (Degrees(tp=2), without("stack.*.mixture.gate"), "covers stack.0.mixture.gate.matrix, stack.1.mixture.gate"),
         (Degrees(tp=2), styled("stack.*.mixture.scale", "local"), "scale' [32] cannot be 'local'"),
         (
             Degrees(tp=2),
             styled("stack.*.mixture.scale", "rowwise"),
-            "scale' [32] cannot be 'rowwise'. There 'colwise' and",
+            "scale' [32] cannot be 'rowwise'. In a mixture 'colwise' and",
         ),
         (
             Degrees(tp=2),
             styled("stack.*.norm1", "router"),
-            "'stack.0.norm1' is under no 'mixture', as a 'router' has to",
+            "'stack.0.norm1' is a 'router', but not inside a 'mixture'",
         ),
     ],
     ids=["no-experts", "number", "stated", "shapes", "no-mixture", "router", "kind", "parameter", "outside"],

@@ -1,4 +1,4 @@
-"""Pipelines train to the losses, norms and weights of one process: every schedule, and with all else."""
+"""Pipelines train to the losses, norms and weights of one process: every schedule, with every other parallelism."""
 
 from __future__ import annotations
 
@@ -241,22 +241,28 @@ NO = ParallelOptions()
 @pytest.mark.parametrize(
     ("kind", "changed", "options", "count", "says"),
     [
-        ("stray", {}, NO, 4, "LayoutError: pp is more than 1, but these parameters are in no module .*: shift$"),
-        ("", {"blocks": []}, NO, 4, "LayoutError: pp is more than 1, but the plan names no blocks"),
-        ("second", {}, NO, 4, "LayoutError: pipeline stages exchange the first argument of their blocks alone"),
+        ("stray", {}, NO, 4, "LayoutError: pp above 1: these parameters are in no module .*: shift$"),
+        ("", {"blocks": []}, NO, 4, r"LayoutError: pp above 1 requires plan\['blocks'\]"),
+        ("second", {}, NO, 4, "LayoutError: pipeline stages exchange only the first argument of their blocks"),
         (
             "shrinks",
             {},
             NO,
             4,
-            r"LayoutError: blocks have to keep .* float32 \[2, 16, 32\] becomes float32 \[2, 15, 32\]",
+            r"LayoutError: blocks must keep .* float32 \[2, 16, 32\] becomes float32 \[2, 15, 32\]",
         ),
         ("broken", {}, NO, 4, "ValueError: no forward today|RuntimeError: ValueError: no forward today"),
         ("late", {}, NO, 4, "ValueError: no head today|RuntimeError: ValueError: no head today"),
-        ("skip", {}, NO, 4, "LayoutError: .* but what places, table returns, on another stage, is needed beside it"),
+        ("skip", {}, NO, 4, "LayoutError: .* but a later stage also needs the output of places, table;"),
         ("kept", {}, NO, 4, "LayoutError: .* but the loss depends on the blocks in another way too"),
-        ("again", {}, NO, 4, r"LayoutError: .* modules under two names, which stages cannot share: stack.2 is stack.0"),
-        ("shapes", {}, NO, 4, r"ValueError: .* float32 \[2, 16, 32\], float32 \[2, 4, 32\]: pad them"),
+        (
+            "again",
+            {},
+            NO,
+            4,
+            r"LayoutError: .* one module under two names, which stages cannot share: stack.2 is stack.0",
+        ),
+        ("shapes", {}, NO, 4, r"ValueError: .* float32 \[2, 16, 32\], float32 \[2, 4, 32\]; pad them"),
         ("", {}, NO, 1, "LayoutError: pipeline schedule 1F1B on 2 ranks takes at least as many as ranks, 2, but there"),
         (
             "",
@@ -277,7 +283,7 @@ NO = ParallelOptions()
             {},
             ParallelOptions(pipeline=PipelineOptions(split=("stack.9",))),
             4,
-            r"LayoutError: split names what is no block: stack.9 \(nearest to the first: stack\.",
+            r"LayoutError: pipeline.split: not the names of blocks: stack.9 \(nearest to the first: stack\.",
         ),
     ],
     ids=[

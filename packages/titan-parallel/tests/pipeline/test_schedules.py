@@ -1,4 +1,4 @@
-"""What is known of schedules without processes agrees with torch's classes; files and splits are checked."""
+"""Properties of schedules computed without processes agree with torch's classes; files and splits are checked."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import parallel_pipeline as cases
+from parallel_makespan import makespan
 from titan_parallel import (
     SCHEDULES,
     LayoutError,
@@ -28,7 +29,7 @@ from titan_parallel import (
     choose_microbatches,
 )
 from titan_parallel.pipeline.balance import balance, split_blocks
-from titan_parallel.pipeline.schedule_csv import Action, makespan, read_schedule
+from titan_parallel.pipeline.schedule_csv import Action, check_order, read_schedule
 from titan_parallel.pipeline.schedules import place_stages
 from titan_parallel.plan import find_roles
 
@@ -41,7 +42,7 @@ LAYOUTS = [(name, v) for name in SCHEDULES for v in ((1,) if name in ("GPipe", "
 
 @contextmanager
 def ranks(pp: int) -> Iterator[None]:
-    """Be rank 0 of so many that do not exist."""
+    """Be rank 0 of a fake process group of `pp` ranks."""
     logging.disable(logging.WARNING)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=pp)
     try:
@@ -85,7 +86,7 @@ def test_microbatches_and_bubbles_are_those_of_torch(pp: int) -> None:
                 try:
                     schedule = torch_schedule(name, pp, per_rank, count)
                 except ValueError:
-                    with pytest.raises(LayoutError, match=f"{name} on {pp} ranks takes .* these numbers would do"):
+                    with pytest.raises(LayoutError, match=f"{name} on {pp} ranks takes .* these numbers would fit"):
                         check_pipeline(pp, options, microbatches=count)
                     continue
                 check_pipeline(pp, options, microbatches=count)
@@ -94,7 +95,7 @@ def test_microbatches_and_bubbles_are_those_of_torch(pp: int) -> None:
                     assert share == pytest.approx((pp - 1) / (count + pp - 1))
                     continue
                 order = actions(schedule)
-                time = makespan(order, name)
+                time = makespan(order)
                 real = 1 - 3 * per_rank * count / time
                 if name == "InterleavedZeroBubble" and count < pp:
                     assert 0 < share <= real + 1e-9
@@ -116,7 +117,7 @@ def test_stages_lie_where_torch_has_them() -> None:
 
 def test_unknown_schedule() -> None:
     with pytest.raises(
-        LayoutError, match=r"unknown pipeline schedule '1F1b' \(did you mean '1F1B'\?\); there are GPipe, "
+        LayoutError, match=r"unknown pipeline schedule '1F1b' \(did you mean '1F1B'\?\); use one of GPipe, "
     ):
         check_pipeline(2, PipelineOptions(schedule="1F1b"))
     check_pipeline(1, PipelineOptions(schedule="1F1b"))  # there is no pipeline
@@ -125,14 +126,17 @@ def test_unknown_schedule() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (PipelineOptions(stages_per_rank=2), "1F1B has 1 stage(s) per rank, but stages_per_rank is 2"),
-        (PipelineOptions(schedule="DualPipeV", stages_per_rank=1), "DualPipeV has 2 stage(s) per rank"),
-        (PipelineOptions(schedule="LoopedBFS", stages_per_rank=0), "LoopedBFS has one or more stage(s) per rank"),
-        (PipelineOptions(split=("a", "b")), "2 stages (pp 2 x 1 per rank) begin at 1 blocks beside the first, but"),
-        (PipelineOptions(split=("d",)), "what is no block: d (nearest to the first:"),
+        (PipelineOptions(stages_per_rank=2), "1F1B takes 1 stage(s) per rank, but pipeline.stages_per_rank is 2"),
+        (PipelineOptions(schedule="DualPipeV", stages_per_rank=1), "DualPipeV takes 2 stage(s) per rank"),
+        (PipelineOptions(schedule="LoopedBFS", stages_per_rank=0), "LoopedBFS takes one or more stage(s) per rank"),
+        (
+            PipelineOptions(split=("a", "b")),
+            "pipeline.split: 2 stages (pp 2 x 1 per rank) need the names of 1 blocks, without",
+        ),
+        (PipelineOptions(split=("d",)), "pipeline.split: not the names of blocks: d (nearest to the first:"),
         (
             PipelineOptions(split=("a",)),
-            "split has to name blocks in the model's order, each once and not the first, a",
+            "pipeline.split: must name blocks in the model's order, each once and without the first, a",
         ),
         (
             PipelineOptions(schedule="ZBVZeroBubble", split=("b", "c", "b")),
@@ -148,16 +152,16 @@ def test_stages_that_cannot_be(options: PipelineOptions, says: str) -> None:
 
 def test_numbers_that_would_do() -> None:
     for schedule, count, says in (
-        ("1F1B", 2, "at least as many as ranks, 4, but there are 2 microbatches; these numbers would do: [4, 5, 6]"),
+        ("1F1B", 2, "at least as many as ranks, 4, but there are 2 microbatches; these numbers would fit: [4, 5, 6]"),
         (
             "DualPipeV",
             6,
-            "at least as many as stages, 8, but there are 6 microbatches; these numbers would do: [8, 9, 10]",
+            "at least as many as stages, 8, but there are 6 microbatches; these numbers would fit: [8, 9, 10]",
         ),
         (
             "Interleaved1F1B",
             9,
-            "which is microbatches // 4, but there are 9 microbatches; these numbers would do: [7, 8, 10]",
+            "which is microbatches // 4, but there are 9 microbatches; these numbers would fit: [7, 8, 10]",
         ),
     ):
         with pytest.raises(LayoutError) as error:
@@ -171,19 +175,19 @@ def test_numbers_that_would_do() -> None:
     st.integers(1, 64),
     st.sampled_from([0.01, 0.1, 0.3]),
 )
-def test_chosen_microbatches(schedule: str, pp: int, rows: int, most_idle: float) -> None:
+def test_chosen_microbatches(schedule: str, pp: int, sequences: int, max_bubble_share: float) -> None:
     options = PipelineOptions(schedule=schedule)
     per_rank = 1 if schedule in ("GPipe", "1F1B") else 2
     shares: dict[int, float] = {}
-    for count in (n for n in range(1, rows + 1) if rows % n == 0):
+    for count in (n for n in range(1, sequences + 1) if sequences % n == 0):
         with suppress(LayoutError):  # not taken by the schedule
             shares[count] = bubble_share(schedule, pp, per_rank, count)
     if not shares and pp > 1:
-        with pytest.raises(LayoutError, match=f"{rows} rows per rank cannot be cut"):
-            choose_microbatches(options, pp, rows, most_idle=most_idle)
+        with pytest.raises(LayoutError, match=f"{sequences} sequences per rank do not divide"):
+            choose_microbatches(options, pp, sequences, max_bubble_share=max_bubble_share)
         return
-    chosen = choose_microbatches(options, pp, rows, most_idle=most_idle)
-    good = [count for count, share in shares.items() if share <= most_idle]
+    chosen = choose_microbatches(options, pp, sequences, max_bubble_share=max_bubble_share)
+    good = [count for count, share in shares.items() if share <= max_bubble_share]
     assert chosen == (min(good) if good else min(shares, key=lambda count: shares[count]))
 
 
@@ -242,39 +246,51 @@ def test_split_counts_what_is_computed() -> None:
 GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
 
 
-def test_file_is_timed(tmp_path: Path) -> None:
+def test_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "good.csv"
     path.write_text(GOOD)
     file = read_schedule(str(path), 2)
     assert (file.ranks, file.microbatches, file.splits_backward) == ((0, 1), 2, False)
-    assert file.bubble_share == pytest.approx(bubble_share("1F1B", 2, 1, 2))
-    assert bubble_share(str(path), 2, 1, 2) == file.bubble_share
     assert choose_microbatches(PipelineOptions(schedule=str(path)), 2, 8) == 2
+    check_order(file)
+    with pytest.raises(LayoutError, match="no formula for a schedule from a file"):
+        bubble_share(str(path), 2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [GOOD.replace("1F0,1B0", "1B0,1F0"), "0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n"],
+    ids=["on one rank", "between ranks"],
+)
+def test_files_whose_actions_wait_forever(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "waits.csv"
+    path.write_text(text)
+    with pytest.raises(LayoutError, match=r"waits\.csv: its actions cannot run in this order, .* \(torch: "):
+        check_order(read_schedule(str(path), 2))
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("0F0,0B0\n", "has 1 rows with actions, but pp is 2"),
-        (GOOD.replace("0F0", "0X0"), "'0X0' is no action"),
+        ("0F0,0B0\n", "has 1 rows with actions, but pp=2 requires 2"),
+        (GOOD.replace("0F0", "0X0"), "invalid action '0X0'"),
         (
             GOOD.replace("1F0", "2F0").replace("1B0", "2B0").replace("1F1", "2F1").replace("1B1", "2B1"),
-            "leaves out stages [1]",
+            "has no actions of stages [1]",
         ),
         (GOOD.replace("0B1", "1F2"), "has stages on several ranks: {1: [0, 1]}"),
         (
             GOOD.replace("1B1", ""),
-            "one F and either one B or one I and one W for each of the 2 microbatches; it is otherwise for "
+            "one F and either one B or one I and one W for each of the 2 microbatches; this does not hold for "
             "stage 1, microbatch 1",
         ),
         (
             GOOD.replace("1F0,1B0,1F1,1B1", "1F1,1B1,1F0,1B0"),
-            "the last stage has to take the microbatches in their order",
+            "the last stage must run the microbatches in their order",
         ),
-        (GOOD.replace("1F0,1B0", "1B0,1F0"), "would never end: rank 0 at 0B0, rank 1 at 1B0 wait"),
-        (GOOD + "2F0,2B0\n", "has 3 rows with actions, but pp is 2"),
+        (GOOD + "2F0,2B0\n", "has 3 rows with actions, but pp=2 requires 2"),
     ],
-    ids=["rows", "action", "stage", "ranks", "missing", "order", "waits", "more"],
+    ids=["rows", "action", "stage", "ranks", "missing", "order", "more"],
 )
 def test_files_that_cannot_run(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "bad.csv"
@@ -289,14 +305,12 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         check_pipeline(2, PipelineOptions(schedule=str(tmp_path / "none.csv")))
     path = tmp_path / "back.csv"
     path.write_text("1F0,1B0\n0F0,0B0\n")
-    with pytest.raises(
-        LayoutError, match=r"puts its stages on ranks \[1, 0\]; they have to go round the ranks, \[0, 1\]"
-    ):
+    with pytest.raises(LayoutError, match=r"has its stages on ranks \[1, 0\]; place them in a loop, \[0, 1\]"):
         check_pipeline(2, PipelineOptions(schedule=str(path)))
     path.write_text(GOOD)
-    with pytest.raises(LayoutError, match="has 2 stages for 2 ranks, but stages_per_rank is 2"):
+    with pytest.raises(LayoutError, match=r"has 2 stages for 2 ranks, but pipeline\.stages_per_rank is 2"):
         check_pipeline(2, PipelineOptions(schedule=str(path), stages_per_rank=2))
     with pytest.raises(LayoutError, match="takes 2, as the file has, but there are 3 microbatches"):
         check_pipeline(2, PipelineOptions(schedule=str(path)), microbatches=3)
-    with pytest.raises(LayoutError, match="1F1B has 1 stage"):
+    with pytest.raises(LayoutError, match="1F1B takes 1 stage"):
         bubble_share("1F1B", 2, 2, 4)

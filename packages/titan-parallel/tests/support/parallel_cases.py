@@ -1,4 +1,4 @@
-"""Cases that run on every rank of a group, on a small model that titan has never heard of."""
+"""Cases that run on every rank of a group, on a small model that is not a titan model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from titan_parallel import (
 )
 
 VOCAB, DIM, HEADS, SEQ, ROWS, STEPS, MAX_NORM = 32, 32, 4, 16, 8, 5, 0.3
-# An eps well above rounding: a key bias has no true gradient, and Adam would blow its noise up to whole steps.
+# An eps well above rounding: a key bias has no true gradient, and Adam would amplify its noise to full steps.
 
 
 class Mixer(nn.Module):
@@ -155,16 +155,18 @@ def train_laid_out(model: ParallelModel, microbatches: int = 1) -> dict[str, Any
     for step in range(STEPS):
         tokens, labels = batch(step)
         scored = int((labels != -100).sum())
-        mine = zip(*(x.chunk(place.world)[place.rank].chunk(microbatches) for x in (tokens, labels)), strict=True)
+        mine = zip(
+            *(x.chunk(place.dp_world_size)[place.dp_rank].chunk(microbatches) for x in (tokens, labels)), strict=True
+        )
         part = model.forward_backward([Microbatch((t,), y) for t, y in mine], summed_loss, scored)
         norms.append(float(model.clip_grad_norm(MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
-    return {"losses": losses, "norms": norms, "weights": whole(model)}
+    return {"losses": losses, "norms": norms, "weights": full_state(model)}
 
 
-def whole(model: ParallelModel) -> dict[str, Tensor]:
+def full_state(model: ParallelModel) -> dict[str, Tensor]:
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
@@ -172,7 +174,7 @@ def whole(model: ParallelModel) -> dict[str, Tensor]:
 
 
 def fill_from_meta(degrees: Degrees, tied: bool) -> tuple[list[str], list[str], str, bool]:
-    """Build on meta, lay out, materialise, fill each local shard with a constant; return names and a digest."""
+    """Build on meta, lay out, materialize, fill each local shard with a constant; return names and a digest."""
     with torch.device("meta"):
         net = Net(tied)
     options = ParallelOptions(activation_checkpointing="full", compile_blocks=True, compile_backend="eager")
@@ -183,7 +185,7 @@ def fill_from_meta(degrees: Degrees, tied: bool) -> tuple[list[str], list[str], 
             parameter.fill_(i)
         model.parts[0].scale.fill_(1)
     digest = hashlib.sha256()
-    for name, value in whole(model).items():
+    for name, value in full_state(model).items():
         digest.update(f"{name} {value.tolist()}".encode())
     return (
         [name for name, _ in model.named_parameters()],
@@ -197,7 +199,9 @@ def evaluate_and_predict(degrees: Degrees) -> tuple[float, Tensor, bool]:
     model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False))
     tokens, labels = batch(0)
     place = data_axis(model.mesh)
-    mine = Microbatch((tokens.chunk(place.world)[place.rank],), labels.chunk(place.world)[place.rank])
+    mine = Microbatch(
+        (tokens.chunk(place.dp_world_size)[place.dp_rank],), labels.chunk(place.dp_world_size)[place.dp_rank]
+    )
     total = float(model.sum_parts(model.evaluate([mine], summed_loss)))
     return total, model.predict(tokens), model.parts[0].training
 
@@ -209,9 +213,9 @@ def state_round_trip(degrees: Degrees) -> bool:
         for parameter in other.parameters():
             parameter.zero_()
     other.load_state_dict(model.state_dict())
-    first, second = whole(model), whole(other)
+    first, second = full_state(model), full_state(other)
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def bf16_options(options: ParallelOptions | None = None) -> ParallelOptions:
-    return replace(options or ParallelOptions(), param_dtype=torch.bfloat16)
+    return replace(options or ParallelOptions(), param_dtype="bfloat16")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel_cases import summed_loss, whole
+from parallel_cases import full_state, summed_loss
 from titan_parallel import (
     Degrees,
     LayoutError,
@@ -186,14 +186,17 @@ def train(degrees: Degrees, options: ParallelOptions, masked: bool = True, micro
     for step in range(STEPS):
         tokens, ids, labels = batch(step)
         scored = int((labels != -100).sum())
-        mine = zip(*(x.chunk(place.world)[place.rank].chunk(microbatches) for x in (tokens, ids, labels)), strict=True)
+        mine = zip(
+            *(x.chunk(place.dp_world_size)[place.dp_rank].chunk(microbatches) for x in (tokens, ids, labels)),
+            strict=True,
+        )
         step_parts = [Microbatch((t, i) if masked else (t,), y) for t, i, y in mine]
         part = model.forward_backward(step_parts, summed_loss, scored)
         norms.append(float(model.clip_grad_norm(MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
-    return {"losses": losses, "norms": norms, "weights": whole(model)}
+    return {"losses": losses, "norms": norms, "weights": full_state(model)}
 
 
 def attention(
@@ -231,7 +234,7 @@ def evaluate_and_predict(degrees: Degrees, kind: str) -> tuple[float, Tensor, Te
     model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN, ParallelOptions(context=kind))
     tokens, ids, labels = batch(0)
     place = data_axis(model.mesh)
-    mine = [x.chunk(place.world)[place.rank] for x in (tokens, ids, labels)]
+    mine = [x.chunk(place.dp_world_size)[place.dp_rank] for x in (tokens, ids, labels)]
     total = float(model.sum_parts(model.evaluate([Microbatch((mine[0], mine[1]), mine[2])], summed_loss)))
     places = torch.arange(SEQ).expand(ROWS, -1)
     return total, model.predict(tokens, document_ids=ids), model.predict(tokens, ids, places=places)

@@ -1,4 +1,4 @@
-"""A model of `transformers` whose attention is a function, which is where its sequences are shared."""
+"""A model of `transformers` whose attention is a function that calls `context_attention`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel_cases import whole
+from parallel_cases import full_state
 from parallel_transformers import EPS, LLAMA, ROWS, SEQ, STEPS, batch, build, summed_loss
 from titan_parallel import (
     Degrees,
@@ -23,7 +23,7 @@ from titan_parallel import (
 
 PLAN: ParallelPlan = {
     **LLAMA,
-    "attention": [],  # the model calls `context_attention` by itself
+    "attention": [],  # the model calls `context_attention` itself
     "sequence": {"input_ids": 1, "position_ids": 1, "target": 1},
     "positions": "position_ids",
     "heads": (4, 2),
@@ -50,9 +50,9 @@ def train(degrees: Degrees, options: ParallelOptions) -> tuple[list[float], dict
     place = data_axis(mesh)
     losses = []
     for step in range(STEPS):
-        tokens, labels = (x.chunk(place.world)[place.rank] for x in batch(step))
+        tokens, labels = (x.chunk(place.dp_world_size)[place.dp_rank] for x in batch(step))
         part = model.forward_backward([Microbatch((tokens,), labels)], summed_loss, ROWS * SEQ)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
-    return losses, whole(model), model.predict(batch(0)[0]).logits
+    return losses, full_state(model), model.predict(batch(0)[0]).logits

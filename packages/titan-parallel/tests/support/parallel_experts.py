@@ -1,4 +1,4 @@
-"""A mixture of experts that titan has never heard of, and cases that train it on every rank of a group."""
+"""A mixture of experts that is not a titan model, and cases that train it on every rank of a group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel_cases import MAX_NORM, STEPS, batch, summed_loss, whole
+from parallel_cases import MAX_NORM, STEPS, batch, full_state, summed_loss
 from titan_parallel import (
     Degrees,
     LayoutError,
@@ -207,7 +207,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
-    return {"losses": losses, "norms": norms, "weights": whole(model)}
+    return {"losses": losses, "norms": norms, "weights": full_state(model)}
 
 
 def parallel_model(
@@ -217,10 +217,12 @@ def parallel_model(
 
 
 def share(model: ParallelModel, step: int, microbatches: int = 1) -> tuple[list[Microbatch], int]:
-    """Return this rank's part of a step's batch, and how many tokens the whole of it scores."""
+    """Return this rank's part of a step's batch, and the number of scored tokens in all of it."""
     tokens, labels = batch(step)
     place = data_axis(model.mesh)
-    mine = zip(*(x.chunk(place.world)[place.rank].chunk(microbatches) for x in (tokens, labels)), strict=True)
+    mine = zip(
+        *(x.chunk(place.dp_world_size)[place.dp_rank].chunk(microbatches) for x in (tokens, labels)), strict=True
+    )
     return [Microbatch((t,), y) for t, y in mine], int((labels != -100).sum())
 
 

@@ -25,6 +25,6 @@ def train_from_meta(degrees: Degrees, options: ParallelOptions) -> dict[str, Any
         net = type(plain)(False)
     model = parallelize(net, build_mesh(degrees, "cpu"), plan(False), options)
     model.materialize("cpu")
-    one = parallelize(plain, build_mesh(degrees, "cpu"), plan(False), ParallelOptions(param_dtype=torch.float32))
+    one = parallelize(plain, build_mesh(degrees, "cpu"), plan(False), ParallelOptions(param_dtype="float32"))
     model.load_state_dict(one.state_dict())
     return train_laid_out(model)

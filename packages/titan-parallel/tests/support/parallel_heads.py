@@ -1,4 +1,4 @@
-"""Cases in which fewer key/value heads than ranks are."""
+"""Cases with fewer key/value heads than ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import parallel_cases as cases
-from parallel_cases import DIM, HEADS, Mixer, Net, batch, summed_loss, whole
+from parallel_cases import DIM, HEADS, Mixer, Net, batch, full_state, summed_loss
 from titan_parallel import (
     Degrees,
     Microbatch,
@@ -81,10 +81,14 @@ def held(degrees: Degrees, kv_heads: int) -> dict[str, Any]:
         for parameter in other.parameters():
             parameter.zero_()
     other.load_state_dict(model.state_dict())
-    loaded = whole(other)
+    loaded = full_state(other)
     tokens, labels = batch(0)
     place = data_axis(mesh)
-    mine = [Microbatch((tokens.chunk(place.world)[place.rank],), labels.chunk(place.world)[place.rank])]
+    mine = [
+        Microbatch(
+            (tokens.chunk(place.dp_world_size)[place.dp_rank],), labels.chunk(place.dp_world_size)[place.dp_rank]
+        )
+    ]
     return {
         "shape": tuple(weight.shape),
         "local": (weight.to_local() if isinstance(weight, DTensor) else weight).detach().clone(),

@@ -82,7 +82,11 @@ def layout(*, shape: Shape | None = None, microbatches: int = 0, slow: bool = Fa
     options = ParallelOptions(**{name: value for name, value in given.items() if name not in KINDS.values()})
     shape = shape or (MOE if degrees.ep > 1 else DENSE)
     return Case(
-        degrees, shape, options, microbatches or (min(4, net.ROWS // degrees.readers) if degrees.pp > 1 else 1), slow
+        degrees,
+        shape,
+        options,
+        microbatches or (min(4, net.ROWS // degrees.dp_world_size) if degrees.pp > 1 else 1),
+        slow,
     )
 
 
@@ -179,7 +183,7 @@ def train(case: Case) -> dict[str, Any]:
     for step in range(net.STEPS):
         given = net.batch(step, case.shape)
         scored = int((given["labels"] != -100).sum())
-        rows = {name: x.chunk(place.world)[place.rank].chunk(case.microbatches) for name, x in given.items()}
+        rows = {name: x.chunk(place.dp_world_size)[place.dp_rank].chunk(case.microbatches) for name, x in given.items()}
         labels, tokens = rows.pop("labels"), rows.pop("tokens")
         mine = [
             Microbatch((tokens[i],), labels[i], {name: x[i] for name, x in rows.items()})

@@ -1,4 +1,4 @@
-"""Cases in which something is wrong, or done at an odd time."""
+"""Cases of wrong arguments and of calls at unusual times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from parallel_cases import batch, build, plan, summed_loss, whole
+from parallel_cases import batch, build, full_state, plan, summed_loss
 from titan_parallel import (
     Degrees,
     LayoutError,
@@ -69,7 +69,7 @@ def disagreement(what: str) -> str:
         model = parallelize(net, mesh, {**plan(False), **(changed if what == "plan" else {})}, options)
         if what == "forward_backward":
             model.forward_backward(step, summed_loss, 1.0)
-        if what == "normaliser":
+        if what == "num_target_tokens":
             model.forward_backward(step, summed_loss, 1.0 + rank)
         model.evaluate(step, summed_loss)
 
@@ -92,12 +92,12 @@ def laid_out_before() -> list[str]:
 
 
 def states_of_other_layouts() -> list[str]:
-    """Return what is said to states that lie in another way, of which nothing may be copied."""
+    """Return the errors for states of other layouts, of which nothing may be copied."""
     model, other = _model(Degrees()), _model(Degrees(tp=2))
-    before = whole(model)
+    before = full_state(model)
     said = [_message(lambda: model.load_state_dict(build(False).state_dict()))]
     said.append(_message(lambda: model.load_state_dict(other.state_dict())))
-    assert all(torch.equal(weight, before[name]) for name, weight in whole(model).items())
+    assert all(torch.equal(weight, before[name]) for name, weight in full_state(model).items())
     return said
 
 
@@ -137,7 +137,7 @@ def look_between(degrees: Degrees, look: str) -> dict[str, Tensor]:
             model.evaluate(step, summed_loss)
         optimizer.step()
         optimizer.zero_grad()
-    return whole(model)
+    return full_state(model)
 
 
 def modes_after_an_error() -> tuple[bool, list[str]]:

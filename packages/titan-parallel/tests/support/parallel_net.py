@@ -1,4 +1,4 @@
-"""The model of the matrix: a small decoder that titan has never heard of, with all that a layout can trip over.
+"""The model of the matrix: a small decoder that is not a titan model, with the features that layouts find difficult.
 
 Grouped key/value heads, rotary positions, documents packed into rows, norms over single heads, a mixture of experts or
 none, an output tied to the input or not.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel_cases import DIM, HEADS, MAX_NORM, ROWS, SEQ, STEPS, VOCAB, batch, summed_loss, whole
+from parallel_cases import DIM, HEADS, MAX_NORM, ROWS, SEQ, STEPS, VOCAB, batch, full_state, summed_loss
 from titan_parallel import (
     Degrees,
     Microbatch,
@@ -142,7 +142,7 @@ def microbatches(model: ParallelModel, step: int, count: int) -> tuple[list[Micr
     """Return this rank's microbatches of a step, and what its loss is divided by."""
     tokens, labels = batch(step)
     place = data_axis(model.mesh)
-    mine = (x.chunk(place.world)[place.rank].chunk(count) for x in (tokens, labels, documents(step)))
+    mine = (x.chunk(place.dp_world_size)[place.dp_rank].chunk(count) for x in (tokens, labels, documents(step)))
     made = [Microbatch((t,), y, {"document_ids": d}) for t, y, d in zip(*mine, strict=True)]
     return made, int((labels != -100).sum())
 
@@ -185,7 +185,7 @@ def train(case: Case) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
-    return {"losses": losses, "norms": norms, "weights": whole(model)}
+    return {"losses": losses, "norms": norms, "weights": full_state(model)}
 
 
 def evaluate_and_predict(case: Case) -> tuple[float, Tensor, list[bool]]:
@@ -207,7 +207,7 @@ def fill_from_meta(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], Te
     values = {**build(case.tied, case.layers).state_dict()}
     _fill(model, values)
     logits = model.predict(batch(0)[0], document_ids=documents(0))
-    parameters = whole(model)
+    parameters = full_state(model)
 
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
@@ -228,7 +228,7 @@ def _fill(model: ParallelModel, values: dict[str, Tensor]) -> None:
 
 
 def gradients(case: Case, calls: int) -> dict[str, Tensor]:
-    """Return the gradients of so many calls for one step."""
+    """Return the gradients after `calls` calls for one step."""
     model = case.model()
     mine, scored = microbatches(model, 0, case.count)
     for _ in range(calls):
@@ -273,8 +273,8 @@ def other_shapes(case: Case) -> list[float]:
     place = data_axis(model.mesh)
     losses = []
     for lengths in ((16, 8), (8, 8), (16, 12), (8, 16)):
-        length = lengths[place.rank % 2]
-        tokens, labels = (x.chunk(place.world)[place.rank][:, :length] for x in batch(0))
+        length = lengths[place.dp_rank % 2]
+        tokens, labels = (x.chunk(place.dp_world_size)[place.dp_rank][:, :length] for x in batch(0))
         ids = torch.zeros_like(tokens)
         mine = [
             Microbatch((t,), y, {"document_ids": d})
@@ -393,7 +393,7 @@ def refusal(kind: str, changed: ParallelPlan, options: ParallelOptions, count: i
 
 
 def odd_gradients(kind: str, schedule: str) -> dict[str, Tensor]:
-    """Return gradients of an odd model in a pipeline or (no schedule) by plain torch."""
+    """Return gradients of an odd model in a pipeline or (no schedule) by torch alone."""
     torch.manual_seed(4)
     net = Odd(kind)
     tokens, labels = batch(0)

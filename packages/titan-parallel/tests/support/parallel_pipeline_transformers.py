@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel_cases import whole
+from parallel_cases import full_state
 from parallel_transformers import EPS, ROWS, SEQ, STEPS, VOCAB, batch, summed_loss
 from titan_parallel import (
     Degrees,
@@ -81,11 +81,11 @@ def train(family: str, degrees: Degrees, schedule: str) -> tuple[list[float], An
     place = data_axis(model.mesh)
     losses = []
     for step in range(STEPS):
-        mine = (x.chunk(place.world)[place.rank].chunk(4) for x in batch(step))
+        mine = (x.chunk(place.dp_world_size)[place.dp_rank].chunk(4) for x in batch(step))
         # Labels make the model take its own loss, of the head's output, which is on the last stage alone.
         step_of = [Microbatch((t,), y, {"labels": y}) for t, y in zip(*mine, strict=True)]
         part = model.forward_backward(step_of, summed_loss, ROWS * SEQ)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
-    return losses, whole(model), model.predict(batch(0)[0]).logits
+    return losses, full_state(model), model.predict(batch(0)[0]).logits

@@ -1,4 +1,4 @@
-"""A model that is no language model: numbers in, numbers out, with parameters in unusual places."""
+"""A regression model, with parameters in unusual places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel_cases import whole
+from parallel_cases import full_state
 from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, build_mesh, data_axis, parallelize
 
 FEATURES, DIM, HEADS, SEQ, ROWS, STEPS = 6, 32, 4, 8, 8, 4
@@ -18,7 +18,7 @@ PLAN: ParallelPlan = {
     "before": ["inlet"],
     "after": ["outlet"],
     "tensor": {
-        "inlet": "sequence",  # meets plain tensors
+        "inlet": "sequence",  # gets regular tensors
         "place": "replicate",  # a parameter of the model itself
         "clock": "replicate",  # a module beside the stream of activations
         "layers.*.norm": "sequence",  # called by keyword, with a scale beside its input
@@ -115,10 +115,10 @@ def train(degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
     place = data_axis(model.mesh)
     losses = []
     for _ in range(STEPS):
-        x, time, wanted = (t.chunk(place.world)[place.rank] for t in batch())
+        x, time, wanted = (t.chunk(place.dp_world_size)[place.dp_rank] for t in batch())
         part = model.forward_backward([Microbatch((x,), wanted, {"time": time})], squared_error, ROWS * SEQ)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    return {"losses": losses, "weights": whole(model), "frozen": frozen}
+    return {"losses": losses, "weights": full_state(model), "frozen": frozen}

@@ -1,4 +1,4 @@
-"""Cases about what FSDP2 is told."""
+"""Cases about the arguments of FSDP2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from titan_parallel import Degrees, Microbatch, ParallelOptions, build_mesh, par
 
 
 def offloaded() -> tuple[list[bool], set[str], set[str]]:
-    """Return which units offload, and where weights, gradients and buffers of a model made on meta then lie."""
+    """Return which units offload, and where weights, gradients and buffers of a model built on meta then are."""
     with torch.device("meta"):
         net = Net(False)
     model = parallelize(net, build_mesh(Degrees(), "cpu"), plan(False), ParallelOptions(cpu_offload=True))
@@ -35,8 +35,8 @@ def gathered_between(options: ParallelOptions) -> list[int]:
     def look(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         for block in model.parts[0].stack:
             weight = block.mlp[0].weight
-            whole = 1 if not isinstance(weight, DTensor) else weight.numel() // weight.to_local().numel()
-            found.append(whole)
+            ratio = 1 if not isinstance(weight, DTensor) else weight.numel() // weight.to_local().numel()
+            found.append(ratio)
         return summed_loss(output, target)
 
     model.forward_backward([Microbatch((tokens,), labels)], look, labels.numel())

@@ -1,16 +1,19 @@
-"""The README's table of what works together, made of the cases that the matrix trains.
+"""The README's tables: what works together, from the cases that the matrix trains, and options, from their fields.
 
-python packages/titan-parallel/tests/parallel_table.py     writes it into the README
+python packages/titan-parallel/tests/support/parallel_table.py     writes them into the README
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from parallel_matrix import KINDS, Case, cases
+from titan_parallel import Degrees, Float8Options, ParallelOptions, PipelineOptions
 
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- what works together: made by tests/parallel_table.py -->\n", "<!-- end of what works together -->\n"
+OPTIONS = (Degrees, ParallelOptions, Float8Options, PipelineOptions)
 
 
 def table() -> str:
@@ -42,10 +45,28 @@ def _cell(found: list[Case], kinds: set[str]) -> str:
     return "yes" if any(set(case.kinds) == kinds for case in found) else ""
 
 
+def options_table(kind: type) -> str:
+    """Return the table of a class of options: name, default and description of each field."""
+    lines = ["| name | default | meaning |", "|---|---|---|"]
+    for one in fields(kind):
+        if is_dataclass(one.default):
+            lines.append(f"| `{one.name}` | `{type(one.default).__name__}()` | {one.metadata['help']} |")
+            continue
+        default = json.dumps(one.default) if isinstance(one.default, str) else repr(one.default)
+        shown = default if one.default in (None, True, False, ()) or isinstance(one.default, int) else f"`{default}`"
+        lines.append(f"| `{one.name}` | {shown} | {one.metadata['help']} |")
+    return "\n".join(lines) + "\n"
+
+
 def written(text: str) -> str:
-    """Return the README's text with the table as of now."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
+    """Return the README's text with the tables as of now."""
+    tables = {"what works together": table()}
+    tables |= {kind.__name__: options_table(kind) for kind in OPTIONS}
+    for name, content in tables.items():
+        begin, end = f"<!-- {name}: made by tests/support/parallel_table.py -->\n", f"<!-- end of {name} -->\n"
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + content + "\n" + end + rest.split(end)[1]
+    return text
 
 
 if __name__ == "__main__":

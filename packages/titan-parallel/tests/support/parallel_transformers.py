@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel_cases import whole
+from parallel_cases import full_state
 from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, build_mesh, data_axis, parallelize
 
 VOCAB, ROWS, SEQ, STEPS = 64, 8, 16, 5
@@ -99,9 +99,9 @@ def train(family: str, degrees: Degrees, options: ParallelOptions) -> tuple[list
     place = data_axis(model.mesh)
     losses = []
     for step in range(STEPS):
-        tokens, labels = (x.chunk(place.world)[place.rank] for x in batch(step))
+        tokens, labels = (x.chunk(place.dp_world_size)[place.dp_rank] for x in batch(step))
         part = model.forward_backward([Microbatch((tokens,), labels)], summed_loss, ROWS * SEQ)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(model.sum_parts(part)))
-    return losses, whole(model), model.predict(batch(0)[0]).logits
+    return losses, full_state(model), model.predict(batch(0)[0]).logits

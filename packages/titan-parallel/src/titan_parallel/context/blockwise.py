@@ -1,8 +1,13 @@
-"""Attention of parts of a sequence to parts of it, piece by piece, with no mask in any of them.
+"""Attention from parts of a sequence to parts of it, as unmasked rectangles and causal squares ("pieces").
 
-A document is a run of successive tokens. So the keys that a chunk of queries sees are, for each document in the chunk,
-a square of itself, seen causally, and for the first document, which may have begun before the chunk, a rectangle of
-earlier keys, seen as a whole. Nothing of the size of a mask is ever made, and what is not seen is not computed.
+A document is a run of consecutive tokens. So the keys that a chunk of queries may attend to are, for each document in
+the chunk, a causal square of the document itself and, for the first document, which may have begun before the chunk, a
+rectangle of all its earlier keys. No tensor of the size of a mask is created, and scores that would be masked are not
+computed.
+
+Called by `attention` (`attend`, for `allgather` and `ulysses`) and by `ring`; `kernels` computes each piece.
+
+Logs: the log of each softmax's denominator, by which results over different keys are merged.
 
 Shapes: `B` batch, `H` query heads, `Hkv` key/value heads, `S` queries, `T` keys, `Dh` head dim.
 """
@@ -16,21 +21,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_parallel.context.kernels import kernel_for, merge
+from titan_parallel.context.kernels import Inputs, Result, kernel_for, merge
 from titan_parallel.context.layout import Span
 
 
 class Piece(NamedTuple):
-    """Queries that see keys: all of them or, if `causal`, those up to their own place."""
+    """Queries that attend to keys: to all of them or, if `causal`, to those up to their own position.
 
-    rows: slice
+    Attributes:
+        sequences: Which sequences of the batch.
+        queries: Which of the queries at hand.
+        keys: Which of the keys at hand.
+        causal: Whether queries and keys are the same tokens, masked causally.
+    """
+
+    sequences: slice
     queries: slice
     keys: slice
     causal: bool
 
 
 def document_starts(document_ids: Tensor) -> Tensor:
-    """Return for each token of whole sequences `[B, S]` where its document, its run of equal ids, begins in its row."""
+    """Return the position at which the document (run of equal ids) of each token of full sequences `[B, S]` begins."""
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     places = torch.arange(document_ids.shape[1], device=document_ids.device)
@@ -38,39 +50,43 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def pieces(queries: Sequence[Span], keys: Sequence[Span], starts: Tensor | None) -> Iterator[Piece]:
-    """Yield which of the keys the queries see; each query and key that see one another are in one piece.
+    """Yield the pieces that cover every pair of a query and a key that it attends to, each pair once.
+
+    Each span of queries is compared with each span of keys. Keys before the first query of the span form the
+    rectangle, limited to the first document; keys that are queries themselves form one causal square per document.
 
     Args:
-        queries: Where the queries lie.
-        keys: Where the keys lie; a span of them holds all of a span of queries, or nothing of it.
-        starts: Integers `[B, S]`: for each query, the place at which its document begins; None for one a row.
+        queries: Spans of the queries.
+        keys: Spans of the keys; each contains a span of queries entirely or not at all.
+        starts: Integers `[B, S]`: for each query, the position at which its document begins; None for one document per
+            sequence.
     """
     cuts = None if starts is None else [_cuts(starts, span) for span in queries]
     for i, query in enumerate(queries):
         for key in keys:
-            before = min(key.length, query.place - key.place)  # keys ahead of the first query
-            if before < 0:
+            if query.place < key.place:
                 continue
             if cuts is None:
-                yield from _row_pieces(slice(None), query, key, before, key.place, [0, query.length])
+                yield from _sequence_pieces(slice(None), query, key, key.place, [0, query.length])
                 continue
             for row, (first, ends) in enumerate(cuts[i]):
-                yield from _row_pieces(slice(row, row + 1), query, key, before, max(first, key.place), ends)
+                yield from _sequence_pieces(slice(row, row + 1), query, key, max(first, key.place), ends)
 
 
-def _row_pieces(rows: slice, query: Span, key: Span, before: int, first: int, ends: list[int]) -> Iterator[Piece]:
+def _sequence_pieces(sequences: slice, query: Span, key: Span, first: int, ends: list[int]) -> Iterator[Piece]:
     """Yield the pieces of one span of queries, whose documents end at `ends`; the first document began at `first`."""
+    before = min(key.length, query.place - key.place)  # number of keys before the first query
     if first < key.place + before:
         seen = slice(key.local + first - key.place, key.local + before)
-        yield Piece(rows, slice(query.local, query.local + ends[1]), seen, causal=False)
+        yield Piece(sequences, slice(query.local, query.local + ends[1]), seen, causal=False)
     if before < key.length:
         for begin, end in pairwise(ends):
             own = slice(query.local + begin, query.local + end)
-            yield Piece(rows, own, slice(key.local + before + begin, key.local + before + end), causal=True)
+            yield Piece(sequences, own, slice(key.local + before + begin, key.local + before + end), causal=True)
 
 
 def _cuts(starts: Tensor, span: Span) -> list[tuple[int, list[int]]]:
-    """Return for each row where the span's first document begins, and where in the span documents begin and end."""
+    """Return for each sequence where the span's first document begins, and the bounds of documents within the span."""
     own = starts[:, span.local : span.local + span.length]
     begins = own == torch.arange(span.place, span.place + span.length, device=own.device)
     begins[:, 0] = True
@@ -80,51 +96,57 @@ def _cuts(starts: Tensor, span: Span) -> list[tuple[int, list[int]]]:
     return [(first, [*row, span.length]) for first, row in zip(own[:, 0].tolist(), ends, strict=True)]
 
 
-def add_attention(
-    some: Iterable[Piece], q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, logs: Tensor
-) -> None:
-    """Merge what the pieces give into `out` `[B, H, S, Dh]` and `logs` `[B, H, S]`, both in fp32 or better."""
+def add_attention(some: Iterable[Piece], inputs: Inputs, scale: float, result: Result) -> None:
+    """Merge the attention of pieces into `result`.
+
+    Args:
+        some: The pieces.
+        inputs: q, k and v.
+        scale: Factor of the scores.
+        result: Output `[B, H, S, Dh]` and logs `[B, H, S]`, in fp32 or wider, changed in place.
+    """
+    (q, k, v), (out, logs) = inputs, result
     kernel = kernel_for(q)
     for rows, queries, keys, causal in some:
-        inputs = q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]
-        merge(out[rows, :, queries], logs[rows, :, queries], *kernel.forward(*inputs, causal, scale))
+        part = kernel.forward((q[rows, :, queries], k[rows, :, keys], v[rows, :, keys]), causal=causal, scale=scale)
+        merge((out[rows, :, queries], logs[rows, :, queries]), part)
 
 
 def add_gradients(
     some: Iterable[Piece],
     grad: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: Inputs,
     scale: float,
-    results: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
+    result: Result,
+    gradients: Inputs,
 ) -> None:
-    """Add the pieces' gradients.
+    """Add the gradients of pieces to `gradients`.
 
     Args:
         some: The pieces.
         grad: Gradient of the output, `[B, H, S, Dh]`.
         inputs: q, k and v.
-        scale: Of the scores.
-        results: The output and its logs, over all keys.
-        gradients: Of q, k and v, in fp32 or better, to be added to.
+        scale: Factor of the scores.
+        result: The output and its logs, over all keys.
+        gradients: Gradients of q, k and v, in fp32 or wider, changed in place.
     """
     kernel = kernel_for(inputs[0])
     for rows, queries, keys, causal in some:
         places = queries, keys, keys
         q, k, v = (x[rows, :, place] for x, place in zip(inputs, places, strict=True))
-        out, logs = (x[rows, :, queries] for x in results)
-        parts = kernel.backward(grad[rows, :, queries], q, k, v, out, logs, causal, scale)
-        for whole, place, part in zip(gradients, places, parts, strict=True):
-            whole[rows, :, place] += part
+        out, logs = (x[rows, :, queries] for x in result)
+        parts = kernel.backward(grad[rows, :, queries], (q, k, v), (out, logs), causal=causal, scale=scale)
+        for total, place, part in zip(gradients, places, parts, strict=True):
+            total[rows, :, place] += part
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return zeros as `x`, in fp32 or better, to add to."""
+    """Return zeros of the shape of `x`, in fp32 or wider, to accumulate in."""
     return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def no_logs(q: Tensor) -> Tensor:
-    """Return the logs of no keys at all, for `q`."""
+    """Return the logs of attention to no keys, -inf, for queries `q`."""
     return q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -132,36 +154,37 @@ def no_logs(q: Tensor) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, places: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend causally from chunks of sequences to whole sequences.
+    """Attend causally from chunks of sequences to full sequences.
 
     Args:
-        q: `[B, H, S, Dh]`, chunks of equal length one after the other.
+        q: `[B, H, S, Dh]`, chunks of equal length, concatenated.
         k: `[B, Hkv, T, Dh]`.
         v: `[B, Hkv, T, Dh]`.
-        starts: Integers `[B, S]`: for each query, where in `T` its document begins; None for one a row.
-        places: Where in `T` each chunk of queries begins.
-        scale: Of the scores.
+        starts: Integers `[B, S]`: for each query, the position in `T` at which its document begins; None for one
+            document per sequence.
+        places: The position in `T` at which each chunk of queries begins.
+        scale: Factor of the scores.
 
     Returns:
         `[B, H, S, Dh]`, and the logs `[B, H, S]`.
     """
     out, logs = wide(q), no_logs(q)
-    add_attention(pieces(*_spans(q, k, places), starts), q, k, v, scale, out, logs)
+    add_attention(pieces(*_spans(q, k, places), starts), (q, k, v), scale, (out, logs))
     return out.to(q.dtype), logs
 
 
 @torch.library.custom_op("titan_parallel::context_attend_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Sequence[Tensor],
     starts: Tensor | None,
-    out: Tensor,
-    logs: Tensor,
+    result: Sequence[Tensor],
     places: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v (`inputs`), from that of the output; `result` is the output and its logs."""
+    q, k, v = inputs
+    out, logs = result
     gradients = wide(q), wide(k), wide(v)
     add_gradients(pieces(*_spans(q, k, places), starts), grad, (q, k, v), scale, (out, logs), gradients)
     dq, dk, dv = gradients
@@ -181,7 +204,8 @@ def _attend_shapes(
 
 
 @_attend_backward.register_fake
-def _attend_backward_shapes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_backward_shapes(grad: Tensor, inputs: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = inputs
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -193,8 +217,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _attend_backward(grad, *ctx.saved_tensors, ctx.places, ctx.scale)
-    return dq, dk, dv, None, None, None
+    q, k, v, starts, out, logs = ctx.saved_tensors
+    return *_attend_backward(grad, [q, k, v], starts, [out, logs], ctx.places, ctx.scale), None, None, None
 
 
 attend.register_autograd(_differentiate, setup_context=_save)

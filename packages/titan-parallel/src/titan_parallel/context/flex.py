@@ -1,4 +1,4 @@
-"""Causal attention within documents by FlexAttention, which on CUDA does it in one kernel.
+"""Causal attention within documents by FlexAttention, one kernel on CUDA. `attention` calls it for full keys.
 
 Shapes: `B` batch, `H` query heads, `Hkv` key/value heads, `S` queries, `T` keys, `Dh` head dim.
 """
@@ -15,26 +15,26 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-_BLOCK = 128  # side of the squares that are computed or left out as a whole
+_BLOCK = 128  # side of the squares of scores that are computed or skipped
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, places: Tensor, starts: Tensor, scale: float) -> Tensor:
-    """Attend from some tokens of each sequence to the whole of it.
+    """Attend from some tokens of each sequence to the full sequence.
 
     Args:
         q: `[B, H, S, Dh]`.
         k: `[B, Hkv, T, Dh]`.
         v: `[B, Hkv, T, Dh]`.
-        places: Integers `[S]`: the place of each query in `T`.
-        starts: Integers `[B, S]`: the place at which its document begins.
-        scale: Of the scores.
+        places: Integers `[S]`: the position of each query in `T`.
+        starts: Integers `[B, S]`: the position at which its document begins.
+        scale: Factor of the scores.
 
     Returns:
         `[B, H, S, Dh]`.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled it holds all scores at once. Within compiled code it is compiled along.
+    # Uncompiled, FlexAttention holds all scores at once. Within compiled code it is part of that graph.
     alone = q.is_cuda and not torch.compiler.is_compiling()
     run: Any = _compiled() if alone else flex_attention
     mask = _blocks(places, starts, k.shape[2])
@@ -51,7 +51,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def _blocks(places: Tensor, starts: Tensor, keys: int) -> BlockMask:
-    """Return the mask from the extremes of each block of queries: nothing of size `S * T` is made."""
+    """Return the block mask, derived from the extremes of each block of queries: nothing of size `S * T` is created."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -62,13 +62,13 @@ def _blocks(places: Tensor, starts: Tensor, keys: int) -> BlockMask:
     first, last = _extremes(places[None])  # [1, N]
     earliest, latest = _extremes(starts)  # [B, N]
     some = (begins <= last[..., None]) & (ends >= earliest[..., None])  # [B, N, M]
-    whole = (ends <= first[..., None]) & (begins >= latest[..., None])
-    whole &= begins + _BLOCK <= keys
+    full = (ends <= first[..., None]) & (begins >= latest[..., None])
+    full &= begins + _BLOCK <= keys
     if len(places) % _BLOCK:
-        whole[:, -1] = False
+        full[:, -1] = False
     return BlockMask.from_kv_blocks(
-        *_in_order(some & ~whole),
-        *_in_order(whole),
+        *_in_order(some & ~full),
+        *_in_order(full),
         BLOCK_SIZE=_BLOCK,
         mask_mod=allowed,
         seq_lengths=(len(places), keys),
@@ -76,13 +76,13 @@ def _blocks(places: Tensor, starts: Tensor, keys: int) -> BlockMask:
 
 
 def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least and the greatest of each block of `[B, S]`."""
+    """Return the minimum and the maximum of each block of `[B, S]`."""
     missing = -x.shape[1] % _BLOCK
     blocks = torch.unflatten(torch.cat([x, x[:, -1:].expand(-1, missing)], 1), 1, (-1, _BLOCK))
     return blocks.amin(2), blocks.amax(2)
 
 
 def _in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many key blocks each query block has, and their indices before those that it has not."""
+    """Return the number of key blocks chosen for each query block, and all indices, the chosen ones first."""
     indices = chosen.int().argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[:, None], indices.int()[:, None]

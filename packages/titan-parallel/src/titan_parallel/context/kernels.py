@@ -1,92 +1,98 @@
-"""Attention of some queries to some keys, with the log of each softmax's denominator.
+"""Attention from queries to some of their keys, together with the log of each softmax's denominator.
 
-That log makes results of different keys one: see `merge`. Backward takes it, and the output, of *all* keys: then the
-gradients of the parts add up to those of the whole.
+With these logs results over different keys can be merged, see `merge`. Backward takes the output and logs over *all*
+keys; the gradients of the parts then add up to those of the full attention.
 
-`kernel_for` chooses: torch's flash kernel for the CPU; on CUDA its flash kernel for bf16 and fp16, else the
-memory-efficient one; `PLAIN`, which is right for every device, dtype and head dim but holds all scores, elsewhere.
+`kernel_for` selects: torch's flash kernel for the CPU; on CUDA its flash kernel for bf16 and fp16, else the
+memory-efficient one; elsewhere `UNFUSED`, which supports every device, dtype and head dim but holds all scores.
 
 Shapes: `B` batch, `H` query heads, `Hkv` key/value heads (`H` is a multiple), `S` queries, `T` keys, `Dh` head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_parallel._torch_compat import ATEN
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""q `[B, H, S, Dh]`, k `[B, Hkv, T, Dh]`, v `[B, Hkv, T, Dh]`; or their gradients."""
+
+Result = tuple[Tensor, Tensor]
+"""The output `[B, H, S, Dh]` and its logs `[B, H, S]`, in fp32 or wider."""
+
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _HALF = (torch.bfloat16, torch.float16)
-_CUDA_HEAD_DIM = 8  # what torch's kernels for CUDA want head dims to be a multiple of
-_CUDA_FLASH_HEAD_DIM = 256  # the widest that its flash kernel takes
+_CUDA_HEAD_DIM = 8  # torch's kernels for CUDA require head dims to be a multiple of this
+_CUDA_FLASH_HEAD_DIM = 256  # the largest that its flash kernel supports
 _EFFICIENT_ALIGNMENT = 32  # the memory-efficient kernel's logs are padded to a multiple of this
 
 
+class Forward(Protocol):
+    """Compute attention. `causal`: each query attends to keys up to its own position, with `T = S`; else to all."""
+
+    def __call__(self, inputs: Inputs, *, causal: bool, scale: float) -> Result: ...  # noqa: D102
+
+
+class Backward(Protocol):
+    """Compute the gradients of `inputs` from `grad`, that of the output; `result` is over all keys of the queries."""
+
+    def __call__(self, grad: Tensor, inputs: Inputs, result: Result, *, causal: bool, scale: float) -> Inputs: ...  # noqa: D102
+
+
 class Kernel(NamedTuple):
-    """Two functions that compute attention.
+    """A forward and the backward that belongs to it."""
 
-    Attributes:
-        forward: (q `[B, H, S, Dh]`, k `[B, Hkv, T, Dh]`, v as k, causal, scale) to (out as q, logs `[B, H, S]` in fp32
-            or better). `causal` shows each query the keys up to its own place, with `T = S`; else it sees all.
-        backward: (gradient of out, q, k, v, out, logs, causal, scale) to the gradients of q, k and v. `out` and `logs`
-            are those over all keys that the queries see, these and others.
-    """
-
-    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-    backward: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float],
-        tuple[Tensor, Tensor, Tensor],
-    ]
+    forward: Forward
+    backward: Backward
 
 
 def kernel_for(q: Tensor) -> Kernel:
-    """Return the best kernel for queries such as `q` and for its keys and values."""
+    """Return the fastest kernel that supports queries such as `q` and their keys and values."""
     if q.device.type == "cpu" and q.dtype in _CPU_DTYPES:
         return _CPU
     if q.is_cuda and q.shape[-1] % _CUDA_HEAD_DIM == 0:
         flash = q.dtype in _HALF and q.shape[-1] <= _CUDA_FLASH_HEAD_DIM
         flash = flash and torch.cuda.get_device_capability(q.device) >= (8, 0)
         return _CUDA_FLASH if flash else _CUDA_EFFICIENT
-    return PLAIN
+    return UNFUSED
 
 
-def merge(out: Tensor, logs: Tensor, part: Tensor, part_logs: Tensor) -> None:
-    """Add attention to further keys to `out` and `logs`, in place; zeros and -inf stand for no keys so far.
+def merge(result: Result, part: Result) -> None:
+    """Merge attention to further keys into `result`, in place; an output of zeros with logs of -inf means no keys.
 
-    Each result is weighed by its share of the denominators' sum (Milakov and Gimelshein 2018, arXiv:1805.02867).
+    Each output is weighted by its share of the sum of denominators (Milakov and Gimelshein 2018, arXiv:1805.02867).
     """
+    (out, logs), (part_out, part_logs) = result, part
     total = torch.logaddexp(logs, part_logs)
-    out.mul_((logs - total).exp()[..., None]).addcmul_(part, (part_logs - total).exp()[..., None])
+    out.mul_((logs - total).exp()[..., None]).addcmul_(part_out, (part_logs - total).exp()[..., None])
     logs.copy_(total)
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, logs = flash(q, k, v, 0.0, causal, scale=scale)
+def _cpu_forward(inputs: Inputs, *, causal: bool, scale: float) -> Result:
+    out, logs = ATEN._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, causal, scale=scale)
     return out, logs
 
 
-def _cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = flash(grad, q, k, v, out, logs, 0.0, causal, scale=scale)
+def _cpu_backward(grad: Tensor, inputs: Inputs, result: Result, *, causal: bool, scale: float) -> Inputs:
+    flash = ATEN._scaled_dot_product_flash_attention_for_cpu_backward
+    dq, dk, dv = flash(grad, *inputs, *result, 0.0, causal, scale=scale)
     return dq, dk, dv
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, logs, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+def _flash_forward(inputs: Inputs, *, causal: bool, scale: float) -> Result:
+    out, logs, *_ = ATEN._scaled_dot_product_flash_attention(*inputs, 0.0, causal, scale=scale)
     return out, logs
 
 
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    # Without dropout nothing reads the state of its random numbers.
+def _flash_backward(grad: Tensor, inputs: Inputs, result: Result, *, causal: bool, scale: float) -> Inputs:
+    (q, k, v), (out, logs) = inputs, result
+    flash = ATEN._scaled_dot_product_flash_attention_backward
+    # Without dropout the state of the random number generator is not read.
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.zeros((), dtype=torch.uint64, device=q.device)
     s, t = q.shape[2], k.shape[2]
@@ -94,17 +100,17 @@ def _flash_backward(
     return dq, dk, dv
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _efficient_forward(inputs: Inputs, *, causal: bool, scale: float) -> Result:
+    q, k, v = inputs
     k, v = (_expanded(x, q.shape[1]) for x in (k, v))
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, logs, *_ = efficient(q, k, v, None, True, 0.0, causal, scale=scale)
+    want_logs = True
+    out, logs, *_ = ATEN._scaled_dot_product_efficient_attention(q, k, v, None, want_logs, 0.0, causal, scale=scale)
     return out, logs[..., : q.shape[2]]
 
 
-def _efficient_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+def _efficient_backward(grad: Tensor, inputs: Inputs, result: Result, *, causal: bool, scale: float) -> Inputs:
+    (q, k, v), (out, logs) = inputs, result
+    efficient = ATEN._scaled_dot_product_efficient_attention_backward
     heads = k.shape[1]
     k, v = (_expanded(x, q.shape[1]) for x in (k, v))
     logs = F.pad(logs, (0, -logs.shape[-1] % _EFFICIENT_ALIGNMENT), value=torch.inf)
@@ -118,17 +124,17 @@ def _expanded(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, causal, scale)  # [B, Hkv, H / Hkv, S, T]
+def _unfused_forward(inputs: Inputs, *, causal: bool, scale: float) -> Result:
+    q, k, v = inputs
+    scores = _scores(q, k, causal=causal, scale=scale)  # [B, Hkv, H / Hkv, S, T]
     logs = scores.logsumexp(-1)
     out = (scores - logs[..., None]).exp() @ v[:, :, None].to(scores.dtype)
     return out.flatten(1, 2).to(q.dtype), logs.flatten(1, 2)
 
 
-def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    scores = _scores(q, k, causal, scale)
+def _unfused_backward(grad: Tensor, inputs: Inputs, result: Result, *, causal: bool, scale: float) -> Inputs:
+    (q, k, v), (out, logs) = inputs, result
+    scores = _scores(q, k, causal=causal, scale=scale)
     heads = (k.shape[1], -1)
     q_, grad_, out_ = (torch.unflatten(x, 1, heads).to(scores.dtype) for x in (q, grad, out))
     k_, v_ = (x[:, :, None].to(scores.dtype) for x in (k, v))
@@ -138,7 +144,7 @@ def _plain_backward(
     return (shares @ k_).flatten(1, 2).to(q.dtype), (shares.mT @ q_).sum(2).to(k.dtype), dv.to(v.dtype)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, *, causal: bool, scale: float) -> Tensor:
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores: Tensor = torch.unflatten(q, 1, (k.shape[1], -1)).to(dtype) @ k[:, :, None].to(dtype).mT * scale
     if causal:
@@ -147,7 +153,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     return scores
 
 
-PLAIN = Kernel(_plain_forward, _plain_backward)
+UNFUSED = Kernel(_unfused_forward, _unfused_backward)
 _CPU = Kernel(_cpu_forward, _cpu_backward)
 _CUDA_FLASH = Kernel(_flash_forward, _flash_backward)
 _CUDA_EFFICIENT = Kernel(_efficient_forward, _efficient_backward)

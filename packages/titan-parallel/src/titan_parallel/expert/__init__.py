@@ -1,5 +1,5 @@
-"""Expert parallelism: whole experts on each rank, and tokens that travel to them and back.
+"""Expert parallelism: each rank holds some of the experts, and rows travel to them and back.
 
 Called by `apply` for the modules that the plan lists as experts.
-Hands on each token's expert output to the rank the token came from; no token is dropped.
+Returns each token's expert output on the rank that the token came from; no token is dropped.
 """

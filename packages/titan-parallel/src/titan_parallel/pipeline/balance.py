@@ -1,4 +1,4 @@
-"""Which blocks go to which pipeline stage."""
+"""Which blocks are in which pipeline stage. Called by `build.make_stages`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from titan_parallel.plan import Roles
 def split_blocks(model: nn.Module, roles: Roles, stages: int, options: PipelineOptions) -> list[list[str]]:
     """Return the names of each stage's blocks, in the model's order.
 
-    A matrix product costs by its parameters, so blocks are weighed by these; so are the modules before and after the
-    blocks, but for embedding tables. Of all ways to cut, the one whose busiest stage has the least to do is taken and,
-    among such, the most even one.
+    The cost of a matrix product is proportional to its parameters, so blocks are weighted by their parameter count, and
+    so are the modules before and after the blocks, except embedding tables. Of all ways to cut, the one with the least
+    work in the busiest stage is chosen and, among these, the most even one.
 
     Args:
-        model: The whole model, before any transform.
+        model: The model, before any transform.
         roles: Its modules.
-        stages: At most as many as blocks.
-        options: Split points, or the weights of what is before and after; checked before.
+        stages: Number of stages, at most that of blocks.
+        options: Split points, or the costs of the modules before and after the blocks; checked already.
     """
     blocks = roles.blocks
     if options.split:
@@ -41,13 +41,16 @@ def split_blocks(model: nn.Module, roles: Roles, stages: int, options: PipelineO
 
 
 def balance(costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> list[int]:
-    """Cut a row of costs into runs whose largest sum is least and, among such, whose sum of squares is.
+    """Cut a sequence of costs into runs with the smallest largest sum and, among these, the smallest sum of squares.
+
+    Dynamic programming over stages: for each number of blocks, the best way to distribute that many first blocks over
+    the stages so far.
 
     Args:
-        costs: Of the blocks in their order.
-        stages: Number of runs; each gets at least one block.
-        first: Added to the first run's sum.
-        last: Added to the last run's sum.
+        costs: Costs of the blocks in order.
+        stages: Number of runs; each has at least one block.
+        first: Added to the sum of the first run.
+        last: Added to the sum of the last run.
 
     Returns:
         The length of each run.
@@ -56,7 +59,7 @@ def balance(costs: Sequence[float], stages: int, *, first: float = 0.0, last: fl
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
-    # best[i]: of the first i blocks in so many runs: (largest sum, sum of squares, lengths)
+    # best[i], for the first i blocks in the stages so far: (largest sum, sum of squares, lengths)
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
     for stage in range(stages):
         extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
@@ -68,14 +71,14 @@ def balance(costs: Sequence[float], stages: int, *, first: float = 0.0, last: fl
                 if start < end:
                     load = sums[end] - sums[start] + extra
                     choices.append((max(largest, load), squares + load * load, [*lengths, end - start]))
-            # Rounded, so that the order of additions does not decide between equals.
+            # Rounded, so that rounding errors of sums do not decide between equal choices.
             following[end] = min(choices, key=lambda choice: (round(choice[0], 9), round(choice[1], 9)))
         best = following
     return best[count][2]
 
 
 def _work(modules: Iterable[nn.Module]) -> int:
-    """Return how many parameters take part in products, each once."""
+    """Return the number of parameters that take part in matrix products, each counted once."""
     seen: dict[int, int] = {}
     for module in modules:
         for part in module.modules():

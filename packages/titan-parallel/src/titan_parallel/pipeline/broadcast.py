@@ -1,4 +1,4 @@
-"""Sharing with all ranks of a pipeline what one of them has."""
+"""Broadcasts of outputs, objects and exceptions from one rank of a pipeline to all."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from titan_parallel._torch_compat import tree_leaves, tree_map_only
 from titan_parallel.errors import LayoutError
-from titan_parallel.pipeline.boundary import Like
+from titan_parallel.pipeline.boundary import TensorMeta
 
 
-def share(output: Any, group: ProcessGroup, rank: int, device: torch.device) -> Any:
-    """Return what one rank has, any container of plain tensors that torch knows, on all ranks of a group.
+def broadcast_output(output: Any, group: ProcessGroup, rank: int, device: torch.device) -> Any:
+    """Return the output of one rank, any pytree of regular tensors, on all ranks of a group.
 
     Args:
-        output: What it has; ignored on the others.
+        output: The output; ignored on the other ranks.
         group: The ranks.
-        rank: The one, within the group.
-        device: Where the others want its tensors.
+        rank: The rank within the group that has the output.
+        device: Where the other ranks allocate its tensors.
     """
     mine = group.rank() == rank
-    described = share_object(tree_map_only(Tensor, Like.of, output) if mine else None, group, rank)
+    described = broadcast_object(tree_map_only(Tensor, TensorMeta.of, output) if mine else None, group, rank)
     if mine:
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     else:
         tensors = []
 
-        def make(like: Like) -> Tensor:
-            tensors.append(torch.empty(like.shape, dtype=like.dtype, device=device))
+        def make(meta: TensorMeta) -> Tensor:
+            tensors.append(torch.empty(meta.shape, dtype=meta.dtype, device=device))
             return tensors[-1]
 
-        output = tree_map_only(Like, make, described)
+        output = tree_map_only(TensorMeta, make, described)
     for tensor in tensors:
         dist.broadcast(tensor.contiguous() if mine else tensor, group=group, group_src=rank)
     return output
 
 
-def share_object(value: Any, group: ProcessGroup, rank: int) -> Any:
-    """Return what one rank has, any object without tensors or an exception, on all ranks of a group."""
+def broadcast_object(value: Any, group: ProcessGroup, rank: int) -> Any:
+    """Return an object of one rank (without tensors) or its exception on all ranks of a group."""
     objects = [_picklable(value)]
     dist.broadcast_object_list(objects, group=group, group_src=rank)
     return objects[0] if group.rank() != rank else value
 
 
 def raise_together(problem: Exception | None, group: ProcessGroup) -> None:
-    """Raise what went wrong on any rank of a group on all of them; its own on a rank that has one."""
+    """Raise an exception on all ranks of a group if any rank has one; a rank that has one raises its own."""
     problems: list[Exception | None] = [None] * group.size()
     dist.all_gather_object(problems, _picklable(problem), group=group)
     first = problem or next((one for one in problems if one is not None), None)
@@ -58,7 +58,7 @@ def raise_together(problem: Exception | None, group: ProcessGroup) -> None:
 
 
 def _picklable(value: Any) -> Any:
-    """Return a value that other ranks can be sent: of an exception, if need be, its text alone."""
+    """Return a value that can be sent to other ranks: of an exception only its text, since it may not be picklable."""
     if isinstance(value, Exception):
         with suppress(Exception):
             text = f"{type(value).__name__}: {value}"

@@ -1,4 +1,7 @@
-"""Building a pipeline: the model cut into stages, those of this rank laid out."""
+"""Building a pipeline: cut the model into stages and lay out the stages of this rank.
+
+`parallelize` calls `make_stages` instead of laying out the model itself.
+"""
 
 from __future__ import annotations
 
@@ -16,57 +19,41 @@ from titan_parallel.options import ParallelOptions, reshard_blocks
 from titan_parallel.pipeline.balance import split_blocks
 from titan_parallel.pipeline.partition import check_divisible, cut, enter, own_roles, stage_plan
 from titan_parallel.pipeline.run import PipelineRun
-from titan_parallel.pipeline.schedules import Stages, check_pipeline, place_stages
+from titan_parallel.pipeline.schedule_csv import check_order
+from titan_parallel.pipeline.schedules import StagePlacement, check_pipeline, place_stages
 from titan_parallel.pipeline.stage import Stage
 from titan_parallel.pipeline.stage_modules import Flow
 from titan_parallel.pipeline.tied_weights import TiedStages
-from titan_parallel.plan import ParallelPlan, Roles, match_names
+from titan_parallel.plan import ParallelPlan, PlannedModel, Roles, has_sharded_logits, match_names
 
 LayOut = Callable[[nn.Module, ParallelPlan, Roles], None]
 
 
-def make_stages(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    plan: ParallelPlan,
-    roles: Roles,
-    options: ParallelOptions,
-    lay_out: LayOut,
-    sharded_logits: bool,
-) -> PipelineRun:
+def make_stages(planned: PlannedModel, mesh: DeviceMesh, options: ParallelOptions, lay_out: LayOut) -> PipelineRun:
     """Cut a model into stages and lay out those of this rank.
 
     Args:
-        model: The whole model; changed in place.
+        planned: The model, changed in place, with its plan and roles.
         mesh: From `build_mesh`.
-        plan: The model's plan.
-        roles: Its modules.
-        options: Schedule, split points and the rest.
-        lay_out: Transforms one stage in place, by a plan and roles of its own.
-        sharded_logits: Whether its logits are left split over the vocabulary.
+        options: Schedule, split points and the other options.
+        lay_out: Transforms one stage in place, given its own plan and roles.
 
     Returns:
-        What runs them.
+        The object that runs the stages.
 
     Raises:
-        LayoutError: If the model cannot be cut so.
+        LayoutError: If the model cannot be cut this way.
     """
+    model, plan, roles = planned.module, planned.plan, planned.roles
     pp, rank = mesh["pp"].size(), mesh["pp"].get_local_rank()
-    check_divisible(model, roles)
-    check_pipeline(pp, options.pipeline, blocks=roles.blocks)
-    placed = place_stages(options.pipeline, pp)
-    if reshard_blocks(options, pp) is not False and placed.splits_backward:
-        raise LayoutError(
-            f"pipeline schedule {options.pipeline.schedule} computes gradients of weights long after those of inputs, "
-            "so gathered weights have to stay: leave reshard_after_forward at 'default' or 'never', or take 1F1B"
-        )
-    blocks = split_blocks(model, roles, len(placed.ranks), options.pipeline)
+    placement = _placement(planned, options, pp)
+    blocks = split_blocks(model, roles, len(placement.ranks), options.pipeline)
     tied = list(plan.get("tied", ()))
     if mesh["tp"].size() > 1:
         _check_ties(model, plan, tied)
-    mine = placed.of(rank)
+    mine = placement.of(rank)
     owned = {index: own_roles(model, roles, blocks, index) for index in mine}
-    plans = {index: stage_plan(model, plan, roles, own) for index, own in owned.items()}
+    plans = {index: stage_plan(planned, own) for index, own in owned.items()}
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     copies = [_copy_structure(model) for _ in mine[1:]]
     stages: dict[int, Stage] = {}
@@ -76,36 +63,45 @@ def make_stages(
         lay_out(part, {**plans[index], "tied": within}, own)
         is_last = index == len(blocks) - 1
         enter(part, own, flow, is_last=is_last)
-        stage = Stage(part, flow, own.before, is_last)
+        stage = Stage(part, flow, own.before, is_last=is_last)
         if any(isinstance(module, FSDPModule) for module in part.modules()):
-            # torch's schedules look for FSDP at the root; which owns no parameter here.
+            # torch's schedules check whether the root is an FSDP module; here it has no parameters of its own.
             fully_shard(stage, mesh=fsdp_mesh(mesh), reshard_after_forward=False)
         stages[index] = stage
-    ties = _ties([stage.part for stage in stages.values()], tied, roles, placed, rank, mesh)
-    return PipelineRun(stages, placed, mesh, options, ties, sharded_logits)
+    ties = _ties([stage.part for stage in stages.values()], planned, placement, mesh)
+    sharded_logits = has_sharded_logits(plan, mesh["tp"].size())
+    return PipelineRun(stages, placement, mesh, options, ties, sharded_logits=sharded_logits)
+
+
+def _placement(planned: PlannedModel, options: ParallelOptions, pp: int) -> StagePlacement:
+    """Check model and options for pipeline parallelism, and return which stages are on which rank."""
+    check_divisible(planned.module, planned.roles)
+    check_pipeline(pp, options.pipeline, blocks=planned.roles.blocks)
+    placement = place_stages(options.pipeline, pp)
+    if placement.file is not None:
+        check_order(placement.file)
+    if reshard_blocks(options, pp) is not False and placement.splits_backward:
+        raise LayoutError(
+            f"pipeline schedule {options.pipeline.schedule} computes gradients of weights long after those of inputs, "
+            "so weights must stay gathered; set reshard_after_forward to 'default' or 'never', or use 1F1B"
+        )
+    return placement
 
 
 def _copy_structure(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's modules that share its parameters and buffers."""
+    """Return a copy of a model's modules that shares its parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _ties(
-    parts: Sequence[nn.Module],
-    tied: Sequence[tuple[str, str]],
-    roles: Roles,
-    placed: Stages,
-    rank: int,
-    mesh: DeviceMesh,
-) -> TiedStages:
-    """Sort out which weights are tied across stages, and where their copies are."""
-    first, last = placed.ranks[0], placed.ranks[-1]
+def _ties(parts: Sequence[nn.Module], planned: PlannedModel, placement: StagePlacement, mesh: DeviceMesh) -> TiedStages:
+    """Find the weights that are tied across stages, and the ranks of their copies."""
+    rank, first, last = mesh["pp"].get_local_rank(), placement.ranks[0], placement.ranks[-1]
     here: list[tuple[str, str]] = []
     away: dict[str, int] = {}
     copies: set[str] = set()
-    for alias, owner in tied:
-        outer = {name: any(name.startswith(f"{module}.") for module in roles.before) for name in (alias, owner)}
+    for alias, owner in planned.plan.get("tied", ()):
+        outer = {name: any(name.startswith(f"{module}.") for module in planned.roles.before) for name in (alias, owner)}
         if outer[alias] == outer[owner]:
             continue  # both in one stage
         before, after = (alias, owner) if outer[alias] else (owner, alias)
@@ -121,7 +117,7 @@ def _ties(
 
 
 def _check_ties(model: nn.Module, plan: ParallelPlan, tied: Sequence[tuple[str, str]]) -> None:
-    """Check that tensor parallelism splits both copies of a tied weight alike."""
+    """Check that tensor parallelism splits both copies of a tied weight along the same dim."""
     patterns = plan.get("tensor", {})
     found = match_names(model, patterns, parameters=True)
     dims = {"vocab": 0, "colwise": 0, "logits": 0, "rowwise": 1}
@@ -130,6 +126,6 @@ def _check_ties(model: nn.Module, plan: ParallelPlan, tied: Sequence[tuple[str, 
         alias, owner = (split.get(name, split.get(name.rpartition(".")[0])) for name in pair)
         if alias != owner:
             raise LayoutError(
-                f"the plan ties {pair[0]} and {pair[1]}, but tensor parallelism splits them along different dims; "
-                "stages of a pipeline can only share what they split alike"
+                f"plan['tied']: {pair[0]} and {pair[1]} have tensor-parallel styles that split them along different "
+                "dims; pipeline stages can only share weights that are split alike"
             )

@@ -1,4 +1,8 @@
-"""Cutting a model into the stages of a pipeline."""
+"""Cutting a model into pipeline stages: modules of other stages are replaced by those of `stage_modules`.
+
+Called by `build.make_stages`, in this order: `check_divisible`, `own_roles`, `stage_plan`, `cut`, and `enter` after all
+transforms.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,23 @@ from torch import nn
 
 from titan_parallel.errors import LayoutError
 from titan_parallel.pipeline.stage_modules import End, Entrance, Exit, Flow, PassOn, StandIn
-from titan_parallel.plan import ParallelPlan, Roles, match_names
+from titan_parallel.plan import ParallelPlan, PlannedModel, Roles, match_names
 
 
 def cut(
     model: nn.Module, roles: Roles, own: Roles, flow: Flow, tied: Sequence[tuple[str, str]]
 ) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """Leave out of a model, in place, what is not a stage's own.
+    """Replace the modules of a model that belong to other stages, in place.
 
     Args:
-        model: The whole model, or a copy of it.
-        roles: All modules that stages share out.
-        own: Those of this stage.
-        flow: What its modules are to share.
+        model: The model, or a copy of it.
+        roles: All modules that are distributed over stages.
+        own: The modules of this stage.
+        flow: State that the stage's modules will share.
         tied: Pairs of tied parameters.
 
     Returns:
-        The model, and the pairs that are both here.
+        The model, and the pairs of which both are in this stage.
     """
     first, last = (roles.blocks.index(name) for name in (own.blocks[0], own.blocks[-1]))
     for names, kept, kind in (
@@ -41,7 +45,7 @@ def cut(
 
 
 def enter(model: nn.Module, own: Roles, flow: Flow, *, is_last: bool) -> None:
-    """Put what stands at a stage's ends around its first block and the model's last one; after all transforms."""
+    """Wrap a stage's first block in `Entrance` and the model's last block in `End`, after all transforms."""
     name = own.blocks[0]
     model.set_submodule(name, Entrance(model.get_submodule(name), flow))
     if is_last:
@@ -50,30 +54,32 @@ def enter(model: nn.Module, own: Roles, flow: Flow, *, is_last: bool) -> None:
 
 
 def check_divisible(model: nn.Module, roles: Roles) -> None:
-    """Check that every parameter belongs to a module, of one name, that a stage can have for its own.
+    """Check that every parameter belongs to a module of one of the roles, under one name.
 
     Raises:
-        LayoutError: With the names of those that do not.
+        LayoutError: If not; the message names the parameters or modules.
     """
     prefixes = tuple(f"{name}." for name in [*roles.before, *roles.blocks, *roles.after])
     stray = [name for name, _ in model.named_parameters() if not name.startswith(prefixes)]
     if not roles.blocks:
-        raise LayoutError("pp is more than 1, but the plan names no blocks to make stages of")
+        raise LayoutError(
+            "pp above 1 requires plan['blocks'], which stages are made of, but it is empty; add it or set pp=1"
+        )
     shared = _shared(model, prefixes)
     if shared:
         raise LayoutError(
-            f"pp is more than 1, but the model has modules under two names, which stages cannot share: {shared[0]}; "
-            "make them modules of their own, or take pp 1"
+            f"pp above 1: the model uses one module under two names, which stages cannot share: {shared[0]}; make them "
+            "separate modules or set pp=1"
         )
     if stray:
         raise LayoutError(
-            f"pp is more than 1, but these parameters are in no module that the plan names as 'before', 'blocks' or "
-            f"'after', so no stage owns them: {', '.join(stray)}"
+            "pp above 1: these parameters are in no module of plan['before'], plan['blocks'] or plan['after'], so no "
+            f"stage owns them: {', '.join(stray)}"
         )
 
 
 def _shared(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
-    """Return which modules with parameters are in one of the modules of a stage, and elsewhere under another name."""
+    """Return the modules with parameters that are in two units (modules distributed over stages) under two names."""
 
     def unit(name: str) -> str:
         return next((prefix for prefix in prefixes if f"{name}.".startswith(prefix)), "")
@@ -87,15 +93,14 @@ def _shared(model: nn.Module, prefixes: tuple[str, ...]) -> list[str]:
     return found
 
 
-def stage_plan(model: nn.Module, plan: ParallelPlan, roles: Roles, own: Roles) -> ParallelPlan:
-    """Return the plan of one stage: names instead of patterns, without those of modules that are elsewhere.
+def stage_plan(planned: PlannedModel, own: Roles) -> ParallelPlan:
+    """Return the plan of one stage: names instead of patterns, without modules of other stages.
 
     Args:
-        model: The whole model, before anything is cut.
-        plan: Its plan.
-        roles: All modules that stages share out.
-        own: Those of the stage.
+        planned: The model before it is cut.
+        own: The modules of the stage.
     """
+    model, plan, roles = planned.module, planned.plan, planned.roles
     kept = {*own.before, *own.blocks, *own.after}
     absent = [name for name in [*roles.before, *roles.blocks, *roles.after] if name not in kept]
     prefixes = tuple(f"{name}." for name in absent)
@@ -125,10 +130,10 @@ def own_roles(model: nn.Module, roles: Roles, blocks: Sequence[Sequence[str]], i
     """Return the modules of one stage.
 
     Args:
-        model: The whole model.
+        model: The model.
         roles: Its modules.
         blocks: Names of the blocks of each stage.
-        index: The stage. Modules before the blocks that have no state, such as rotary tables, are every stage's.
+        index: The stage. Modules before the blocks that have no state, such as rotary tables, are in every stage.
     """
     return Roles(
         before=[name for name in roles.before if index == 0 or not model.get_submodule(name).state_dict()],

@@ -1,4 +1,7 @@
-"""Pipeline parallelism: the blocks in stages, on ranks that hand the hidden state on."""
+"""Running a step through a pipeline: shape inference, a dry run in the first step, then torch's schedule.
+
+The counterpart of `sequential.SequentialRun`; made by `build.make_stages`, called by `ParallelModel`.
+"""
 
 from __future__ import annotations
 
@@ -12,64 +15,65 @@ from torch.distributed.device_mesh import DeviceMesh
 from titan_parallel.clip_grad import clip_grad_norm
 from titan_parallel.options import ParallelOptions
 from titan_parallel.pipeline.boundary import Boundary
-from titan_parallel.pipeline.broadcast import raise_together, share
-from titan_parallel.pipeline.dry_run import rehearse
-from titan_parallel.pipeline.schedules import Stages, check_pipeline
+from titan_parallel.pipeline.broadcast import broadcast_output, raise_together
+from titan_parallel.pipeline.dry_run import dry_run_stage
+from titan_parallel.pipeline.schedules import StagePlacement, check_pipeline
 from titan_parallel.pipeline.shape_inference import Boundaries
 from titan_parallel.pipeline.stage import Stage
 from titan_parallel.pipeline.tied_weights import TiedStages
 from titan_parallel.pipeline.torch_schedule import BuiltSchedule, ScheduledStage
 from titan_parallel.sequential import LossFunction, Microbatch, checked_loss, loss_context
-from titan_parallel.tensor.styles import settle_gradients, to_full, whole
+from titan_parallel.tensor.styles import full_output, settle_gradients, to_full
 
 
 class PipelineRun:
     """Runs the stages of this rank together with those of the other ranks of the pipeline.
 
     Args:
-        stages: Those of this rank, by their place among all stages.
-        placed: Where all stages lie.
+        stages: The stages of this rank, by their index among all stages.
+        placement: Which stages are on which rank.
         mesh: From `build_mesh`.
-        options: Schedule; whether blocks are compiled.
+        options: Schedule; whether blocks are compiled or checkpointed.
         ties: Weights that stages share.
-        sharded_logits: Whether the model's logits are left split over the vocabulary.
+        sharded_logits: Whether the model's logits stay split over the vocabulary.
     """
 
     def __init__(
         self,
         stages: Mapping[int, Stage],
-        placed: Stages,
+        placement: StagePlacement,
         mesh: DeviceMesh,
         options: ParallelOptions,
         ties: TiedStages,
+        *,
         sharded_logits: bool,
     ) -> None:
-        self.placed = placed
+        self.placement = placement
         self._stages = stages
         self._options = options
         self._ties = ties
         self._sharded_logits = sharded_logits
         self._group = mesh["pp"].get_group()
-        self._boundaries = Boundaries(stages, mesh, placed.ranks[0])
-        # Half of a compiled block's backward cannot be run alone; what is checkpointed would be computed twice.
+        self._boundaries = Boundaries(stages, mesh, placement.ranks[0])
+        # Backward of a compiled block cannot run in halves; a checkpointed one would be recomputed for each half.
         together = options.compile_blocks or options.activation_checkpointing != "none"
-        self._halves = placed.splits_backward and not together
-        self._rehearsed = False
+        self._halves = placement.splits_backward and not together
+        self._dry_run_done = False
         self._built: tuple[Hashable, BuiltSchedule] | None = None
 
     @property
     def parts(self) -> list[nn.Module]:
-        """What of the model is on this rank."""
+        """The parts of the model on this rank."""
         return [stage.part for stage in self._stages.values()]
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, normaliser: float
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float
     ) -> Tensor:
         """See `ParallelModel`; the loss is on the ranks with the last stage, zero on others."""
         check_pipeline(self._group.size(), self._options.pipeline, microbatches=len(microbatches))
 
         def finish(output: Any, microbatch: Microbatch) -> Tensor:
-            return self._loss(output, microbatch, loss_function) / normaliser
+            return self._loss(output, microbatch, loss_function) / num_target_tokens
 
         self._ties.begin()
         losses = self._run(microbatches, finish, trains=True)
@@ -90,11 +94,11 @@ class PipelineRun:
         outputs: list[Any] = []
 
         def finish(output: Any, microbatch: Microbatch) -> Tensor:
-            outputs.append(whole(output))
+            outputs.append(full_output(output))
             return torch.zeros(())
 
         self._run([Microbatch(args, None, kwargs)], finish, trains=False)
-        return share(outputs[0] if outputs else None, self._group, self.placed.ranks[-1], self._device)
+        return broadcast_output(outputs[0] if outputs else None, self._group, self.placement.ranks[-1], self._device)
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
         """See `ParallelModel`."""
@@ -108,48 +112,48 @@ class PipelineRun:
         for stage in self._stages.values():
             stage.finish = finish
         try:
-            with loss_context(self._sharded_logits):
-                if trains and not self._rehearsed:
-                    self._rehearse(microbatches[0], boundaries[0])
-                return self._schedule(len(microbatches), boundaries[0], trains).run(microbatches, boundaries)
+            with loss_context(sharded_logits=self._sharded_logits):
+                if trains and not self._dry_run_done:
+                    self._dry_run(microbatches[0], boundaries[0])
+                return self._schedule(len(microbatches), boundaries[0], trains=trains).run(microbatches, boundaries)
         except BaseException:
-            self._built = None  # left in the middle of a step
+            self._built = None  # it is in the middle of a step
             raise
         finally:
             for stage in self._stages.values():
                 stage.finish = None
 
-    def _rehearse(self, microbatch: Microbatch, boundary: Boundary) -> None:
+    def _dry_run(self, microbatch: Microbatch, boundary: Boundary) -> None:
         problem: Exception | None = None
         try:
             for index, stage in self._stages.items():
-                rehearse(stage, index, microbatch, boundary, halves=self._halves)
+                dry_run_stage(stage, index, microbatch, boundary, halves=self._halves)
         except Exception as error:
             problem = error
         raise_together(problem, self._group)
-        self._rehearsed = True
+        self._dry_run_done = True
 
     def _loss(self, output: Any, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
-        loss = checked_loss(loss_function(output if self._sharded_logits else whole(output), microbatch.target))
+        loss = checked_loss(loss_function(output if self._sharded_logits else full_output(output), microbatch.target))
         return to_full(loss).float()
 
     def _sum(self, losses: Sequence[Tensor]) -> Tensor:
         zero = torch.zeros((), device=self._device)
         return torch.stack([zero, *(loss.detach() for loss in losses)]).sum()
 
-    def _schedule(self, count: int, boundary: Boundary, trains: bool) -> BuiltSchedule:
-        """Return the schedule, built anew if anything changed: stages' buffers are of one shape and one kind of use."""
+    def _schedule(self, count: int, boundary: Boundary, *, trains: bool) -> BuiltSchedule:
+        """Return the schedule, rebuilt if number, shape or use of microbatches changed: stages' buffers are fixed."""
         key = (count, trains, boundary.local, boundary.hidden.dtype)
         if self._built is None or self._built[0] != key:
             pipeline = self._options.pipeline
-            last = len(self.placed.ranks) - 1
+            last = len(self.placement.ranks) - 1
             stages = [
                 ScheduledStage(
-                    stage, index, last + 1, self._group, boundary, splits=self.placed.splits_backward and trains
+                    stage, index, last + 1, self._group, boundary, splits=self.placement.splits_backward and trains
                 )
                 for index, stage in self._stages.items()
             ]
-            self._built = key, BuiltSchedule(pipeline.schedule, self.placed, stages, count, trains)
+            self._built = key, BuiltSchedule(pipeline.schedule, self.placement, stages, count, trains=trains)
         return self._built[1]
 
     @property

@@ -1,4 +1,7 @@
-"""Finding out what passes between stages, for each microbatch of a step."""
+"""Shape inference: what stages exchange, for each microbatch of a step.
+
+`PipelineRun` calls it at the beginning of each step; it communicates only for shapes that are new.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
+from titan_parallel._torch_compat import tree_leaves
 from titan_parallel.fsdp import reshard
 from titan_parallel.mesh import fsdp_mesh
 from titan_parallel.pipeline.boundary import Boundary
-from titan_parallel.pipeline.broadcast import share_object
+from titan_parallel.pipeline.broadcast import broadcast_object
 from titan_parallel.pipeline.stage import Stage
 from titan_parallel.sequential import Microbatch
 
 
 class Boundaries:
-    """What passes between stages, which the first one finds out once for each shape of microbatch.
+    """What stages exchange, inferred by the first stage once for each shape of a microbatch.
 
     Args:
-        stages: Those of this rank, by their place among all stages.
+        stages: The stages of this rank, by their index among all stages.
         mesh: From `build_mesh`.
-        first: The rank of the pipeline with the first stage.
+        first: The rank within the pipeline that has the first stage.
     """
 
     def __init__(self, stages: Mapping[int, Stage], mesh: DeviceMesh, first: int) -> None:
@@ -36,24 +39,24 @@ class Boundaries:
         self._known: dict[Hashable, Boundary] = {}
 
     def of(self, microbatches: Sequence[Microbatch], device: torch.device) -> list[Boundary]:
-        """Return what passes between stages for each microbatch of a step.
+        """Return what stages exchange for each microbatch of a step.
 
         Raises:
-            LayoutError: If more than the hidden state would have to pass.
+            LayoutError: If stages would have to exchange more than the hidden state.
             ValueError: If microbatches have hidden states of different shapes.
         """
         signatures = [_signature(microbatch) for microbatch in microbatches]
         unknown = {s: m for s, m in zip(signatures, microbatches, strict=True) if s not in self._known}
-        looks = list(unknown.items())
+        wanted = list(unknown.items())
         if 0 in self._stages:
-            # Ranks that gather weights together have to look together, whether or not they need to.
-            looks += [(None, microbatches[0])] * (self._most_looks(len(looks), device) - len(looks))
-        for signature, microbatch in looks:
+            # Ranks that gather weights together must run equally many forwards, whether or not they need to.
+            wanted += [(None, microbatches[0])] * (self._most_forwards(len(wanted), device) - len(wanted))
+        for signature, microbatch in wanted:
             found: Boundary | Exception | None = None
             if 0 in self._stages:
-                found = self._try_to_look(microbatch)
+                found = self._infer(microbatch)
             if signature is not None:
-                found = share_object(found, self._group, self._first)
+                found = broadcast_object(found, self._group, self._first)
             if isinstance(found, Exception):
                 raise found
             if signature is not None:
@@ -63,20 +66,20 @@ class Boundaries:
         shapes = {str(boundary.hidden) for boundary in boundaries}
         if len(shapes) > 1:
             raise ValueError(
-                "the microbatches of one step have to give hidden states of one shape under pipeline parallelism, but "
-                f"these give {', '.join(sorted(shapes))}: pad them to equal lengths"
+                "pipeline parallelism requires microbatches of one step to have hidden states of one shape, but these "
+                f"have {', '.join(sorted(shapes))}; pad them to equal lengths"
             )
         return boundaries
 
-    def _try_to_look(self, microbatch: Microbatch) -> Boundary | Exception:
-        """Return what the first stage finds, or what went wrong, for the other ranks to know."""
+    def _infer(self, microbatch: Microbatch) -> Boundary | Exception:
+        """Return the boundary inferred by the first stage, or its exception, to broadcast to the other ranks."""
         stage = self._stages[0]
         stage.microbatch = microbatch
         modes = [(module, module.training) for module in stage.modules()]
-        stage.eval()  # so that nothing is counted, drawn or averaged
+        stage.eval()  # no dropout, no running statistics
         try:
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                return stage.look()
+                return stage.infer_boundary()
         except Exception as error:
             return error
         finally:
@@ -84,7 +87,7 @@ class Boundaries:
                 module.training = training
             reshard(stage)
 
-    def _most_looks(self, own: int, device: torch.device) -> int:
+    def _most_forwards(self, own: int, device: torch.device) -> int:
         sharing = self._mesh[("dp_shard", "cp", "ep")].size()
         if sharing == 1:
             return own
@@ -95,7 +98,7 @@ class Boundaries:
 
 
 def _signature(microbatch: Microbatch) -> Hashable:
-    """Return what the shape of a microbatch's hidden state may depend on."""
+    """Return the properties of a microbatch that the shape of its hidden state may depend on."""
 
     def describe(leaf: Any) -> Hashable:
         if isinstance(leaf, Tensor):

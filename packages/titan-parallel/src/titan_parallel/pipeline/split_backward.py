@@ -1,8 +1,10 @@
-"""Whether a stage's backward can be run in two halves: gradients of inputs first, of weights later.
+"""Whether a stage's backward can run in two halves: gradients of inputs first, of weights later.
 
-torch does so by starting again, for the weights, at the nodes of the autograd graph where they meet what depends on the
-input. That takes each weight to meet it once: with a second meeting further up (a module that is called twice), the
-graph between them is gone by then. And torch 2.11 takes all gradients of such a node for those of its first output.
+For the second half torch restarts at the nodes of the autograd graph where weights meet values that depend on the
+input. So each weight must meet them in one node only: with a second one further up (a module that is called twice) the
+graph in between has been freed. And torch 2.11 treats all gradients of such a node as those of its first output.
+
+Called by `dry_run`, which also uses `nodes_below`.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ from torch import Tensor
 
 
 def is_splittable(output: Tensor, received: Tensor) -> bool:
-    """Return whether each parameter meets what depends on `received` in one node, by that node's first output.
+    """Return whether each parameter meets values that depend on `received` in one node, by the node's first output.
 
     Args:
-        output: What a stage returns, with its graph.
+        output: A stage's result, with its graph.
         received: The leaf that it was computed from.
     """
     order = nodes_below(output)
     dependent = {node for node in order if getattr(node, "variable", None) is received}
-    weights: dict[Any, set[Any]] = {}  # of what does not depend on the input: the leaves under it
+    weights: dict[Any, set[Any]] = {}  # node that does not depend on the input -> the leaves below it
     met: dict[Any, set[Any]] = {}
     outputs: dict[Any, set[int]] = {}
     for node in order:
@@ -40,11 +42,11 @@ def is_splittable(output: Tensor, received: Tensor) -> bool:
 
 
 def nodes_below(x: Tensor, *, without: Any = None) -> list[Any]:
-    """Return the nodes of the graph of a tensor, each after all that it leads to.
+    """Return the nodes of the autograd graph of a tensor, each after the nodes below it.
 
     Args:
-        x: The tensor; of one without a graph there are none.
-        without: A node to leave out, with what only it leads to.
+        x: The tensor; without a graph the list is empty.
+        without: A node to leave out, together with the nodes that only it leads to.
     """
     root: Any = x.grad_fn
     if root is None or root is without:

@@ -1,7 +1,7 @@
-"""A stage of a pipeline: the model itself, with what is not its own left out.
+"""A stage of a pipeline: the model itself, with the modules of other stages replaced (`stage_modules`).
 
-Every rank of a pipeline reads the same rows, so each stage runs the model's own forward with all its arguments: masks,
-rotary tables and the like are computed where they are needed, and stages exchange the hidden state alone, the first
+All ranks of a pipeline get the same sequences, so each stage runs the model's own forward with all arguments: masks,
+rotary tables and the like are computed where they are needed, and stages exchange only the hidden state, the first
 argument of a block.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_parallel.errors import LayoutError
-from titan_parallel.pipeline.boundary import Boundary, Like, Probe, noting_outputs, template
+from titan_parallel.pipeline.boundary import Boundary, Probe, TensorMeta, recording_outputs, template
 from titan_parallel.pipeline.stage_modules import Flow, Reached
 from titan_parallel.pipeline.transfer import pack, unpack
 
 
 class Arguments(Protocol):
-    """What a model is called with."""
+    """The arguments of a model."""
 
     @property
     def args(self) -> tuple[Any, ...]: ...  # noqa: D102
@@ -34,19 +34,19 @@ class Stage(nn.Module):
     """One stage, as torch's pipeline schedules call it: hidden state in, hidden state or loss out.
 
     Attributes:
-        part: The model without what is on other stages.
-        flow: What its modules share.
+        part: The model, with modules of other stages replaced.
+        flow: State that its modules share.
         is_last: Whether it ends with the loss.
-        microbatch: What to compute next; set before each call.
-        finish: Makes the result of the last stage: (output of the model, microbatch) to a scalar.
-        splits_backward: Whether its backward can be run in two halves; None until it was found out.
+        microbatch: The arguments of the next call; set before each call.
+        finish: Computes the result of the last stage, a scalar, from (output of the model, microbatch).
+        splits_backward: Whether its backward can run in two halves; None before the dry run.
     """
 
     microbatch: Arguments
     finish: Callable[[Any, Any], Tensor] | None = None
     splits_backward: bool | None = None
 
-    def __init__(self, part: nn.Module, flow: Flow, before: Sequence[str], is_last: bool) -> None:
+    def __init__(self, part: nn.Module, flow: Flow, before: Sequence[str], *, is_last: bool) -> None:
         super().__init__()
         self.part = part
         self.flow = flow
@@ -54,10 +54,10 @@ class Stage(nn.Module):
         self._before = tuple(before)
 
     def forward(self, received: Tensor | None = None) -> Tensor:
-        """Compute the microbatch from what was received (but on the first stage) to what is to be sent, or the loss."""
+        """Return the hidden state to send, or the loss, from the received one (None on the first stage)."""
         flow = self.flow
         flow.calls.clear()
-        flow.ended = flow.parting = None
+        flow.end_hidden = flow.graph_split = None
         if received is not None:
             assert flow.boundary is not None
             flow.received = unpack(received, flow.boundary, flow.mesh)
@@ -72,17 +72,17 @@ class Stage(nn.Module):
         finally:
             flow.received = None
         if not self.is_last or self.finish is None:
-            raise RuntimeError("the model's forward ended before it called the blocks of later pipeline stages")
+            raise RuntimeError("the model's forward returned without calling the blocks of later pipeline stages")
         return self.finish(output, self.microbatch)
 
-    def look(self) -> Boundary:
-        """Run the forward up to the first block, on the first stage, to see what stages have to know of one another.
+    def infer_boundary(self) -> Boundary:
+        """Run the first stage's forward up to the first block, and return what stages exchange.
 
         Raises:
-            LayoutError: If more than the hidden state would have to pass between stages.
+            LayoutError: If stages would have to exchange more than the hidden state.
         """
         probe = Probe()
-        with noting_outputs(self.part, self._before, probe.stand_ins):
+        with recording_outputs(self.part, self._before, probe.stand_ins):
             self.flow.probe = probe
             try:
                 self()
@@ -91,6 +91,8 @@ class Stage(nn.Module):
         if probe.complaint:
             raise LayoutError(probe.complaint)
         if probe.hidden is None:
-            raise LayoutError("the model's forward ended without calling its first block")
+            raise LayoutError(
+                "the model's forward returned without calling its first block, which the plan names; set pp=1"
+            )
         local = probe.hidden.to_local() if isinstance(probe.hidden, DTensor) else probe.hidden
-        return Boundary(Like.of(probe.hidden), local.shape, probe.stand_ins, template(probe.output))
+        return Boundary(TensorMeta.of(probe.hidden), local.shape, probe.stand_ins, template(probe.output))

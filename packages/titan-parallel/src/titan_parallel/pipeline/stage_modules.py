@@ -1,8 +1,9 @@
-"""What a stage has in the place of modules of other stages, and at its ends.
+"""The modules that a stage has in the place of other stages' modules, and around its own first and last block.
 
-Modules before the first block are stood in for by empty tensors of their outputs' shapes; blocks before the stage's own
-hand on what they get; the first own block takes what was received in place of its first argument; and the block after
-the last own one ends the forward.
+`StandIn`, for modules before the blocks, returns NaN tensors of the right shapes; `PassOn`, for blocks of earlier
+stages, returns its first argument; `Entrance`, around the first own block, replaces its first argument by the received
+hidden state; `Exit`, for later modules, ends the forward; `End`, around the model's last block, may split the graph.
+`partition` puts them into the model; README.md in this directory shows the sequence of a forward.
 """
 
 from __future__ import annotations
@@ -14,42 +15,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from titan_parallel.pipeline.boundary import Boundary, Hidden, Like, Probe, first_argument, note
+from titan_parallel._torch_compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from titan_parallel.pipeline.boundary import Boundary, HiddenState, Probe, TensorMeta, first_argument, record_block
 from titan_parallel.pipeline.transfer import fits, pack, unpack
 
 
 @dataclass(frozen=True)
-class Parting:
-    """Where the graph of the last stage is parted, in what the blocks computed and what was computed from that.
+class GraphSplit:
+    """The point behind the last block where the graph of the last stage is split in two.
 
     Attributes:
-        left: The hidden state that the blocks ended with.
-        arrived: The leaf that all that follows was computed from.
+        output: The hidden state that the blocks computed.
+        leaf: The leaf that everything after the blocks is computed from.
     """
 
-    left: Tensor
-    arrived: Tensor
+    output: Tensor
+    leaf: Tensor
 
 
 @dataclass
 class Flow:
-    """What one stage's modules share while it runs.
+    """State that the modules of one stage share during a forward.
+
+    Set once: `device` and `mesh`. Set by the stage or the schedule before a forward: `boundary`, `received`, `probe`,
+    `splits_graph` and `stand_ins`. Set by modules during the forward: `sent`, `calls`, `graph_split`, `end_hidden`.
 
     Attributes:
-        device: Where it computes.
-        mesh: The tensor-parallel mesh, which DTensors between blocks lie on.
-        boundary: Of the microbatch that is computed.
-        received: The hidden state from the stage before.
-        sent: The hidden state for the stage after.
-        calls: How often each absent module before the blocks was called in this forward.
-        probe: Where to note what the first block gets and returns; the forward ends there.
-        parts: Whether to part the graph of the last stage behind its blocks.
-        parting: Where it was parted.
-        stand_ins: If not None, where to note tensors that stand for what other stages compute, each with the name of
-            the module that computes it.
-        ended: Noted with these: the hidden state that the model's last block ended with.
+        device: The device that the stage computes on.
+        mesh: The tensor-parallel mesh of DTensors between blocks.
+        boundary: What stages exchange for the microbatch at hand.
+        received: The hidden state from the previous stage.
+        sent: The hidden state for the next stage.
+        calls: Number of calls of each stand-in in this forward.
+        probe: If set, `Entrance` records its block's input and output here and ends the forward (shape inference).
+        splits_graph: Whether `End` splits the graph of the last stage behind its blocks.
+        graph_split: Where it was split.
+        stand_ins: If set, tensors returned in the place of other stages' results are recorded here, with the names of
+            the modules that they stand for (dry run).
+        end_hidden: Recorded together with these: the hidden state that the model's last block returned.
     """
 
     device: torch.device
@@ -59,26 +63,26 @@ class Flow:
     sent: Tensor | None = None
     calls: Counter[str] = field(default_factory=Counter)
     probe: Probe | None = None
-    parts: bool = False
-    parting: Parting | None = None
+    splits_graph: bool = False
+    graph_split: GraphSplit | None = None
     stand_ins: list[tuple[Tensor, str]] | None = None
-    ended: Tensor | None = None
+    end_hidden: Tensor | None = None
 
-    def stand_for(self, like: Like, name: str) -> Tensor:
-        """Return a tensor in place of one of a module that is elsewhere; nothing may be computed from it."""
-        stand_in = like.unknown(self.device, self.mesh)
+    def stand_for(self, meta: TensorMeta, name: str) -> Tensor:
+        """Return a tensor in place of one that a module of another stage computes; it must not influence the result."""
+        stand_in = meta.unknown(self.device, self.mesh)
         if self.stand_ins is None or not torch.is_grad_enabled() or not stand_in.is_floating_point():
             return stand_in
         self.stand_ins.append((stand_in.requires_grad_(), name))
-        return stand_in.clone()  # no leaf, which a model could not change in place
+        return stand_in.clone()  # not a leaf, which a model could not change in place
 
 
 class Reached(BaseException):
-    """Ends a forward where the stage's own part ends. No `Exception`: no fallback of a model may catch it."""
+    """Ends a forward after the stage's own blocks. Not an `Exception`: a model's own handlers must not catch it."""
 
 
 class _Absent(nn.Module):
-    """Stands for a module of another stage: keeps its plain attributes, which a model may look at, and no tensor."""
+    """Replacement of a module of another stage. Keeps its attributes, which a model may read, but no tensor."""
 
     def __init__(self, name: str, original: nn.Module, flow: Flow) -> None:
         super().__init__()
@@ -92,41 +96,41 @@ class _Absent(nn.Module):
 
 
 class StandIn(_Absent):
-    """A module before the blocks, on a later stage."""
+    """Replacement of a module before the blocks, on a later stage."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what has the shapes of what the absent module returns."""
+        """Return tensors with the shapes of the absent module's output."""
         flow = self._flow
         assert flow.boundary is not None
         outputs = flow.boundary.stand_ins.get(self._name) or [flow.boundary.hidden]
-        like = outputs[min(flow.calls[self._name], len(outputs) - 1)]
+        output = outputs[min(flow.calls[self._name], len(outputs) - 1)]
         flow.calls[self._name] += 1
-        return tree_map_only(Like, lambda one: flow.stand_for(one, self._name), like)
+        return tree_map_only(TensorMeta, lambda one: flow.stand_for(one, self._name), output)
 
 
 class PassOn(_Absent):
-    """A block of an earlier stage: returns its first argument as a block of this model does."""
+    """Replacement of a block of an earlier stage: returns its first argument, in the structure of a block's output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the first argument, with what has the shapes of what else the absent block returns."""
+        """Return the first argument, and tensors with the shapes of the absent block's other results."""
         flow = self._flow
         assert flow.boundary is not None
         hidden = first_argument(args, kwargs)
-        output = tree_map_only(Like, lambda one: flow.stand_for(one, self._name), flow.boundary.block_output)
-        return tree_map_only(Hidden, lambda _: hidden, output)
+        output = tree_map_only(TensorMeta, lambda one: flow.stand_for(one, self._name), flow.boundary.block_output)
+        return tree_map_only(HiddenState, lambda _: hidden, output)
 
 
 class Exit(_Absent):
-    """A block or later module of a later stage: the forward ends at the first that is called."""
+    """Replacement of a block of a later stage or a module after the blocks: the first one called ends the forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """End the forward."""
+        """Keep the first argument to send, and end the forward."""
         self._flow.sent = first_argument(args, kwargs)
         raise Reached
 
 
 class _Around(nn.Module):
-    """Stands around a block and has its attributes."""
+    """Wrapper of a block that has the block's attributes."""
 
     def __init__(self, block: nn.Module, flow: Flow) -> None:
         super().__init__()
@@ -141,10 +145,10 @@ class _Around(nn.Module):
 
 
 class Entrance(_Around):
-    """Gives a stage's first block what was received. Of the model's first block, it tells what goes in and out."""
+    """Wrapper of a stage's first block: passes it the received hidden state. On the first stage it serves the probe."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block on what was received."""
+        """Run the block on the received hidden state."""
         flow = self._flow
         if flow.received is not None:
             if args:
@@ -154,19 +158,19 @@ class Entrance(_Around):
         output = self._entered_module(*args, **kwargs)
         if flow.probe is None:
             return output
-        note(flow.probe, args, kwargs, output)
+        record_block(flow.probe, args, kwargs, output)
         raise Reached
 
 
 class End(_Around):
-    """Stands around the model's last block and, if it is asked to, parts the graph behind it.
+    """Wrapper of the model's last block: splits the graph behind it if `flow.splits_graph` is set.
 
-    What follows the blocks often ends in a fused loss, whose backward runs once. With its graph apart it does, while
-    that of the blocks runs in two halves.
+    What follows the blocks often ends in a fused loss whose backward can run only once. With the graph split, it does,
+    while backward of the blocks runs in two halves.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block."""
+        """Run the block, and split the graph or record the hidden state if asked."""
         flow = self._flow
         output = self._entered_module(*args, **kwargs)
         leaves, spec = tree_flatten(output)
@@ -174,16 +178,16 @@ class End(_Around):
         if not isinstance(hidden, Tensor) or not hidden.requires_grad:
             return output
         assert flow.boundary is not None
-        if flow.parts and fits(hidden, flow.boundary):
-            left = pack(hidden, flow.boundary)
-            flow.parting = Parting(left, left.detach().requires_grad_())
-            leaves[0] = unpack(flow.parting.arrived, flow.boundary, flow.mesh)
-            hidden = left
+        if flow.splits_graph and fits(hidden, flow.boundary):
+            packed = pack(hidden, flow.boundary)
+            flow.graph_split = GraphSplit(packed, packed.detach().requires_grad_())
+            leaves[0] = unpack(flow.graph_split.leaf, flow.boundary, flow.mesh)
+            hidden = packed
         if flow.stand_ins is not None:
-            flow.ended = hidden
+            flow.end_hidden = hidden
         return tree_unflatten(leaves, spec)
 
 
 def _holds_tensors(value: object) -> bool:
-    """Whether a value is or holds a tensor or a module."""
+    """Return whether a value is or contains a tensor or a module."""
     return any(isinstance(leaf, Tensor | nn.Module) for leaf in tree_leaves(value))

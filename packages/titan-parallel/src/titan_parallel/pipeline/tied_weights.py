@@ -1,4 +1,7 @@
-"""Tied weights of a pipeline: one weight that two stages hold a copy of."""
+"""Tied weights of a pipeline: one weight of which two stages hold a copy.
+
+`PipelineRun` calls `follow` before each run, `begin` and `add_up` around each training step.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ from titan_parallel.tensor.styles import settle_gradients
 
 @dataclass
 class TiedStages:
-    """Keeps copies of a weight equal, and their gradients the sum of both.
+    """Keep copies of a weight equal, and give them the sum of both gradients.
 
     On different ranks both copies get the summed gradient, so that two optimizers take equal steps. On one rank (the
-    first and last stage of a V) the first copy is the weight: it gets the sum, and the second is made equal to it
-    before each run.
+    first and last stage of a V-shaped placement) the first copy is the weight: it gets the sum, and the second is set
+    to it before each run.
 
     Attributes:
         parts: The model's parts on this rank.
-        here: Pairs of names (first, second) of which both are in parts of this rank, but not in one.
-        away: Names here whose pair is on another rank, each with that rank within `group`.
-        copies: Those of `away` that are the other rank's to count.
+        here: Pairs of names (first, second) in two different parts of this rank.
+        away: Names on this rank whose copy is on another rank, with that rank within `group`.
+        copies: Those of `away` that the other rank counts in norms.
         group: The ranks of the pipeline.
     """
 
@@ -39,12 +42,12 @@ class TiedStages:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Make second copies on this rank equal to the first ones."""
+        """Set the second copies on this rank to the first ones."""
         for first, second in self._pairs():
             _local(second).copy_(_local(first))
 
     def begin(self) -> None:
-        """Set aside the gradients of earlier steps, which are sums over both copies already."""
+        """Set aside gradients accumulated earlier, which are sums over both copies already."""
         found = self._named()
         self._before = {name: found[name].grad for name in self.away}
         for name in self.away:
@@ -52,7 +55,7 @@ class TiedStages:
 
     @torch.no_grad()
     def add_up(self) -> None:
-        """Give each copy the sum of the gradients of both."""
+        """Give each copy the sum of both gradients."""
         found = self._named()
         for first, second in self._pairs():
             settle_gradients([first, second])
@@ -68,7 +71,7 @@ class TiedStages:
             settle_gradients([parameter])
             mine = _local(parameter.grad)
             other = torch.empty_like(mine)
-            sent = mine.clone()  # what is received is added while this may still be on its way
+            sent = mine.clone()  # a copy: the received gradient is added while this may still be in flight
             work = dist.batch_isend_irecv(
                 [
                     dist.P2POp(dist.isend, sent, group=self.group, group_peer=peer),
@@ -82,7 +85,7 @@ class TiedStages:
                 parameter.grad.add_(earlier)
 
     def counted_elsewhere(self) -> list[nn.Parameter]:
-        """Return the parameters here whose gradients another rank counts."""
+        """Return the parameters on this rank whose gradients another rank counts in norms."""
         found = self._named()
         return [found[name] for name in self.copies]
 

@@ -1,7 +1,10 @@
-"""The seam to torch's pipeline schedules: stages of static shapes, and the schedule that runs them.
+"""The adapter to torch's pipeline schedules: stages of static shapes, and the schedule that runs them.
 
-Every stage is called without arguments of the user's: torch would cut these along their first dim, keep them with the
-activations and check them against those of the first microbatch. Which microbatch is meant comes with each call.
+Stages are called without the user's arguments, because torch would chunk these along dim 0, keep them with the
+activations and validate them against the first microbatch. Instead, each call names its microbatch by index.
+
+`PipelineRun` builds a `BuiltSchedule`. Overridden methods of `PipelineStage` are public in torch 2.11 to 2.15; private
+ones are in `_torch_compat`.
 """
 
 from __future__ import annotations
@@ -13,30 +16,31 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get_schedule_class
+from torch.distributed.pipelining.schedules import get_schedule_class
 
+from titan_parallel._torch_compat import NoSelfGreeting, csv_schedule_class, load_csv_schedule, reorder_schedule
 from titan_parallel.pipeline.boundary import Boundary
-from titan_parallel.pipeline.schedules import Stages
+from titan_parallel.pipeline.schedules import StagePlacement
 from titan_parallel.pipeline.stage import Stage
-from titan_parallel.pipeline.stage_modules import Parting
+from titan_parallel.pipeline.stage_modules import GraphSplit
 from titan_parallel.sequential import Microbatch
 
 
-class ScheduledStage(PipelineStage):
-    """A stage as a schedule knows it.
+class ScheduledStage(NoSelfGreeting, PipelineStage):
+    """A stage for torch's schedules.
 
     Args:
-        stage: What it computes.
-        index: Its place among all stages.
+        stage: The stage.
+        index: Its index among all stages.
         count: Number of all stages.
         group: The ranks of the pipeline.
-        boundary: What passes between stages.
-        splits: Whether the schedule has gradients of inputs and of weights apart. Where the stage cannot have them
-            apart they are computed together, at the place of the former.
+        boundary: What stages exchange.
+        splits: Whether the schedule computes gradients of inputs and of weights separately. If the stage cannot, both
+            are computed at the time of the former.
 
     Attributes:
-        microbatches: Of the step.
-        boundaries: For each of them.
+        microbatches: The microbatches of the step.
+        boundaries: What stages exchange for each of them.
     """
 
     def __init__(
@@ -52,115 +56,110 @@ class ScheduledStage(PipelineStage):
             input_args=(hidden,) if index else (),
             output_args=(hidden,) if index < count - 1 else (loss,),
             group=group,
-            dw_builder=_nothing_left if splits and not stage.splits_backward else None,
+            dw_builder=_no_weight_gradients if splits and not stage.splits_backward else None,
         )
         self.stage = stage
-        stage.flow.parts = bool(splits and stage.splits_backward and stage.is_last)
+        stage.flow.splits_graph = bool(splits and stage.splits_backward and stage.is_last)
         self.microbatches: Sequence[Microbatch] = ()
         self.boundaries: Sequence[Boundary] = ()
-        self._partings: dict[int, Parting] = {}
-        self._parting: Parting | None = None  # of the microbatch whose backward runs
+        self._graph_splits: dict[int, GraphSplit] = {}
+        self._graph_split: GraphSplit | None = None  # of the microbatch whose backward runs
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Compute the microbatch of this number."""
+        """Run the forward of the microbatch with this index."""
         flow = self.stage.flow
         self.stage.microbatch = self.microbatches[fwd_chunk_id]
         flow.boundary = self.boundaries[fwd_chunk_id]
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if flow.parting is not None:
-            self._partings[fwd_chunk_id], flow.parting = flow.parting, None
+        if flow.graph_split is not None:
+            self._graph_splits[fwd_chunk_id], flow.graph_split = flow.graph_split, None
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Compute the gradients of the microbatch of this number, or those of the input alone."""
-        self._parting = self._partings.pop(bwd_chunk_id, None)
+        """Compute all gradients of the microbatch with this index, or those of the input only."""
+        self._graph_split = self._graph_splits.pop(bwd_chunk_id, None)
         return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
-    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False):  # type: ignore[no-untyped-def]
-        """Run a backward; that of what follows the last block first, and in one piece, where the graph is parted."""
-        parting, self._parting = self._parting, None
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False):  # type: ignore[no-untyped-def]  # noqa: FBT001, FBT002
+        """Run a backward. If the graph is split, the part behind the last block runs first, in one piece."""
+        split, self._graph_split = self._graph_split, None
         outputs = bwd_kwargs["stage_output"]
         outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
         if backward_type != "weight" and not any(getattr(x, "requires_grad", True) for x in outputs if x is not None):
-            return (None,) * len(bwd_kwargs["input_values"]), []  # all that it computes with is frozen
-        if parting is None:
+            return (None,) * len(bwd_kwargs["input_values"]), []  # all parameters involved are frozen
+        if split is None:
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         loss = bwd_kwargs["stage_output"]
         ending = {
             "stage_output": loss[0] if isinstance(loss, tuple) else loss,
             "output_grads": None,
-            "input_values": [parting.arrived],
+            "input_values": [split.leaf],
         }
         gradients, _ = super().backward_maybe_with_nosync("full", ending)
-        blocks = {**bwd_kwargs, "stage_output": (parting.left,), "output_grads": gradients}
+        blocks = {**bwd_kwargs, "stage_output": (split.output,), "output_grads": gradients}
         return super().backward_maybe_with_nosync(backward_type, blocks, last_backward)
 
-    # Of stages that meet on one rank, torch hands gradients on even where there are none, in evaluation.
+    # Between two stages on one rank torch passes gradients on even in evaluation, where there are none.
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
-        """Return the gradient for the stage before on this rank."""
+        """Return the gradient for the previous stage on this rank."""
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()  # type: ignore[no-untyped-call]
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
-        """Take the gradient of the stage after on this rank."""
+        """Take the gradient from the next stage on this rank."""
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
-    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
-        """Leave this rank itself out of the neighbours that torch 2.11 greets first; gloo sends nothing to itself."""
-        greet: Any = super()
-        return [one for one in greet._get_init_p2p_neighbors_ops() if one.group_peer != self.group_rank]
-
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """Reduce the gradients of the step over data ranks."""
+        """Reduce the gradients of the step over data-parallel ranks."""
         if self.has_backward:
             super().perform_reduce_grad(grad_scale_factor)
 
 
 class BuiltSchedule:
-    """A schedule for a number of microbatches of one shape.
+    """A schedule for a fixed number of microbatches of one shape.
 
     Args:
-        name: One of `SCHEDULES`, or the path of a file.
-        placed: Where the stages lie.
-        stages: Those on this rank.
-        microbatches: Of a step.
-        trains: Whether there will be a backward.
+        name: One of `SCHEDULES`, or the path of a CSV file.
+        placement: Which stages are on which rank.
+        stages: The stages of this rank.
+        microbatches: Number of microbatches of a step.
+        trains: Whether there is a backward.
     """
 
     def __init__(
-        self, name: str, placed: Stages, stages: Sequence[ScheduledStage], microbatches: int, trains: bool
+        self, name: str, placement: StagePlacement, stages: Sequence[ScheduledStage], microbatches: int, *, trains: bool
     ) -> None:
         self._stages = stages
         self._count = microbatches
         self._trains = trains
-        if not trains:  # one that takes any number of microbatches, and places stages alike
+        if not trains:  # a schedule with the same placement that takes any number of microbatches
             single = "GPipe" if len(stages) == 1 else "LoopedBFS"
-            name = "ZBVZeroBubble" if placed.v_shaped else single
-        file = name if placed.file is not None and trains else None
-        kind: Any = _PipelineScheduleRuntime if file is not None else get_schedule_class(name)
+            name = "ZBVZeroBubble" if placement.v_shaped else single
+        file = name if placement.file is not None and trains else None
+        kind: Any = csv_schedule_class() if file is not None else get_schedule_class(name)
         alone = name in ("GPipe", "1F1B")
-        # The last stage computes the loss itself: torch wants tensors of what a stage returns.
+        # The last stage computes the loss itself, since torch requires stages to return tensors; `loss_fn` passes it.
         self._schedule = kind(
-            stages[0] if alone else list(stages), n_microbatches=microbatches, loss_fn=_as_it_is, scale_grads=False
+            stages[0] if alone else list(stages), n_microbatches=microbatches, loss_fn=_unchanged, scale_grads=False
         )
         if file is not None:
-            self._schedule._load_csv(file)
+            load_csv_schedule(self._schedule, file)
         if any(action.sub_actions for row in self._order() for action in row):
-            # Of a forward and a backward that torch has as one action, for those who can run both at once, it would
-            # send both results after both. One after the other, each goes as soon as it is there.
+            # torch combines a forward and a backward into one action, for runtimes that overlap them, and sends both
+            # results after both. As separate actions each result is sent as soon as it is computed.
             order = [[one for action in row for one in action.sub_actions or (action,)] for row in self._order()]
-            self._schedule._prepare_schedule_with_comms(dict(enumerate(order)))
+            reorder_schedule(self._schedule, dict(enumerate(order)))
 
     def _order(self) -> list[list[Any]]:
-        """Return what torch has each rank compute, in order; nothing where it has no such table."""
+        """Return the actions of each rank in torch's schedule; empty for schedules without such a table."""
         order = getattr(self._schedule, "pipeline_order", {})
         return [[action for action in order[rank] if action is not None] for rank in sorted(order)]
 
     def run(self, microbatches: Sequence[Microbatch], boundaries: Sequence[Boundary]) -> list[Tensor]:
-        """Run a step; return the losses of its microbatches, on the rank with the last stage, in their order."""
+        """Run a step; return the losses of its microbatches in order, on the rank with the last stage."""
         losses: list[Tensor] = []
-        target = torch.arange(self._count)  # what the schedule cuts into microbatches
+        target = torch.arange(self._count)  # placeholder that the schedule chunks into microbatches
         for stage in self._stages:
             stage.microbatches, stage.boundaries = microbatches, boundaries
         try:
@@ -174,9 +173,10 @@ class BuiltSchedule:
         return losses
 
 
-def _as_it_is(loss: Tensor, target: Tensor) -> Tensor:
+def _unchanged(loss: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def _nothing_left() -> Any:
+def _no_weight_gradients() -> Any:
+    """Return a second half of backward that does nothing: the first half has computed all gradients."""
     return lambda: None

@@ -1,4 +1,4 @@
-"""The hidden state on its way from stage to stage: packed into a plain tensor and unpacked again."""
+"""Packing the hidden state into a regular tensor to send to the next stage, and unpacking it."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from titan_parallel.pipeline.boundary import Boundary, Like
+from titan_parallel.pipeline.boundary import Boundary, TensorMeta
 
 
 def pack(hidden: Tensor, boundary: Boundary) -> Tensor:
-    """Return what to send of a hidden state.
+    """Return the regular tensor to send for a hidden state.
 
     Raises:
-        RuntimeError: If it is not of the shape, dtype and layout that the stages agreed on.
+        RuntimeError: If its shape, dtype or placements differ from those inferred.
     """
     if not fits(hidden, boundary):
         raise RuntimeError(
-            f"blocks have to keep the hidden state's shape and dtype, {boundary.hidden}, but return {Like.of(hidden)}"
+            f"blocks must keep the hidden state's shape, dtype and placements, {boundary.hidden}, but one returned "
+            f"{TensorMeta.of(hidden)}"
         )
-    left: Tensor = _Leave.apply(_settled(hidden.to_local() if isinstance(hidden, DTensor) else hidden))
-    return left
+    packed: Tensor = _Leave.apply(_settled(hidden.to_local() if isinstance(hidden, DTensor) else hidden))
+    return packed
 
 
 def unpack(received: Tensor, boundary: Boundary, mesh: DeviceMesh) -> Tensor:
-    """Return the hidden state that was received; `mesh` is the tensor-parallel one."""
+    """Return the hidden state from a received tensor; `mesh` is the tensor-parallel mesh."""
     hidden: Tensor = _Arrive.apply(received)
-    like = boundary.hidden
-    if like.placements is None:
+    meta = boundary.hidden
+    if meta.placements is None:
         return hidden
-    return DTensor.from_local(hidden, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride)
+    return DTensor.from_local(hidden, mesh, meta.placements, run_check=False, shape=meta.shape, stride=meta.stride)
 
 
 def fits(hidden: Tensor, boundary: Boundary) -> bool:
-    """Whether a hidden state is of the shape, dtype and layout that the stages agreed on."""
-    found, wanted = Like.of(hidden), boundary.hidden
+    """Return whether a hidden state has the inferred shape, dtype and placements."""
+    found, wanted = TensorMeta.of(hidden), boundary.hidden
     return (found.shape, found.dtype, found.placements) == (wanted.shape, wanted.dtype, wanted.placements)
 
 
 class _Leave(torch.autograd.Function):
-    """The identity on what is sent: no view, even of itself, as torch detaches a stage's output in place."""
+    """The identity on the tensor to send, never as a view: torch detaches a stage's output in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.data  # shares memory, and is a view to nobody
+        return x.data  # shares memory, but is not a view for autograd
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ class _Leave(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """The identity on what was received; its gradient is made fit to be sent back."""
+    """The identity on the received tensor; makes its gradient contiguous, so that it can be sent back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -66,5 +67,5 @@ class _Arrive(torch.autograd.Function):
 
 
 def _settled(x: Tensor) -> Tensor:
-    """Return `x` dense, and with no collective in flight that it waits for (which torch has a subclass for)."""
+    """Return `x` contiguous, and waited for if it is a subclass for a collective in flight."""
     return (x if type(x) is Tensor else x.clone()).contiguous()

@@ -1,5 +1,7 @@
-"""Tensor parallelism: weights cut over ranks by the style that the plan gives each module.
+"""Tensor parallelism: weights are split over ranks by the style that the plan gives each module.
 
 Called by `apply`, before activation checkpointing, compile and FSDP.
-Hands on the same modules, their parameters now DTensors, with the communication each style needs in hooks.
+Returns the same modules: their parameters are DTensors, and hooks do the communication of each style. `styles` is the
+entry; `kv_heads` covers fewer key/value heads than ranks, `moe` mixtures of experts, `local_parameters` modules that
+compute with local shards.
 """

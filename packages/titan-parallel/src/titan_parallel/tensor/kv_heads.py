@@ -1,8 +1,8 @@
-"""Key/value heads under tensor parallelism where there are fewer of them than ranks: each is held by several ranks.
+"""Key/value projections under tensor parallelism with fewer key/value heads than ranks: several ranks hold one head.
 
-Rank `r` of `tp` computes query heads `r * H / tp` and on, all of which look at key/value head `r * Hkv // tp`. Each of
-the ranks that hold a head gathers the part of its gradient that is due to its own query heads; the parts' sum is the
-head's.
+Rank `r` of `tp` computes the query heads from `r * H / tp` on, all of which attend to key/value head `r * Hkv // tp`.
+Each rank that holds a head accumulates the part of the head's gradient that comes from its own query heads; the parts
+are summed once per step.
 """
 
 from __future__ import annotations
@@ -12,55 +12,57 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from titan_parallel._torch_compat import unflatten_mesh
 from titan_parallel.errors import LayoutError
 
-_HELD = (Shard(0), Replicate())  # over heads, over the ranks that hold the same one
+_HELD = (Shard(0), Replicate())  # over heads, over the ranks that hold the same head
 _GRADIENT = (Shard(0), Partial())
 
 
 def shared_heads_mesh(mesh: DeviceMesh, kv_heads: int) -> DeviceMesh | None:
-    """Return the ranks of `mesh` by the head that they hold, or None if there is a head for each of them.
+    """Return the ranks of `mesh` grouped by the head that they hold, or None if each rank has its own heads.
 
     Args:
         mesh: The one-dimensional tensor-parallel mesh; its size is a multiple of `kv_heads` or divides it.
-        kv_heads: How many heads there are.
+        kv_heads: Number of key/value heads.
     """
     if kv_heads >= mesh.size():
         return None
-    unflattened: DeviceMesh = mesh._unflatten(0, (kv_heads, mesh.size() // kv_heads), ("tp_heads", "tp_copies"))
-    return unflattened
+    return unflatten_mesh(mesh, (kv_heads, mesh.size() // kv_heads), ("tp_heads", "tp_copies"))
 
 
 def share_heads(model: nn.Module, name: str, mesh: DeviceMesh, heads: DeviceMesh) -> None:
-    """Put in place of a linear of `model` one whose outputs are split over heads.
+    """Replace a linear of `model` by one whose outputs are split over key/value heads.
 
     Args:
-        model: Holds it.
-        name: Of the linear that projects to keys or values.
+        model: The model that contains the linear.
+        name: Name of the linear that projects to keys or values.
         mesh: The tensor-parallel mesh.
         heads: The same ranks, from `shared_heads_mesh`.
 
     Raises:
-        LayoutError: If it is more than a linear, or its outputs do not divide.
+        LayoutError: If the module is not an `nn.Linear`, or its outputs do not divide.
     """
     linear = model.get_submodule(name)
     if type(linear) is not nn.Linear:
         raise LayoutError(
-            f"{name!r} is a {type(linear).__name__}; with fewer key/value heads than ranks it has to be an nn.Linear"
+            f"{name!r} is a {type(linear).__name__}; with fewer key/value heads than tp ranks 'colwise_kv' requires "
+            "an nn.Linear"
         )
     if linear.out_features % heads.size(0):
         raise LayoutError(
-            f"{name!r} has {linear.out_features} outputs, which are no {heads.size(0)} heads as 'heads' says"
+            f"{name!r} has {linear.out_features} outputs, which do not divide into {heads.size(0)} key/value heads; "
+            "correct plan['heads']"
         )
     model.set_submodule(name, _SharedHeads(linear, mesh, heads))
 
 
 class _SharedHeads(nn.Linear):
-    """Maps whole activations to the head that this rank holds, as a plain tensor.
+    """Map full activations to the head that this rank holds, as a regular tensor.
 
-    Its parameters have the shapes of the linear in whose place it is. torch's own dispatch over a mesh of two dims
-    would sum the gradients of a head's activations over its ranks in each backward; here those of the weights are
-    summed, once in a step.
+    Parameters have the shapes of the replaced linear. DTensor's dispatch over a mesh of two dims would sum the
+    gradients of a head's activations over its ranks in each backward; here the gradients of the weights are summed,
+    once per step.
     """
 
     def __init__(self, linear: nn.Linear, mesh: DeviceMesh, heads: DeviceMesh) -> None:
@@ -74,10 +76,11 @@ class _SharedHeads(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, (Replicate(),), run_check=False)
-        if x.placements != (Replicate(),):  # else torch would sum the gradient here, and not where x was gathered
+        # Only if needed: redistributing a replicated tensor would sum its gradient here, not where it was gathered.
+        if x.placements != (Replicate(),):
             x = x.redistribute(placements=(Replicate(),))
-        whole = x.to_local(grad_placements=(Partial(),))
-        return F.linear(whole, _local(self.weight), None if self.bias is None else _local(self.bias))
+        full = x.to_local(grad_placements=(Partial(),))
+        return F.linear(full, _local(self.weight), None if self.bias is None else _local(self.bias))
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Modules that compute with their rank's own part of each weight, as plain tensors, while the weights stay DTensors."""
+"""Modules whose code computes with local shards of their weights, as regular tensors, while the weights stay DTensors.
+
+Used by `tensor.moe` and `expert.experts`, for modules whose code indexes or reshapes its weights.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 Use = Literal["own", "factor", "term"]
-"""How a rank uses what it has of a parameter.
+"""How a rank uses its local part of a parameter.
 
-`own`: its gradient is complete, or is that of its own shard. For a parameter that every rank has in whole, but uses
-for a part of a sum over ranks, so that each has a part of the gradient: `factor` if it multiplies that part, `term` if
-it is added to it, in which case every rank adds its share.
+`own`: the local gradient is complete, or that of the local shard. The other two are for a parameter that every rank has
+in full but uses for its part of a sum over ranks, so that each rank has a part of the gradient: `factor` if it
+multiplies that part, `term` if it is added to it, in which case each rank adds its share.
 """
 
-_SPLITTING = frozenset({"ep", "tp"})  # the mesh dims that parameters lie on where code computes with them
+_SPLITTING = frozenset({"ep", "tp"})  # the mesh dims of parameters while module code runs
 
 
 def read_locally(module: nn.Module, uses: Mapping[str, Use]) -> None:
-    """Let a module's own code see, under the names of parameters, this rank's part of each.
+    """Let a module's own code read local shards under the names of its parameters.
 
-    The parameters stay what they are, under their names, to whoever lists them: optimizers, state dicts, FSDP. The
-    module becomes an instance of a subclass of its class. While FSDP keeps a parameter sharded, there is no such part.
+    Optimizers, state dicts and FSDP, which list parameters, still get the DTensors. The module becomes an instance of a
+    new subclass of its class, named `Local<class>`: `repr` and `type(module)` change, `isinstance` does not, and the
+    module can no longer be pickled. While FSDP keeps a parameter sharded there is no local part to read.
 
     Args:
-        module: The module.
-        uses: Names of its direct parameters, which are DTensors when its code runs, and how that uses them.
+        module: The module, changed in place.
+        uses: Names of its direct parameters, which are DTensors when its code runs, and how the code uses them.
     """
     if not uses:
         return
@@ -42,7 +46,7 @@ def _reader(name: str, use: Use):  # type: ignore[no-untyped-def]
         parameter = module._parameters[name]
         assert isinstance(parameter, DTensor)
         if not _SPLITTING.issuperset(parameter.device_mesh.mesh_dim_names or ()):
-            return parameter  # to FSDP, which looks at it in the same way
+            return parameter  # read by FSDP itself, which gets attributes in the same way
         if use == "own":
             return parameter.to_local()
         placements, mesh = parameter.placements, parameter.device_mesh
@@ -50,7 +54,7 @@ def _reader(name: str, use: Use):  # type: ignore[no-untyped-def]
         local = parameter.to_local(grad_placements=parts)
         if use == "factor":
             return local
-        # A list, since compiled code takes no generators here.
+        # A list: torch.compile does not support a generator here.
         return local / math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate()])
 
     return read

@@ -1,11 +1,13 @@
 """Tensor parallelism of a mixture of experts.
 
-A mixture sees the whole sequence on every rank, as plain tensors. Which experts a token goes to, and how much each
-counts, is computed on every rank alike. The experts, and a feed-forward beside them, are split over their inner width,
-so that what the mixture puts out on each rank is a part of a sum over the ranks.
+A mixture gets the full sequence on every rank, as regular tensors. The experts and weights of each token are computed
+identically on every rank. The experts, and a feed-forward beside them, are split over their inner width, so that the
+output of the mixture on each rank is one part of a sum over the ranks.
 
-In backward each rank then has a part of every gradient, down to the mixture's input, where the parts are summed. Only
-inside the router gradients are whole: it may have a loss of its own, which has to count once, not once a rank.
+In backward each rank then has one part of every gradient, down to the mixture's input, where the parts are summed. Only
+inside the router are gradients complete: it may have its own loss, which must count once, not once per rank.
+
+`styles` calls `split_mixture` for each module of style `mixture`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.utils._pytree import tree_map_only
 
+from titan_parallel._torch_compat import AsyncCollectiveTensor, all_reduce_sum, tree_map_only
 from titan_parallel.errors import LayoutError
 from titan_parallel.tensor.local_parameters import Use, read_locally
 
@@ -32,20 +33,20 @@ def split_mixture(
 
     Args:
         name: Its name, for messages.
-        mixture: Called with the activations `[B, S, ...]` as they lie between blocks; returns a tensor of that shape.
+        mixture: The module, called with activations `[B, S, ...]`; returns one tensor of that shape.
         mesh: The one-dimensional tensor-parallel mesh.
-        styles: Names of its modules and parameters, relative to it, to the words of `ParallelPlan.tensor`.
-        between: How activations lie between blocks.
+        styles: Names of its modules and parameters, relative to it, to styles of `ParallelPlan.tensor`.
+        between: Placement of activations between blocks.
 
     Raises:
-        LayoutError: If a style does not fit what it is given to.
+        LayoutError: If a style does not fit its module or parameter.
     """
     splits: dict[str, tuple[Placement, Use]] = {}
     wrong: list[str] = []
     for key, parameter in mixture.named_parameters():
         style = _style(key, styles)
         if style is None:
-            continue  # reported together with parameters outside of mixtures
+            continue  # reported with the parameters outside of mixtures
         split = _split(mixture, key, parameter, style)
         if split is None:
             wrong.append(f"'{name}.{key}' {list(parameter.shape)} cannot be {style!r}")
@@ -55,7 +56,7 @@ def split_mixture(
         if dim is not None and parameter.shape[dim] % mesh.size():
             wrong.append(f"tp {mesh.size()} does not divide dim {dim} of '{name}.{key}' {list(parameter.shape)}")
     if wrong:
-        raise LayoutError(f"tensor styles in the mixture {name!r}: {'; '.join(wrong)}. {_WORDS}")
+        raise LayoutError(f"plan['tensor'] in the mixture {name!r}: {'; '.join(wrong)}. {_HINT}")
 
     for prefix, module in mixture.named_modules():
         uses: dict[str, Use] = {}
@@ -74,27 +75,27 @@ def split_mixture(
     mixture.register_forward_hook(partial(_sum_outputs, mesh, between))
 
 
-_WORDS = (
-    "There 'colwise' and 'rowwise' split an nn.Linear, or by its name a parameter [experts, outputs, inputs] or "
-    "[experts, outputs]; 'router' is for modules and 'replicate' for parameters that every rank has in whole"
+_HINT = (
+    "In a mixture 'colwise' and 'rowwise' split an nn.Linear or, by its name, a parameter [experts, outputs, inputs] "
+    "or [experts, outputs]; 'router' is for modules and 'replicate' for parameters that every rank holds in full"
 )
 
 
 def _style(key: str, styles: Mapping[str, str]) -> str | None:
-    """Return the word for a parameter: its own, or that of the nearest module above it."""
+    """Return the style of a parameter: its own, or that of the nearest module above it."""
     while key and key not in styles:
         key = key.rpartition(".")[0]
     return styles.get(key)
 
 
 def _split(mixture: nn.Module, key: str, parameter: nn.Parameter, style: str) -> tuple[Placement, Use] | None:
-    """Return what a rank gets of a parameter, and what for."""
+    """Return the placement of a parameter and how its rank uses it, or None if the style does not fit."""
     module = mixture.get_submodule(key.rpartition(".")[0])
     if style == "router":
         return Replicate(), "own"
     if style == "replicate":
         return Replicate(), "factor"
-    inputs = 1 if isinstance(module, nn.Linear) else 2  # the dim of a matrix that holds them; biases have none
+    inputs = 1 if isinstance(module, nn.Linear) else 2  # the dim of the inputs of a matrix; biases have none
     if not isinstance(module, nn.Linear) and parameter.ndim not in (2, 3):
         return None
     if style == "colwise":
@@ -107,13 +108,13 @@ def _split(mixture: nn.Module, key: str, parameter: nn.Parameter, style: str) ->
 def _gather_inputs(
     mesh: DeviceMesh, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Make every tensor whole and plain; its gradient will be a sum over ranks."""
+    """Make every tensor a full, regular tensor, whose gradient is a sum over ranks."""
 
     def gathered(x: Tensor) -> Tensor:
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
         elif x.placements[0].is_replicate():
-            # The sum is taken here, where the gradient passes through a plain tensor, and not anywhere further up.
+            # Passing through a regular tensor sums the gradient here, and not anywhere further up.
             x = DTensor.from_local(x.to_local(), mesh, x.placements, run_check=False)
         else:
             x = x.redistribute(placements=[Replicate()])
@@ -124,14 +125,16 @@ def _gather_inputs(
 
 def _sum_outputs(mesh: DeviceMesh, layout: Placement, module: nn.Module, args: tuple[Any, ...], output: Any) -> DTensor:
     if not isinstance(output, Tensor):
-        raise LayoutError(f"a mixture has to return one tensor, not {type(output).__name__} as {type(module).__name__}")
+        raise LayoutError(
+            f"a mixture must return one tensor, but {type(module).__name__} returned a {type(output).__name__}"
+        )
     return DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(placements=[layout])
 
 
 def _scale_gradients(
     factor: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let what flows back out of a module, which is the same on all ranks, be parts of a sum again."""
+    """Scale the gradients that leave a module, equal on all ranks, so that they are parts of a sum again."""
     scaled: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
         Tensor, lambda x: _Scaled.apply(x, factor) if x.is_floating_point() else x, (args, kwargs)
     )
@@ -139,17 +142,18 @@ def _scale_gradients(
 
 
 def _sum_gradients(group_name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Let what flows back into a module be whole."""
+    """Sum the gradients that enter a module over ranks, so that they are complete."""
     return tree_map_only(Tensor, lambda x: _Summed.apply(x, group_name) if x.is_floating_point() else x, output)
 
 
 def _arrived(x: Tensor) -> Tensor:
-    """Return `x` once it is here: compiled code cannot be given what is still on its way."""
+    """Return `x` once it has arrived: compiled code cannot take a tensor whose collective is still in flight."""
     return _Arrived.apply(x) if isinstance(x, AsyncCollectiveTensor) else x
 
 
 class _Arrived(torch.autograd.Function):
-    # As a function of its own, since waiting by itself cuts the gradient off.
+    # An autograd function, because `wait` alone would detach the gradient.
+
     @staticmethod
     def forward(ctx: Any, x: AsyncCollectiveTensor) -> Tensor:
         waited: Tensor = x.wait()
@@ -161,7 +165,7 @@ class _Arrived(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """The identity, whose backward scales."""
+    """The identity; backward scales the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -174,7 +178,7 @@ class _Scaled(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """The identity, whose backward sums over ranks."""
+    """The identity; backward sums the gradient over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
@@ -183,5 +187,4 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ops: Any = torch.ops._c10d_functional
-        return ops.wait_tensor(ops.all_reduce(grad.contiguous(), "sum", ctx.group_name)), None
+        return all_reduce_sum(grad, ctx.group_name), None
