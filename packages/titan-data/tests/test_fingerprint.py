@@ -1,6 +1,7 @@
 """Fingerprints: equal only for equal sources, small, and able to say what has changed."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -16,13 +17,13 @@ items = st.lists(st.tuples(st.text(max_size=3), st.text(max_size=3)), max_size=5
 @example(one=("x", [("ab", "c")]), two=("x", [("a", "bc")]))
 @example(one=("x", [("a", "b"), ("c", "d")]), two=("x", [("c", "d"), ("a", "b")]))
 @given(one=st.tuples(st.sampled_from("xy"), items), two=st.tuples(st.sampled_from("xy"), items))
-def test_equal_exactly_if_everything_is(one, two):
+def test_equal_exactly_if_everything_is(one: Any, two: Any) -> None:
     assert (Fingerprint.of(*one).digest == Fingerprint.of(*two).digest) == (one == two)
     assert (list_differences(Fingerprint.of(*one), Fingerprint.of(*two)) == []) == (one == two)
 
 
 @given(items=items, settings=st.dictionaries(st.text(max_size=2), st.none() | st.integers() | st.text(max_size=2)))
-def test_through_json_and_back(items, settings):
+def test_through_json_and_back(items: list[tuple[str, str]], settings: dict[str, Any]) -> None:
     fingerprint = Fingerprint.of("kind", items, settings)
     assert Fingerprint.from_json(json.loads(json.dumps(fingerprint.to_json(), sort_keys=True))) == fingerprint
 
@@ -38,30 +39,30 @@ def test_through_json_and_back(items, settings):
         ([FILES[1], ("c.jsonl", "X"), ("d.jsonl", "4")], ["edited: c.jsonl", "added: d.jsonl", "removed: a.jsonl"]),
     ],
 )
-def test_differences_are_listed_by_what_happened(changed, lines):
+def test_differences_are_listed_by_what_happened(changed: list[tuple[str, str]], lines: list[str]) -> None:
     assert list_differences(Fingerprint.of("jsonl", FILES), Fingerprint.of("jsonl", changed)) == lines
 
 
-def test_other_settings_and_kinds():
+def test_other_settings_and_kinds() -> None:
     then = Fingerprint.of("jsonl", FILES, {"text_key": "text", "same": 1})
     now = Fingerprint.of("jsonl", FILES, {"text_key": "body", "same": 1, "new": True})
     assert list_differences(then, now) == ["new: was None, now True", "text_key: was 'text', now 'body'"]
-    assert list_differences(then, Fingerprint.of("parquet", FILES)) == ["it was jsonl, now it is parquet"]
+    assert list_differences(then, Fingerprint.of("parquet", FILES)) == ["kind: was jsonl, now parquet"]
 
 
-def test_many_items_are_not_kept():
+def test_many_items_are_not_kept() -> None:
     then = Fingerprint.of("jsonl", ((f"{i}", "") for i in range(MAX_ITEMS + 1)))
     assert (then.items, then.count) == ((), MAX_ITEMS + 1)
     assert len(Fingerprint.of("jsonl", ((f"{i}", "") for i in range(MAX_ITEMS))).items) == MAX_ITEMS
     more = Fingerprint.of("jsonl", ((f"{i}", "") for i in range(MAX_ITEMS + 3)))
-    assert list_differences(then, more) == [f"it had {MAX_ITEMS + 1} items, now it has {MAX_ITEMS + 3}"]
+    assert list_differences(then, more) == [f"number of items: was {MAX_ITEMS + 1}, now {MAX_ITEMS + 3}"]
     edited = Fingerprint.of("jsonl", ((f"{i}", "x") for i in range(MAX_ITEMS + 1)))
     assert list_differences(then, edited) == [
-        f"one or more of its {MAX_ITEMS + 1} items have changed (too many to be listed)"
+        f"at least one of its {MAX_ITEMS + 1} items has changed (too many to list)"
     ]
 
 
-def test_long_lists_are_cut_short():
+def test_long_lists_are_cut_short() -> None:
     then = Fingerprint.of("jsonl", [(f"{i}", "") for i in range(30)])
     now = Fingerprint.of("jsonl", [(f"{i}", "x") for i in range(30)])
     assert list_differences(then, now) == ["edited: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 20 more"]

@@ -9,11 +9,14 @@ Nothing here depends on Python's version or on the machine: bytes are tokenized,
 """
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_flat import flat_loader
 from data_loader_cases import ListStream, run_in_parts
-from titan_data import ByteTokenizer, ListSource, Loader, Packing, Stage, TokenShards, Weighted, prepare
+from titan_data import ByteTokenizer, ListSource, Loader, MixtureSource, Packing, Phase, TokenShards, prepare
 
 TEXTS = [f"{i}: " + ("", "naïve ", "日本語, ", "word after word ")[i % 4] * (i * 7 % 13) for i in range(48)]
 TEXTS[5] = TEXTS[40] = ""
@@ -36,36 +39,36 @@ SHARDS = "60f05e576dca00986ec6578a40c305f091895ebe412ec9be3c005329d230e96c"
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden") / "shards"
     prepare(ListSource(TEXTS, "corpus"), ByteTokenizer(), folder, workers=0, shard_tokens=1000)
     return folder
 
 
-def digest_of_run(sources, packing, world=2, **options):
-    def make_loader(**place):
-        return Loader(
+def digest_of_run(sources: Any, packing: str, world_size: int = 2, **options: Any) -> str:
+    def make_loader(**place: Any) -> Loader:
+        return flat_loader(
             sources,
             ByteTokenizer(),
             seq_len=96,
             global_batch_size=8,
             seed=1234,
-            packing=Packing(packing, look_ahead=16),
+            packing=Packing(packing, packing_window=16),
             **options,
             **place,
         )
 
-    digests, _ = run_in_parts(make_loader, [(world, 0, 0, 8, STEPS)])
+    digests, _ = run_in_parts(make_loader, [(world_size, 0, 0, 8, STEPS)])
     assert len(digests) == STEPS
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def stream():
+def stream() -> ListStream:
     return ListStream([TEXTS[i::5] for i in range(5)], name="corpus")
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "one_per_row"])
-def test_one_source(packing, shards):
+def test_one_source(packing: str, shards: Path) -> None:
     found = {
         "random access": digest_of_run(ListSource(TEXTS, "corpus"), packing),
         "stream": digest_of_run(stream(), packing),
@@ -76,17 +79,17 @@ def test_one_source(packing, shards):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "one_per_row"])
-def test_a_mixture_that_switches_weights_and_length(packing, shards):
+def test_a_mixture_that_switches_weights_and_length(packing: str, shards: Path) -> None:
     sources = [
-        Weighted(TokenShards(shards, name="shards"), 0.5),
-        Weighted(ListSource(TEXTS[::-1], "rows"), 0.3, max_epochs=2),
-        Weighted(stream(), 0.2),
+        MixtureSource(TokenShards(shards, name="shards"), 0.5),
+        MixtureSource(ListSource(TEXTS[::-1], "rows"), 0.3, max_epochs=2),
+        MixtureSource(stream(), 0.2),
     ]
-    stages = [Stage(4, {"corpus": 0.6, "shards": 0.4}), Stage(8, seq_len=64)]
-    assert digest_of_run(sources, packing, world=4, stages=stages) == MIXTURE[packing]
+    stages = [Phase(4, {"corpus": 0.6, "shards": 0.4}), Phase(8, seq_len=64)]
+    assert digest_of_run(sources, packing, world_size=4, phases=stages) == MIXTURE[packing]
 
 
-def test_token_shards(shards):
+def test_token_shards(shards: Path) -> None:
     digest = hashlib.sha256()
     paths = sorted(shards.iterdir())
     assert [path.name for path in paths[:2]] == ["document-offsets.u64", "index.json"]

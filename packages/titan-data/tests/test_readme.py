@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import titan_data
 from titan_data.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_readme_code_runs(capsys, tmp_path, monkeypatch):
+def test_readme_code_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, as later blocks use what earlier ones made."""
     monkeypatch.chdir(tmp_path)
     found = re.findall(
@@ -27,10 +29,10 @@ def test_readme_code_runs(capsys, tmp_path, monkeypatch):
             program, *arguments = shlex.split(line)
             assert (program, main(arguments)) == ("titan-data", 0)
     printed = capsys.readouterr().out
-    assert "two ranks go on with the very same tokens" in printed
+    assert "two ranks continue with the same tokens" in printed
     assert "data of source 'notes': edited: document 1\n  data of source 'notes': added: document 2" in printed
     assert "allow_changes={'data'}" in printed
-    assert "tokens/stdlib: no damage" in printed
+    assert "tokens/stdlib: all files are valid" in printed
     assert "300 documents" in printed
     counts = scope["loader"].accounting()
     tokens = {name: count["tokens"] for name, count in counts.items()}
@@ -38,12 +40,12 @@ def test_readme_code_runs(capsys, tmp_path, monkeypatch):
         assert abs(tokens[name] - weight * sum(tokens.values())) < 512, "the shares that the README promises"
 
 
-def test_readme_lists_every_public_name():
+def test_readme_lists_every_public_name() -> None:
     text = README.read_text(encoding="utf-8")
     assert [name for name in titan_data.__all__ if f"`{name}`" not in text] == []
 
 
-def test_import_loads_neither_datasets_nor_siblings():
+def test_import_loads_neither_datasets_nor_siblings() -> None:
     code = (
         "import sys, titan_data; "
         "heavy = {'datasets', 'pyarrow', 'tokenizers', 'tiktoken', 'sentencepiece', 'huggingface_hub', 'rich', "

@@ -1,4 +1,4 @@
-"""`python -m titan_data` is `titan-data`."""
+"""Run the command line `titan-data` as `python -m titan_data`."""
 
 import sys
 

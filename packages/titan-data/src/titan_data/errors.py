@@ -1,4 +1,9 @@
-"""What titan-data raises for anything that the user can put right."""
+"""The errors of titan-data.
+
+ValueError
+  DataError             data, settings or a state cannot be used
+    ChangedDataError    a state does not belong to these data or settings
+"""
 
 from collections.abc import Sequence
 
@@ -8,10 +13,10 @@ class DataError(ValueError):
 
 
 class ChangedDataError(DataError):
-    """A saved state is of other data or settings.
+    """A saved state belongs to other data or settings.
 
     Attributes:
-        changes: what would have to be allowed to go on all the same, as `Loader.load_state_dict` takes it.
+        changes: The `allow_changes` with which `Loader.load_state_dict` would accept the state.
     """
 
     def __init__(self, message: str, changes: Sequence[str]) -> None:

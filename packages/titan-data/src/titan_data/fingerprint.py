@@ -1,4 +1,4 @@
-"""What a source is made of, small enough to be saved: so that a resume can say what has changed since."""
+"""Fingerprints: identify a source's data in a saved state, so that a resume can report what has changed since."""
 
 import hashlib
 import json
@@ -6,20 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-MAX_ITEMS = 1000  # more than these are not listed one by one: the saved state stays small
-_SHOWN = 10  # of each kind of difference; the rest are counted
+MAX_ITEMS = 1000  # items of larger sources are not listed: the saved state stays small
+_SHOWN = 10  # items named for each kind of difference; the rest are counted
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identity of a source's documents and of their order. Make one with `Fingerprint.of`.
+    """Identity of a source's documents and of their order. Create one with `Fingerprint.of`.
 
     Attributes:
-        kind: what sort of source it is, such as "jsonl" or "shards".
-        settings: what else the documents depend on, such as the name of the text's column; values are JSON scalars.
-        count: number of items.
-        digest: over kind, settings and all items in their order. Two fingerprints are equal exactly if these are.
-        items: `(name, digest)` of every item in order; empty where there are more than `MAX_ITEMS`.
+        kind: Kind of source, such as "jsonl" or "shards".
+        settings: What else the documents depend on, such as the name of the text column; values are JSON scalars.
+        count: Number of items.
+        digest: Digest of kind, settings and all items in order: equal exactly if two fingerprints are.
+        items: `(name, digest)` of every item in order; empty if there are more than `MAX_ITEMS`.
     """
 
     kind: str
@@ -35,18 +35,18 @@ class Fingerprint:
         items: Iterable[tuple[str, str]],
         settings: Mapping[str, str | int | float | bool | None] | None = None,
     ) -> Self:
-        """Make the fingerprint of a source.
+        """Create the fingerprint of a source.
 
         Args:
-            kind: what sort of source it is.
-            items: `(name, digest)` of whatever can be edited, added, removed or moved by itself (files, mostly), in
-                the order of the documents. Names are shown to people, so take short ones that a move of the whole
-                corpus does not change (a path relative to its folder). The digest is any short string that changes
-                with the contents: a checksum where it is at hand, else the size and the like; 16 characters will do.
-            settings: what else the documents depend on. Leave out what only says where or how fast to read.
+            kind: Kind of source.
+            items: `(name, digest)` of everything that can be edited, added, removed or moved by itself (mostly files),
+                in the order of the documents. Names appear in messages: use short ones that do not change when the
+                corpus is moved (a path relative to its folder). The digest is any short string that changes with the
+                contents: a checksum if there is one, else the size and similar; 16 characters are enough.
+            settings: What else the documents depend on. Leave out where and how fast to read.
 
         Returns:
-            The fingerprint; of any number of items it keeps at most `MAX_ITEMS`.
+            The fingerprint; it keeps at most `MAX_ITEMS` items.
         """
         kept: list[tuple[str, str]] = []
         count = 0
@@ -60,7 +60,7 @@ class Fingerprint:
         return cls(kind, sorted_settings, count, sha.hexdigest()[:32], tuple(kept) if count <= MAX_ITEMS else ())
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain JSON."""
+        """Return the fingerprint as JSON values."""
         return {
             "kind": self.kind,
             "settings": dict(self.settings),
@@ -71,7 +71,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
-        """Read what `to_json` gave."""
+        """Create a fingerprint from what `to_json` returned."""
         return cls(
             kind=saved["kind"],
             settings=tuple(sorted(saved["settings"].items())),
@@ -82,29 +82,30 @@ class Fingerprint:
 
 
 def list_differences(saved: Fingerprint, now: Fingerprint) -> list[str]:
-    """Say what has changed between two fingerprints, for people.
+    """Describe what has changed between two fingerprints.
 
     Args:
-        saved: of the run that was stopped.
-        now: of the source as it is.
+        saved: Fingerprint in the saved state.
+        now: Fingerprint of the source now.
 
     Returns:
-        One line for each difference, the items' in groups: edited, added, removed, reordered; none if they are equal.
+        One line per difference, items grouped as edited, added, removed and reordered; empty if they are equal.
     """
     if saved.digest == now.digest:
         return []
     if saved.kind != now.kind:
-        return [f"it was {saved.kind}, now it is {now.kind}"]
-    lines = []
+        return [f"kind: was {saved.kind}, now {now.kind}"]
     then, today = dict(saved.settings), dict(now.settings)
-    for key in sorted({*then, *today}):
-        if then.get(key) != today.get(key):
-            lines.append(f"{key}: was {then.get(key)!r}, now {today.get(key)!r}")
+    lines = [
+        f"{key}: was {then.get(key)!r}, now {today.get(key)!r}"
+        for key in sorted({*then, *today})
+        if then.get(key) != today.get(key)
+    ]
     if len(saved.items) == saved.count and len(now.items) == now.count:
         lines += _item_differences(saved.items, now.items)
     elif saved.count != now.count:
-        lines.append(f"it had {saved.count} items, now it has {now.count}")
-    return lines or [f"one or more of its {now.count} items have changed (too many to be listed)"]
+        lines.append(f"number of items: was {saved.count}, now {now.count}")
+    return lines or [f"at least one of its {now.count} items has changed (too many to list)"]
 
 
 def _item_differences(saved: tuple[tuple[str, str], ...], now: tuple[tuple[str, str], ...]) -> list[str]:

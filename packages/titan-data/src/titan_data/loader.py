@@ -8,67 +8,70 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from titan_data.batching.batch import Batch
 from titan_data.batching.best_fit import BestFit
-from titan_data.batching.checks import check_sizes, check_tokenizers
+from titan_data.batching.checks import check_batch_size, check_tokenizers
+from titan_data.batching.cutting import Concat, OnePerSequence
 from titan_data.batching.documents import Encode, encode_documents
 from titan_data.batching.feeds import Feed, open_feed
-from titan_data.batching.global_batches import Position, Reader
-from titan_data.batching.mixing import Stage, Weighted, plan_phases
-from titan_data.batching.packing import Concat, OnePerRow, Packer, Packing
+from titan_data.batching.global_batches import GlobalBatchReader, ReaderState
+from titan_data.batching.mixing import MixtureSource, Phase, resolve_phases
+from titan_data.batching.options import Distribution, ReadAhead
+from titan_data.batching.packing import Packer, Packing
 from titan_data.batching.prefetch import Prefetcher
-from titan_data.batching.shared_tokens import TokenShare
-from titan_data.batching.state import Settings, dump_state, read_state
+from titan_data.batching.shared_tokens import SharedTokens
+from titan_data.batching.state import LoaderSettings, dump_state, read_state
 from titan_data.errors import DataError
 from titan_data.sources.base import Source, TokenSource
 from titan_data.tokenizers.base import Tokenizer
 
-_EXIT_SECONDS = 5.0  # a read that hangs (a network, say) is not waited for longer when the process ends …
-_CLOSE_SECONDS = 60.0  # … or when the loader is told to stop; making a large batch may take a while
+_EXIT_SECONDS = 5.0  # how long a read that hangs (on a network, say) is waited for when the process exits …
+_CLOSE_SECONDS = 60.0  # … or when the loader is closed; building a large batch may take a while
 
 _log = logging.getLogger(__name__)
 
 
 class Loader:
-    """An iterator over this rank's rows of global batch 0, 1, 2, …, resumable on any number of ranks.
+    """An iterator over this rank's sequences of global batch 0, 1, 2, …, resumable on any number of ranks.
 
-    A source's documents, in an order of their own for each epoch, are one long sequence; rows are cut from it as
-    `packing` says. Each row of a global batch comes from one source, and sources keep their places independently. Each
-    document is used once per epoch, and the next epoch follows without end, unless `max_epochs` ends it.
+    A source's documents, in a new order for each epoch, form one endless queue, which is cut into sequences as
+    `packing` says. Each sequence comes from one source, and sources advance independently. Each document is used once
+    per epoch, and epochs follow one another without end unless `max_epochs` ends them.
 
     Args:
-        sources: where documents come from: one source, or several with their weights, in any order.
-        tokenizer: turns texts into ids. With sources of tokens it only checks (fingerprint, vocabulary), and may be
-            None.
-        seq_len: S, tokens per row.
-        global_batch_size: G, rows per step over all ranks; a multiple of `world`.
-        seed: decides the order of the documents where they are shuffled.
-        shuffle: visit the documents of each epoch in an order of its own. A stream keeps its own order.
-        packing: how documents become rows; `Packing()`, which is "concat", if None.
-        stages: switches of weights or S at given steps, in their order.
-        rank: which share of the rows is this process's: rows `rank * G / world` up to `(rank + 1) * G / world`.
-        world: number of ranks among which the rows are divided (of the data axis: ranks that work together on the
-            same rows, as in tensor parallelism, count once and all give the same `rank`).
-        prefetch: batches read ahead by a thread; 0 to read each when it is asked for.
-        workers: threads that tokenize texts ahead; 0 to tokenize where the batch is made. Most tokenizers let other
-            threads run meanwhile. Changes nothing in the batches.
-        share_folder: a folder on this machine's own disk through which the loaders of its ranks share what they
-            tokenize, so that each text is tokenized once and not by each of them. Of one job alone; made and cleared
-            by the loaders. Changes nothing in the batches.
-        pin_memory: put the tensors into page-locked memory, from where a GPU copies them in the background.
-        patience: seconds to wait for a batch that is read ahead before a warning says what is being read and where
-            that hangs; the next ones follow after twice as long each. The loader goes on when the storage does.
+        sources: Where documents come from: one source, or several with their weights, in any order.
+        tokenizer: Turns texts into ids. With token sources it only serves as a check (fingerprint, vocabulary) and may
+            be None.
+        seq_len: S, tokens per sequence.
+        global_batch_size: G, sequences per step over all ranks; a multiple of `world_size`.
+        seed: Seed of the shuffle.
+        shuffle: Shuffle the documents of each epoch. A stream keeps its own order.
+        packing: How documents become sequences; `Packing()`, which is "concat", if None.
+        phases: Changes of weights or S at given steps, in the order of their steps.
+        distribution: This rank's share of each batch; all of it if None.
+        read_ahead: Prefetching and worker threads; `ReadAhead()` if None. Changes nothing in the batches.
+        share_directory: A directory on this machine's own disk through which the loaders of its ranks share tokenized
+            texts, so that each text is tokenized once per machine instead of once per rank. For one job only; the
+            loaders create and clear it. Changes nothing in the batches.
 
     Raises:
-        DataError: sizes, sources or stages that do not fit together, or a source that cannot be used.
+        DataError: If sizes, sources or phases do not fit together, or a source cannot be used.
+
+    Example:
+        >>> from titan_data import ByteTokenizer, ListSource, Loader
+        >>> loader = Loader(ListSource(["one", "two"]), ByteTokenizer(), seq_len=8, global_batch_size=2, shuffle=False)
+        >>> next(loader)["tokens"]
+        tensor([[256, 111, 110, 101, 257, 256, 116, 119],
+                [111, 257, 256, 111, 110, 101, 257, 256]])
+        >>> state = loader.state_dict()  # JSON; resumes on any number of ranks
+        >>> loader.close()
     """
 
     def __init__(
         self,
-        sources: Source | Sequence[Weighted],
+        sources: Source | Sequence[MixtureSource],
         tokenizer: Tokenizer | None,
         *,
         seq_len: int,
@@ -76,63 +79,63 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         packing: Packing | None = None,
-        stages: Sequence[Stage] = (),
-        rank: int = 0,
-        world: int = 1,
-        prefetch: int = 2,
-        workers: int = 0,
-        share_folder: str | Path | None = None,
-        pin_memory: bool = False,
-        patience: float = 60.0,
+        phases: Sequence[Phase] = (),
+        distribution: Distribution | None = None,
+        read_ahead: ReadAhead | None = None,
+        share_directory: str | Path | None = None,
     ) -> None:
-        check_sizes(global_batch_size, rank, world, prefetch, workers)
-        if not patience > 0:
-            raise DataError(f"patience must be more than 0 seconds, not {patience}")
-        if pin_memory and not torch.accelerator.is_available():
-            raise DataError("pin_memory=True needs an accelerator such as a CUDA GPU, and torch sees none")
-        parts = _parts(sources)
-        packing = packing or Packing()
-        phases = plan_phases(parts, seq_len, stages)
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="titan-data-tokenize") if workers > 0 else None
-        if pool is not None:
-            weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
-        check_tokenizers([part.source for part in parts], tokenizer)
-        encode = _encoder(tokenizer, share_folder, [part.source for part in parts])
-        self._feeds = [
-            open_feed(part.source, encode, seed=seed, shuffle=shuffle, pool=pool, workers=workers) for part in parts
-        ]
-        rows = global_batch_size // world
-        self._reader = Reader(
-            parts,
-            [_open_packer(feed, part.max_epochs, packing) for feed, part in zip(self._feeds, parts, strict=True)],
-            phases,
-            rows=global_batch_size,
-            own=range(rank * rows, (rank + 1) * rows),
-            cross_document=packing.cross_document,
-            pad_id=_pad_id(tokenizer),
-            vocab_size=None if tokenizer is None else tokenizer.vocab_size,
-        )
-        self._settings = Settings(
+        distribution = distribution or Distribution()
+        self._read_ahead = read_ahead or ReadAhead()
+        check_batch_size(global_batch_size, distribution.world_size)
+        parts = _sorted_parts(sources)
+        self._settings = LoaderSettings(
             seed=seed,
             shuffle=shuffle,
             tokenizer=None if tokenizer is None else tokenizer.fingerprint,
             global_batch_size=global_batch_size,
-            packing=packing,
-            phases=phases,
+            packing=packing or Packing(),
+            phases=resolve_phases(parts, seq_len, phases),
             fingerprints={part.source.name: part.source.fingerprint() for part in parts},
             max_epochs={part.source.name: part.max_epochs for part in parts},
         )
-        self._position = self._reader.position  # of what was handed out; the reader may be ahead
-        self._depth = prefetch
-        self._pin_memory = pin_memory
-        self._patience = patience
-        self._prefetcher: Prefetcher[tuple[Batch, Position]] | None = None
+        check_tokenizers([part.source for part in parts], tokenizer)
+        encode = _encoder(tokenizer, share_directory, [part.source for part in parts])
+        self._feeds = self._open_feeds(parts, encode)
+        self._reader = self._open_reader(parts, tokenizer, distribution)
+        self._state = self._reader.state  # after the batch returned last; the reader may be ahead
+        self._prefetcher: Prefetcher[tuple[Batch, ReaderState]] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
+
+    def _open_feeds(self, parts: Sequence[MixtureSource], encode: Encode | None) -> list[Feed]:
+        workers = self._read_ahead.workers
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="titan-data-tokenize") if workers > 0 else None
+        if pool is not None:
+            weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
+        seed, shuffle = self._settings.seed, self._settings.shuffle
+        return [
+            open_feed(part.source, encode, seed=seed, shuffle=shuffle, pool=pool, workers=workers) for part in parts
+        ]
+
+    def _open_reader(
+        self, parts: Sequence[MixtureSource], tokenizer: Tokenizer | None, distribution: Distribution
+    ) -> GlobalBatchReader:
+        packing, global_batch_size = self._settings.packing, self._settings.global_batch_size
+        own = global_batch_size // distribution.world_size
+        return GlobalBatchReader(
+            parts,
+            [_open_packer(feed, part.max_epochs, packing) for feed, part in zip(self._feeds, parts, strict=True)],
+            self._settings.phases,
+            global_batch_size=global_batch_size,
+            own=range(distribution.rank * own, (distribution.rank + 1) * own),
+            cross_document=packing.cross_document,
+            pad_id=_pad_id(tokenizer),
+            vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+        )
 
     @property
     def step(self) -> int:
-        """Number of global batches handed out so far."""
-        return self._position.step
+        """Number of global batches returned so far."""
+        return self._state.step
 
     @property
     def tokens_per_step(self) -> int:
@@ -143,32 +146,34 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._depth == 0:
-            batch, self._position = _produce(self._reader, self._pin_memory)()
+        produce = _produce(self._reader, pin_memory=self._read_ahead.pin_memory)
+        if self._read_ahead.prefetch == 0:
+            batch, self._state = produce()
             return batch
         if self._prefetcher is not None and self._prefetcher.closed:
             self._stop_reading()
         if self._prefetcher is None or self._prefetcher.ended:
-            self._prefetcher = Prefetcher(_produce(self._reader, self._pin_memory), self._depth)
-            # When the loader is freed or Python goes down: the thread must be gone before numpy and torch are.
+            self._prefetcher = Prefetcher(produce, self._read_ahead.prefetch)
+            # When the loader is freed or Python exits: the thread must end before numpy and torch are torn down.
             self._finalizer = weakref.finalize(self, self._prefetcher.close, _EXIT_SECONDS)
         try:
-            batch, self._position = self._prefetcher.get(self._patience, self._warn)
+            batch, self._state = self._prefetcher.get(self._read_ahead.patience, self._warn)
         finally:
             if self._prefetcher.ended:
                 self.close()
         return batch
 
     def _warn(self, seconds: float) -> None:
-        if self._prefetcher is not None:
-            _log.warning(
-                "no batch for %g s: step %d is being read, at %s", seconds, self.step, self._prefetcher.describe()
-            )
+        _log.warning("no batch for %g s: step %d is being read%s", seconds, self.step, self._in_file())
+
+    def _in_file(self) -> str:
+        reading = None if self._prefetcher is None else self._prefetcher.reading
+        return "" if reading is None else f", in {reading}"
 
     def close(self) -> None:
         """Stop reading ahead. Asking for another batch starts it again; nothing is skipped.
 
-        A read that hangs is waited for up to a minute and then left to itself, with a warning.
+        A read that hangs is waited for up to a minute and then abandoned, with a warning.
         """
         try:
             self._stop_reading()
@@ -176,81 +181,77 @@ class Loader:
             _log.warning("%s", error)
 
     def _stop_reading(self) -> None:
-        """End the thread that reads ahead.
+        """End the prefetch thread.
 
         Raises:
-            DataError: a read hangs. Nothing can be read, as its source must not be read by two threads.
+            DataError: If a read hangs. Nothing can be read then, as two threads must not read one source.
         """
         if self._prefetcher is None:
             return
         if not self._prefetcher.close(_CLOSE_SECONDS):
             raise DataError(
-                f"a read has been hanging for {_CLOSE_SECONDS:g} s, at {self._prefetcher.describe()}: is the storage "
-                "still there? Try again when it is, or start the process anew; the loader stands at step "
-                f"{self.step} as before"
+                f"a read has been hanging for {_CLOSE_SECONDS:g} s{self._in_file()}: check that the storage is "
+                "reachable, then try again or restart the process; the loader is still at step "
+                f"{self.step}"
             )
         if self._finalizer is not None:
             self._finalizer.detach()
         self._prefetcher = self._finalizer = None
-        self._reader.seek(self._position)
+        self._reader.seek(self._state)
 
     def accounting(self) -> dict[str, dict[str, int]]:
-        """Count what has been handed out so far, over all ranks.
+        """Return counts of what has been returned so far, over all ranks.
 
         Returns:
             For each source by name: "tokens" (without padding), "documents" (completed), "epoch" (of the next
             document), "padding" (tokens), "cropped" (tokens) and "skipped" (documents without tokens).
         """
         return {
-            name: {**standing.tally._asdict(), "epoch": standing.place.cursor[0]}
-            for name, standing in zip(self._settings.fingerprints, self._position.sources, strict=True)
+            name: {**source.counts._asdict(), "epoch": source.packer.cursor[0]}
+            for name, source in zip(self._settings.fingerprints, self._state.sources, strict=True)
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where the loader stands, after the batch that was handed out last.
+        """Return the loader's state after the batch returned last.
 
         Returns:
-            Plain JSON, equal on all ranks (one copy of it is enough): a few numbers per source, and what the sources
-            are made of, so that a resume can say what has changed.
+            JSON values, equal on all ranks (one copy is enough): a few numbers per source, and the sources'
+            fingerprints, so that a resume can report what has changed.
         """
-        return dump_state(self._position, self._settings)
+        return dump_state(self._state, self._settings)
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_changes: Collection[str] = ()) -> None:
-        """Go on where another loader stood, whatever its number of ranks or workers was.
+        """Continue from the state of another loader, whatever its number of ranks or workers.
 
-        Stages that had not begun, and sources that no stage so far gave a weight, may differ freely: they change none
-        of the batches handed out. All else has to be allowed.
+        Phases that had not begun, and sources that have had no weight so far, may differ freely: they change none of
+        the batches returned so far. All other changes have to be allowed.
 
         Args:
-            state: what `state_dict` gave, also after a way through JSON.
-            allow_changes: what may differ from the saved run: "data" (a source's documents), "mixture" (sources,
+            state: What `state_dict` returned, also after a round trip through JSON.
+            allow_changes: What may differ from the saved run: "data" (a source's documents), "mixture" (sources,
                 weights, max_epochs), "tokenizer", "seed", "shuffle", "seq_len", "global_batch_size", "packing". Each
-                source goes on at its saved place; sources without one begin. Where documents have changed or stand in
-                another order, some may be used twice and others not in the epoch under way.
+                source continues at its saved cursor; sources without one start from the beginning. If documents have
+                changed or are in another order, some may be used twice and others not at all in the current epoch.
 
         Raises:
-            ChangedDataError: a difference that is not allowed (all are listed).
-            DataError: a damaged state, or a read under way that hangs. The loader is in all cases as it was.
+            ChangedDataError: If anything differs that is not allowed; all differences are listed.
+            DataError: If the state is corrupt, or a current read hangs. The loader is left unchanged in all cases.
         """
         starts = {feed.name: feed.start for feed in self._feeds}
         resume = read_state(state, self._settings, starts, allow_changes)
-        standings = tuple(
-            standing._replace(
-                place=standing.place._replace(
-                    cursor=feed.check(standing.place.cursor, lenient=number in resume.lenient)
-                )
-            )
-            for number, (feed, standing) in enumerate(zip(self._feeds, resume.position.sources, strict=True))
-        )
+        sources = []
+        for number, (feed, source) in enumerate(zip(self._feeds, resume.reader.sources, strict=True)):
+            cursor = feed.check(source.packer.cursor, lenient=number in resume.lenient)
+            sources.append(source._replace(packer=source.packer._replace(cursor=cursor)))
         self._stop_reading()
-        self._position = resume.position._replace(sources=standings)
-        self._reader.resume(self._position, resume.lenient)
+        self._state = resume.reader._replace(sources=tuple(sources))
+        self._reader.resume(self._state, resume.lenient)
 
 
-def _produce(reader: Reader, pin_memory: bool) -> Callable[[], tuple[Batch, Position]]:
-    """Make the function that reads the next batch. It knows nothing of the loader, which can so be freed."""
+def _produce(reader: GlobalBatchReader, *, pin_memory: bool) -> Callable[[], tuple[Batch, ReaderState]]:
+    """Make the function that reads the next batch. It holds no reference to the loader, which can so be freed."""
 
-    def produce() -> tuple[Batch, Position]:
+    def produce() -> tuple[Batch, ReaderState]:
         batch = reader.read()
         if batch is None:
             raise StopIteration
@@ -258,25 +259,27 @@ def _produce(reader: Reader, pin_memory: bool) -> Callable[[], tuple[Batch, Posi
             for key, value in batch.items():
                 if isinstance(value, Tensor):
                     batch[key] = value.pin_memory()  # type: ignore[literal-required]
-        return batch, reader.position
+        return batch, reader.state
 
     return produce
 
 
-def _parts(sources: Source | Sequence[Weighted]) -> list[Weighted]:
-    """List the sources by name: in which order they were given makes no difference to the rows."""
-    if isinstance(sources, Sequence) and all(isinstance(part, Weighted) for part in sources):
-        parts = [part for part in sources if isinstance(part, Weighted)]
+def _sorted_parts(sources: Source | Sequence[MixtureSource]) -> list[MixtureSource]:
+    """Sort the sources by name, so that the order in which they are given does not change the batches."""
+    if isinstance(sources, Sequence) and all(isinstance(part, MixtureSource) for part in sources):
+        parts = [part for part in sources if isinstance(part, MixtureSource)]
         return sorted(parts, key=lambda part: part.source.name)
-    return [Weighted(sources)]  # type: ignore[arg-type]  # whatever else it may be, Weighted tells
+    return [MixtureSource(sources)]  # type: ignore[arg-type]  # MixtureSource checks that it is a source
 
 
-def _encoder(tokenizer: Tokenizer | None, share_folder: str | Path | None, sources: Sequence[Source]) -> Encode | None:
+def _encoder(
+    tokenizer: Tokenizer | None, share_directory: str | Path | None, sources: Sequence[Source]
+) -> Encode | None:
     if tokenizer is None:
         return None
-    if share_folder is None or all(isinstance(source, TokenSource) for source in sources):
+    if share_directory is None or all(isinstance(source, TokenSource) for source in sources):
         return partial(encode_documents, tokenizer)
-    return TokenShare(share_folder, tokenizer).encode
+    return SharedTokens(share_directory, tokenizer).encode
 
 
 def _open_packer(feed: Feed, max_epochs: int | None, packing: Packing) -> Packer:
@@ -284,12 +287,12 @@ def _open_packer(feed: Feed, max_epochs: int | None, packing: Packing) -> Packer
     if packing.kind == "concat":
         return Concat(feed, max_epochs)
     if packing.kind == "one_per_row":
-        return OnePerRow(feed, max_epochs, crop=crop)
-    return BestFit(feed, max_epochs, look_ahead=packing.look_ahead, crop=crop)
+        return OnePerSequence(feed, max_epochs, crop=crop)
+    return BestFit(feed, max_epochs, window=packing.packing_window, crop=crop)
 
 
 def _pad_id(tokenizer: Tokenizer | None) -> int:
-    """Choose the token of padding; which one does not matter, as nothing scores it or attends to it."""
+    """Choose the padding token. Any will do, as padding is neither scored nor attended to."""
     if tokenizer is None:
         return 0
     return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)

@@ -11,13 +11,13 @@ from titan_data import DataError, Permutation
 
 @settings(deadline=None)
 @given(n=st.integers(0, 2000), key=st.one_of(st.text(), st.binary()))
-def test_bijection(n, key):
+def test_bijection(n: int, key: str | bytes) -> None:
     assert sorted(Permutation(n, key)) == list(range(n))
 
 
 @settings(deadline=None)
 @given(n=st.integers(1, 2**62), data=st.data())
-def test_large_n_stays_in_range_and_distinct(n, data):
+def test_large_n_stays_in_range_and_distinct(n: int, data: st.DataObject) -> None:
     permutation = Permutation(n, "key")
     indices = data.draw(st.sets(st.integers(0, n - 1), max_size=20))
     images = {permutation[index] for index in indices}
@@ -25,7 +25,7 @@ def test_large_n_stays_in_range_and_distinct(n, data):
     assert all(0 <= image < n for image in images)
 
 
-def test_entries_are_fixed_for_all_time():
+def test_entries_are_fixed_for_all_time() -> None:
     # A saved run depends on these very numbers: a change here breaks the order of everybody's data.
     assert list(Permutation(10, "42/0")) == GOLDEN_10
     assert [Permutation(10**12, b"key")[i] for i in range(3)] == GOLDEN_LARGE
@@ -37,21 +37,21 @@ GOLDEN_LARGE = [372451430681, 483106680149, 690050753735]
 
 @settings(deadline=None)
 @given(n=st.integers(1, 3000), start=st.integers(0, 3000), size=st.integers(0, 500))
-def test_many_entries_are_those_one_by_one(n, start, size):
+def test_many_entries_are_those_one_by_one(n: int, start: int, size: int) -> None:
     permutation = Permutation(n, "key")
     assert permutation.entries(start, start + size).tolist() == list(permutation)[start : start + size]
 
 
-def test_another_key_gives_another_order():
+def test_another_key_gives_another_order() -> None:
     orders = {tuple(Permutation(50, f"{seed}/{epoch}")) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
-def test_str_and_bytes_keys_agree():
+def test_str_and_bytes_keys_agree() -> None:
     assert list(Permutation(20, "é")) == list(Permutation(20, "é".encode()))
 
 
-def test_looks_random():
+def test_looks_random() -> None:
     n = 10_000
     order = list(Permutation(n, "x"))
     # A random order keeps about one neighbour pair and one fixed point; its ascents are about half.
@@ -62,7 +62,7 @@ def test_looks_random():
     assert abs(sum(image < n // 2 for image in order[: n // 2]) / (n // 2) - 0.5) < 0.05
 
 
-def test_small_permutations_are_all_reached_about_equally():
+def test_small_permutations_are_all_reached_about_equally() -> None:
     counts = {}
     for key in range(1200):
         order = tuple(Permutation(3, str(key)))
@@ -71,7 +71,7 @@ def test_small_permutations_are_all_reached_about_equally():
     assert max(counts.values()) < 2 * min(counts.values())
 
 
-def test_bad_use():
+def test_bad_use() -> None:
     for n in (-1, 2**62 + 1):
         with pytest.raises(DataError, match=f"n from 0 to 2\\^62, not {n}"):
             Permutation(n, "x")

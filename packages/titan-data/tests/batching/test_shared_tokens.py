@@ -5,15 +5,19 @@ import json
 import os
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from data_loader_cases import ROWS, digest, make_source, run_in_parts
+from data_flat import flat_loader
+from data_loader_cases import GLOBAL_BATCH_SIZE, digest, make_source, run_in_parts
 from titan_data import ByteTokenizer, DataError, Loader, Packing
 from titan_data.batching import shared_tokens
 from titan_data.batching.documents import encode_documents
-from titan_data.batching.shared_tokens import TokenShare
+from titan_data.batching.shared_tokens import SharedTokens
 
 TEXTS = [f"document {i} " * (i % 7) for i in range(60)]
 
@@ -21,25 +25,25 @@ TEXTS = [f"document {i} " * (i % 7) for i in range(60)]
 class Counting(ByteTokenizer):
     """Counts the texts that are tokenized."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.texts = []
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         self.texts += texts
         return super().encode_batch(texts)
 
 
-def ranks(folder, tokenizers, **settings):
+def ranks(folder: Path, tokenizers: list[Any], **settings: Any) -> list[Loader]:
     texts = [f"document {i} " * (i % 7) for i in range(900)]  # more than are read ahead
     return [
-        Loader(
+        flat_loader(
             make_source("texts", texts),
             tokenizer,
-            **{"seq_len": 32, "global_batch_size": ROWS, "prefetch": 0, **settings},
-            share_folder=folder,
+            **{"seq_len": 32, "global_batch_size": GLOBAL_BATCH_SIZE, "prefetch": 0, **settings},
+            share_directory=folder,
             rank=rank,
-            world=len(tokenizers),
+            world_size=len(tokenizers),
         )
         for rank, tokenizer in enumerate(tokenizers)
     ]
@@ -47,7 +51,7 @@ def ranks(folder, tokenizers, **settings):
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_text_is_tokenized_once_for_all_ranks(tmp_path, workers, prefetch):
+def test_each_text_is_tokenized_once_for_all_ranks(tmp_path: Path, workers: int, prefetch: int) -> None:
     tokenizers = [Counting() for _ in range(4)]
     one = Counting()
     alone = ranks(None, [one])[0]
@@ -67,8 +71,8 @@ def test_each_text_is_tokenized_once_for_all_ranks(tmp_path, workers, prefetch):
     assert not (tmp_path / "share").exists(), "nothing should be left behind"
 
 
-def test_peers_of_one_data_rank_share_too(tmp_path):
-    # Ranks of one tensor- or pipeline-parallel group give the same rank, and get the same rows.
+def test_peers_of_one_data_rank_share_too(tmp_path: Path) -> None:
+    # Ranks of one tensor- or pipeline-parallel group pass the same rank, and get the same sequences.
     tokenizers = [Counting() for _ in range(3)]
     peers = [ranks(tmp_path / "share", [tokenizer])[0] for tokenizer in tokenizers]
     for _ in range(3):
@@ -77,58 +81,69 @@ def test_peers_of_one_data_rank_share_too(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["texts", "stream"])
-def test_ranks_that_stop_and_resume_share(tmp_path, kind):
-    def make_loader(share=True, **place):
+def test_ranks_that_stop_and_resume_share(tmp_path: Path, kind: str) -> None:
+    def make_loader(share: bool = True, **place: Any) -> Loader:
         folder = tmp_path / "share" if share else None
-        source, packing = make_source(kind, TEXTS), Packing("best_fit", look_ahead=7)
-        return Loader(
-            source, ByteTokenizer(), seq_len=24, global_batch_size=ROWS, packing=packing, share_folder=folder, **place
+        source, packing = make_source(kind, TEXTS), Packing("best_fit", packing_window=7)
+        return flat_loader(
+            source,
+            ByteTokenizer(),
+            seq_len=24,
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            packing=packing,
+            share_directory=folder,
+            **place,
         )
 
-    parts = [(2, 0, 2, ROWS, 3), (4, 2, 0, ROWS, 4), (1, 0, 0, ROWS, 2), (3, 2, 2, ROWS, 3)]
-    alone = run_in_parts(lambda **place: make_loader(share=False, **place), [(1, 0, 0, ROWS, 12)])
+    parts = [
+        (2, 0, 2, GLOBAL_BATCH_SIZE, 3),
+        (4, 2, 0, GLOBAL_BATCH_SIZE, 4),
+        (1, 0, 0, GLOBAL_BATCH_SIZE, 2),
+        (3, 2, 2, GLOBAL_BATCH_SIZE, 3),
+    ]
+    alone = run_in_parts(lambda **place: make_loader(share=False, **place), [(1, 0, 0, GLOBAL_BATCH_SIZE, 12)])
     assert run_in_parts(make_loader, parts) == alone
 
 
-def same(found, texts):
+def same(found: list[Any], texts: list[str]) -> bool:
     expected = encode_documents(ByteTokenizer(), texts)
     return [document.tolist() for document in found] == [document.tolist() for document in expected]
 
 
-def test_any_texts_come_back_as_they_are(tmp_path):
-    shares = [TokenShare(tmp_path, ByteTokenizer()) for _ in range(2)]
+def test_any_texts_come_back_as_they_are(tmp_path: Path) -> None:
+    shares = [SharedTokens(tmp_path, ByteTokenizer()) for _ in range(2)]
     for texts in (["", "a", ""], ["ab", "c"], ["a", "bc"], ["abc"], ["\ud800", "ü" * 9999]):
         for share in shares:
             assert same(share.encode(texts), texts)
     assert len(list(tmp_path.glob("*.ids"))) == 5
 
 
-def test_another_tokenizer_has_files_of_its_own(tmp_path):
+def test_another_tokenizer_has_files_of_its_own(tmp_path: Path) -> None:
     class Other(ByteTokenizer):
         fingerprint = "other"
 
-        def encode_batch(self, texts):
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
             return [[1, 2, 3] for _ in texts]
 
-    share, other = (TokenShare(tmp_path, tokenizer) for tokenizer in (ByteTokenizer(), Other()))
+    share, other = (SharedTokens(tmp_path, tokenizer) for tokenizer in (ByteTokenizer(), Other()))
     assert same(share.encode(["text"]), ["text"])
     assert other.encode(["text"])[0].tolist() == [256, 1, 2, 3, 257]
 
 
-def test_one_tokenizes_and_the_other_waits(tmp_path):
+def test_one_tokenizes_and_the_other_waits(tmp_path: Path) -> None:
     go, begun = threading.Event(), threading.Event()
 
     class Slow(Counting):
-        def encode_batch(self, texts):
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
             begun.set()
             assert go.wait(60)
             return super().encode_batch(texts)
 
     slow, other = Slow(), Counting()
     found = {}
-    shares = {"slow": TokenShare(tmp_path, slow), "other": TokenShare(tmp_path, other)}
+    shares = {"slow": SharedTokens(tmp_path, slow), "other": SharedTokens(tmp_path, other)}
 
-    def encode(who):
+    def encode(who: int) -> None:
         found[who] = shares[who].encode(["text"])
 
     threads = [threading.Thread(target=encode, args=[who]) for who in shares]
@@ -146,13 +161,15 @@ def test_one_tokenizes_and_the_other_waits(tmp_path):
 
 
 @pytest.mark.parametrize("age", [0.0, 1e6])
-def test_a_claim_of_one_who_is_no_more_holds_nobody_up(tmp_path, age, monkeypatch):
+def test_a_claim_of_one_who_is_no_more_holds_nobody_up(
+    tmp_path: Path, age: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A fresh one is waited for as long as patience lasts, an old one not at all.
     if age == 0:
         monkeypatch.setattr(shared_tokens, "_PATIENCE_SECONDS", 0.05)
     else:
         monkeypatch.setattr(shared_tokens.time, "sleep", lambda seconds: pytest.fail("it waits"))
-    share = TokenShare(tmp_path, ByteTokenizer())
+    share = SharedTokens(tmp_path, ByteTokenizer())
     claim = (tmp_path / share._name(["text"])).with_suffix(".claim")
     claim.touch()
     os.utime(claim, (time.time() - age,) * 2)
@@ -160,21 +177,21 @@ def test_a_claim_of_one_who_is_no_more_holds_nobody_up(tmp_path, age, monkeypatc
 
 
 @pytest.mark.parametrize("damage", [b"", b"\1\0\0\0", b"\1\0\0\0\6\0\0\0\0", b"\2\0\0\0\0\0\0\0\0\0\0\0"])
-def test_a_damaged_file_is_not_believed(tmp_path, damage):
-    share = TokenShare(tmp_path, ByteTokenizer())
+def test_a_corrupt_file_is_not_believed(tmp_path: Path, damage: bytes) -> None:
+    share = SharedTokens(tmp_path, ByteTokenizer())
     path = tmp_path / share._name(["text"])
     path.write_bytes(damage)
     assert same(share.encode(["text"]), ["text"])
     assert len(np.fromfile(path, dtype=np.int32)) == 2 + 6, "and is replaced"
 
 
-def test_old_files_and_too_many_are_removed(tmp_path, monkeypatch):
+def test_old_files_and_too_many_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_tokens, "_KEPT_BYTES", 100)
     stranger, old = tmp_path / "mine.txt", tmp_path / "0123.ids"
     for path in (stranger, old):
         path.touch()
         os.utime(path, (0, 0))
-    share = TokenShare(tmp_path, ByteTokenizer())
+    share = SharedTokens(tmp_path, ByteTokenizer())
     assert (stranger.exists(), old.exists()) == (True, False)
     for i in range(20):
         share.encode([f"text {i}"])  # of 40 bytes each
@@ -183,30 +200,36 @@ def test_old_files_and_too_many_are_removed(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_where_files_cannot_be_written_each_tokenizes_for_itself(tmp_path, caplog):
-    share = TokenShare(tmp_path / "share", ByteTokenizer())
+def test_where_files_cannot_be_written_each_tokenizes_for_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    share = SharedTokens(tmp_path / "share", ByteTokenizer())
     (tmp_path / "share").rmdir()
     for _ in range(2):
         assert same(share.encode(["text"]), ["text"])
     assert caplog.text.count("tokens cannot be shared in") == 1
 
 
-def test_a_folder_that_cannot_be(tmp_path):
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"the folder .*file/share to share tokens in cannot be used: Not a directory"):
-        TokenShare(tmp_path / "file" / "share", ByteTokenizer())
+    with pytest.raises(DataError, match=r"share_directory .*file/share cannot be used: Not a directory"):
+        SharedTokens(tmp_path / "file" / "share", ByteTokenizer())
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give folders away")
-def test_a_folder_of_another_user_is_refused(tmp_path):
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, -1)
     with pytest.raises(DataError, match="belongs to another user"):
-        TokenShare(tmp_path, ByteTokenizer())
+        SharedTokens(tmp_path, ByteTokenizer())
 
 
-def test_ready_made_tokens_need_no_folder(tmp_path):
-    loader = Loader(
-        make_source("tokens", TEXTS), ByteTokenizer(), seq_len=8, global_batch_size=2, share_folder=tmp_path / "share"
+def test_ready_made_tokens_need_no_folder(tmp_path: Path) -> None:
+    loader = flat_loader(
+        make_source("tokens", TEXTS),
+        ByteTokenizer(),
+        seq_len=8,
+        global_batch_size=2,
+        share_directory=tmp_path / "share",
     )
     next(loader)
     loader.close()

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ TEXTS = [f"document {i} has so many words " * (i % 9) for i in range(50)]
 
 
 @pytest.fixture
-def corpus(tmp_path, monkeypatch):
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two files of JSON lines in the present folder; one record is broken."""
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
@@ -28,7 +30,7 @@ def corpus(tmp_path, monkeypatch):
     return [*TEXTS[:30], "", *TEXTS[31:]]
 
 
-def run(capsys, *arguments):
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Run a command; give its exit code and what it wrote."""
     try:
         code = cli.main(arguments)
@@ -39,24 +41,24 @@ def run(capsys, *arguments):
     return code, written.out, written.err
 
 
-def prepare(capsys, *arguments):
+def prepare(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     return run(capsys, "prepare", "part-*.jsonl", "--tokenizer", "bytes", "--workers", "0", "--out", "out", *arguments)
 
 
-def test_prepare_inspect_verify(corpus, capsys):
+def test_prepare_inspect_verify(corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = prepare(capsys)
     tokens = sum(len(text) + 2 for text in corpus if text)
     assert code == 0
     assert f"out: 50 documents, {tokens:,} tokens" in out
     assert "7 of the documents are empty" in out
-    assert "1 malformed records were met" in out
+    assert "1 malformed records were found" in out
     shards = TokenShards("out")
     assert [bytes(shards[i].tolist()[1:-1]).decode() for i in range(50)] == corpus
 
     code, out, _ = run(capsys, "inspect", "out", "--tokenizer", "bytes", "--samples", "2")
     assert code == 0
     assert f"out: 50 documents, {tokens:,} tokens, tokenizer titan-data/bytes/1" in out
-    assert "tokens of a document: 31 to 242, " in out
+    assert "tokens per document: 31 to 242, " in out
     assert "empty documents: 7" in out
     rows = [line.split()[:4] for line in out.splitlines() if " to " in line and line.strip()[0].isdigit()]
     assert [row[0] for row in rows] == ["16", "32", "64", "128"]
@@ -67,25 +69,31 @@ def test_prepare_inspect_verify(corpus, capsys):
     assert len(samples) > 1
 
     code, out, _ = run(capsys, "verify", "out")
-    assert (code, out) == (0, "out: no damage\n")
+    assert (code, out) == (0, "out: all files are valid\n")
 
 
 @pytest.mark.parametrize(("flags", "streaming"), [((), None), (("--streaming",), True)])
-def test_a_dataset_is_a_stream_where_that_is_asked_for_or_its_default(flags, streaming, tmp_path, capsys, monkeypatch):
+def test_a_dataset_is_a_stream_where_that_is_asked_for_or_its_default(
+    flags: tuple[str, ...],
+    streaming: bool | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
-    def load(path, **request):
-        asked.append((path, request["name"], request["streaming"]))
+    def load(path: str, name: str, **request: Any) -> ListSource:
+        asked.append((path, name, request["streaming"]))
         return ListSource(TEXTS)
 
-    monkeypatch.setattr("titan_data.sources.huggingface.load_huggingface", load)
+    monkeypatch.setattr("titan_data.sources.huggingface.load_huggingface_dataset", load)
     out = str(tmp_path / "out")
     code, _, _ = run(capsys, "prepare", "hf:c4:en", "--tokenizer", "bytes", "--workers", "0", "--out", out, *flags)
     assert code == 0
     assert asked == [("c4", "en", streaming)]
 
 
-def test_verify_names_every_damaged_file(corpus, capsys, tmp_path):
+def test_verify_names_every_corrupt_file(corpus: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     prepare(capsys, "--shard-tokens", "1_000")
     for name in ("shard-000001.tokens", "shard-000003.tokens"):
         path = tmp_path / "out" / name
@@ -96,10 +104,10 @@ def test_verify_names_every_damaged_file(corpus, capsys, tmp_path):
         "out/shard-000001.tokens",
         "out/shard-000003.tokens",
     ]
-    assert "2 damaged" in err
+    assert "2 corrupt files" in err
 
 
-def test_train_tokenizer_and_use_it(corpus, capsys):
+def test_train_tokenizer_and_use_it(corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     for kind, size in (("bpe", 530), ("sentencepiece", 300)):
         words = [
@@ -117,7 +125,7 @@ def test_train_tokenizer_and_use_it(corpus, capsys):
         assert out.startswith(f"{kind}/t.model: {size} ids, fingerprint ")
         assert load_tokenizer(f"{kind}/t.model").vocab_size == size
         code, _, err = run(capsys, *words)
-        assert (code, err) == (1, f"titan-data: {kind}/t.model is already there: remove it, or give another --out\n")
+        assert (code, err) == (1, f"titan-data: {kind}/t.model already exists: remove it, or choose another --out\n")
     run(capsys, "train-tokenizer", "part-1.jsonl", "--kind", "bpe", "--vocab-size", "530", "--out", "same.model")
     assert Path("same.model").read_bytes() == Path("bpe/t.model").read_bytes()
     words = ["train-tokenizer", "part-1.jsonl", "--kind", "bpe", "--vocab-size", "513", "--max-documents", "1"]
@@ -133,22 +141,33 @@ def test_train_tokenizer_and_use_it(corpus, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["prepare", "nothing-*.jsonl", "--tokenizer", "bytes", "--out", "out"], 1, "no file that matches nothing-"),
-        (["prepare", "stdlib", "x.txt", "--tokenizer", "bytes", "--out", "out"], 1, "stdlib is a source by itself"),
-        (["prepare", "stdlib", "--tokenizer", "nowhere", "--out", "out"], 1, "there is no tokenizer nowhere"),
+        (["prepare", "nothing-*.jsonl", "--tokenizer", "bytes", "--out", "out"], 1, "no file matches"),
+        (["prepare", "stdlib", "x.txt", "--tokenizer", "bytes", "--out", "out"], 1, "stdlib cannot be combined"),
+        (["prepare", "stdlib", "--tokenizer", "nowhere", "--out", "out"], 1, "tokenizer nowhere does not exist"),
         (["prepare", "stdlib", "--out", "out"], 2, "required: --tokenizer"),
-        (["prepare", "stdlib", "--tokenizer", "bytes", "--out", "out", "--workers", "-1"], 2, "-1 is less than 0"),
+        (
+            ["prepare", "stdlib", "--tokenizer", "bytes", "--out", "out", "--workers", "-1"],
+            2,
+            "must be at least 0, not -1",
+        ),
         (["prepare", "stdlib", "--tokenizer", "bytes", "--out", "out", "--shard-tokens", "0"], 2, "at least 1"),
-        (["inspect", "nowhere"], 1, "holds no token shards"),
-        (["inspect", "x.bin"], 1, "say of which --dtype"),
+        (["inspect", "nowhere"], 1, "contains no token shards"),
+        (["inspect", "x.bin"], 1, "set --dtype"),
         (["inspect", "x.bin", "--dtype", "uint16"], 1, "cannot read x.bin"),
-        (["verify", "nowhere"], 1, "holds no token shards"),
+        (["verify", "nowhere"], 1, "contains no token shards"),
         (["verify"], 2, "required: path"),
         ([], 2, "required: COMMAND"),
         (["prepar"], 2, "invalid choice: 'prepar'"),
     ],
 )
-def test_errors_are_one_line_and_an_exit_code(words, code, message, capsys, tmp_path, monkeypatch):
+def test_errors_are_one_line_and_an_exit_code(
+    words: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     found, out, err = run(capsys, *words)
     assert (found, out) == (code, "")
@@ -158,24 +177,26 @@ def test_errors_are_one_line_and_an_exit_code(words, code, message, capsys, tmp_
 
 
 @pytest.mark.parametrize("command", ["", "prepare", "inspect", "verify", "train-tokenizer", "download-tokenizer"])
-def test_help(command, capsys):
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
     assert "usage: titan-data" in out
 
 
-def test_other_formats_of_tokens(capsys, tmp_path, monkeypatch):
+def test_other_formats_of_tokens(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     np.array([5, 6, 0, 7, 0], dtype=np.uint16).tofile("train.bin")
     code, out, _ = run(capsys, "inspect", "train.bin", "--dtype", "uint16", "--eos-id", "0")
     assert code == 0
-    assert "train.bin: 2 documents, 5 tokens, tokenizer not known" in out
+    assert "train.bin: 2 documents, 5 tokens, tokenizer unknown" in out
     assert "[5, 6, 0]" in out
-    assert "holds id 7" in run(capsys, "inspect", "train.bin", "--dtype", "uint16", "--vocab-size", "7")[2]
+    assert "contains id 7" in run(capsys, "inspect", "train.bin", "--dtype", "uint16", "--vocab-size", "7")[2]
 
 
 @pytest.fixture
-def heeds_ctrl_c():
+def heeds_ctrl_c() -> Iterator[None]:
     """As at a terminal: the background jobs of a shell begin without Python's handler."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -185,11 +206,11 @@ def heeds_ctrl_c():
 class Interrupted(ByteTokenizer):
     """Presses Ctrl-C while it tokenizes document number `at`."""
 
-    def __init__(self, at, presses=1):
+    def __init__(self, at: int, presses: int = 1) -> None:
         super().__init__()
         self.left, self.presses = at, presses
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         self.left -= len(texts)
         if self.left < 0 and self.presses:
             for _ in range(self.presses):
@@ -200,7 +221,9 @@ class Interrupted(ByteTokenizer):
 
 @pytest.mark.parametrize("at", [0, 2, 7, 11])
 @pytest.mark.usefixtures("heeds_ctrl_c")
-def test_stopped_by_ctrl_c_it_goes_on(at, tmp_path, capsys, monkeypatch):
+def test_stopped_by_ctrl_c_it_goes_on(
+    at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("titan_data.shards.prepare._BATCH_CHARACTERS", 1)  # a batch, and a look at Ctrl-C, per document
     for number in range(12):
@@ -221,7 +244,9 @@ def test_stopped_by_ctrl_c_it_goes_on(at, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")
-def test_a_second_ctrl_c_ends_at_once(tmp_path, capsys, monkeypatch):
+def test_a_second_ctrl_c_ends_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("text")
     tokenizer = Interrupted(0, presses=2)
@@ -252,7 +277,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_a_real_command_leaves_one_line(corpus):
+def test_ctrl_c_on_a_real_command_leaves_one_line(corpus: list[str]) -> None:
     words = ["prepare", "part-*.jsonl", "--tokenizer", "bytes", "--shard-tokens", "500", "--out", "out"]
     command = [sys.executable, "-c", PRESSED, *words, "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}

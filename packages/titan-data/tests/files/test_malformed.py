@@ -2,40 +2,44 @@
 
 import logging
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_corpus import compress, read_rows, read_shards, write_bytes, write_jsonl, write_parquet
+from data_flat import flat_files
 from titan_data import DataError, RandomAccessSource
-from titan_data.files.load import load_files
 
 BAD_LINES = {
-    "cut off": (b'{"text": "a', "broken JSON: Unterminated string"),
-    "two objects": (b'{"text": "a"}{"text": "b"}', "broken JSON: Extra data"),
+    "cut off": (b'{"text": "a', "invalid JSON: Unterminated string"),
+    "two objects": (b'{"text": "a"}{"text": "b"}', "invalid JSON: Extra data"),
     "no object": (b'["text"]', "a JSON list, not an object"),
     "a number": (b"17", "a JSON int, not an object"),
-    "no key": (b'{"id": 1, "body": "a"}', "no 'text'; there is 'id', 'body'"),
-    "empty object": (b"{}", "no 'text'; there is nothing"),
-    "a list for text": (b'{"text": ["a"]}', "'text' holds list, not text"),
-    "a number for text": (b'{"text": 3}', "'text' holds int, not text"),
+    "no key": (b'{"id": 1, "body": "a"}', "an object without 'text'; its keys are 'id', 'body'"),
+    "empty object": (b"{}", "an object without 'text'; it is empty"),
+    "a list for text": (b'{"text": ["a"]}', "'text' is of type list, not a string"),
+    "a number for text": (b'{"text": 3}', "'text' is of type int, not a string"),
     "invalid UTF-8": (b'{"text": "a\xff"}', "invalid UTF-8: invalid start byte at byte 11"),
     "UTF-16": ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8"),
-    "deeply nested": (b'{"text": ' + b"[" * 200_000, "broken JSON: nested too deeply"),
+    "deeply nested": (b'{"text": ' + b"[" * 200_000, "invalid JSON: nested too deeply"),
     "a huge number": (b'{"n": ' + b"9" * 5000 + b', "text": "a"}', "digits"),
-    "a NUL": (b"\x00" * 20, "broken JSON"),
+    "a NUL": (b"\x00" * 20, "invalid JSON"),
 }
 
 
-def read_all(source):
+def read_all(source: Any) -> list[Any]:
     return read_rows(source) if isinstance(source, RandomAccessSource) else read_shards(source)[0]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_bad_line_is_empty_named_and_counted_once(tmp_path, caplog, bad, streaming):
+def test_a_bad_line_is_empty_named_and_counted_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: str, streaming: bool
+) -> None:
     line, why = BAD_LINES[bad]
     path = write_bytes(tmp_path / "a.jsonl", b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
-    source = load_files(path, streaming=streaming, name="mine")
+    source = flat_files(path, streaming=streaming, name="mine")
     with caplog.at_level(logging.WARNING, logger="titan_data"):
         assert read_all(source) == ["one", "", "three"]
         assert read_all(source) == ["one", "", "three"]  # a second epoch
@@ -49,18 +53,18 @@ def test_a_bad_line_is_empty_named_and_counted_once(tmp_path, caplog, bad, strea
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_bad_line_stops_where_it_is_to(tmp_path, bad, streaming):
+def test_a_bad_line_stops_where_it_is_to(tmp_path: Path, bad: str, streaming: bool) -> None:
     line, why = BAD_LINES[bad]
     path = write_bytes(tmp_path / "a.jsonl", b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
-    source = load_files(path, streaming=streaming, on_malformed="raise")
+    source = flat_files(path, streaming=streaming, on_malformed="raise")
     with pytest.raises(DataError, match=rf"a\.jsonl, line 2: .*{re.escape(why)}.*on_malformed=\"skip\""):
         read_all(source)
     assert (list(source.iterate(0, 2)) if streaming else [source[2]]) == ["three"]
 
 
-def test_many_are_named_at_first_and_counted_then(tmp_path, caplog):
+def test_many_are_named_at_first_and_counted_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_bytes(tmp_path / "a.jsonl", b'{"text": "a"}\n' + b"bad\n" * 1234)
-    source = load_files(path, streaming=True)
+    source = flat_files(path, streaming=True)
     with caplog.at_level(logging.WARNING, logger="titan_data"):
         assert len(read_all(source)) == 1235
     assert source.malformed == 1234
@@ -71,27 +75,29 @@ def test_many_are_named_at_first_and_counted_then(tmp_path, caplog):
         "skipped 100",
         "skipped 1000",
     ]
-    assert messages[4].endswith("further ones will only be counted")
+    assert messages[4].endswith("further ones are only counted")
 
 
 @pytest.mark.parametrize("unit", ["file", "line", "paragraph"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_text_that_is_not_utf_8(tmp_path, unit, streaming):
+def test_text_that_is_not_utf_8(tmp_path: Path, unit: str, streaming: bool) -> None:
     write_bytes(tmp_path / "a.txt", b"good\n\nb\xffd\n")
     write_bytes(tmp_path / "b.txt", b"last")
     options = {"text_unit": unit, "streaming": streaming}
     expected = {"file": ["", "last"], "line": ["good", "", "", "last"], "paragraph": ["good", "", "last"]}[unit]
-    source = load_files(tmp_path / "*.txt", **options, shards=1)
+    source = flat_files(tmp_path / "*.txt", **options, shards=1)
     assert read_all(source) == expected
     assert source.malformed == 1
     where = {"file": "", "line": ", line 3", "paragraph": ", paragraph 2"}[unit]
     with pytest.raises(DataError, match=rf"a\.txt{where}: invalid UTF-8: invalid start byte at byte"):
-        read_all(load_files(tmp_path / "*.txt", **options, shards=1, on_malformed="raise"))
+        read_all(flat_files(tmp_path / "*.txt", **options, shards=1, on_malformed="raise"))
 
 
 @pytest.mark.parametrize("damage", ["cut off", "cut in the header", "flipped", "garbage behind", "not packed at all"])
 @pytest.mark.parametrize("compression", ["gz", "zst"])
-def test_a_damaged_compressed_file_ends_there_and_the_next_goes_on(tmp_path, caplog, compression, damage):
+def test_a_corrupt_compressed_file_ends_there_and_the_next_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, compression: str, damage: str
+) -> None:
     texts = [f"{i} {i * 2654435761 % 1000003}" for i in range(5000)]
     whole = write_jsonl(tmp_path / "whole.jsonl", texts).read_bytes()
     packed = compress(whole, compression)
@@ -105,7 +111,7 @@ def test_a_damaged_compressed_file_ends_there_and_the_next_goes_on(tmp_path, cap
     write_bytes(tmp_path / f"a.jsonl.{compression}", data)
     write_jsonl(tmp_path / "b.jsonl", ["next"], compression)
     pattern = tmp_path / "[ab].jsonl.*"
-    source = load_files(pattern, streaming=True, shards=1)
+    source = flat_files(pattern, streaming=True, shards=1)
     (read,) = read_shards(source)
     assert read[-1] == "next"
     count = len(read) - 1
@@ -120,21 +126,21 @@ def test_a_damaged_compressed_file_ends_there_and_the_next_goes_on(tmp_path, cap
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"a.jsonl.{compression}, after line {count}: the .{compression} file is" in message
     for start in (1, count, count + 1, count + 2):
-        fresh = load_files(pattern, streaming=True, shards=1)
+        fresh = flat_files(pattern, streaming=True, shards=1)
         assert list(fresh.iterate(0, start)) == read[start:]
     with pytest.raises(DataError, match=r"a\.jsonl.*after line"):
-        read_shards(load_files(pattern, streaming=True, shards=1, on_malformed="raise"))
+        read_shards(flat_files(pattern, streaming=True, shards=1, on_malformed="raise"))
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])
-def test_a_damaged_compressed_text_file_is_one_malformed_document(tmp_path, compression):
+def test_a_corrupt_compressed_text_file_is_one_malformed_document(tmp_path: Path, compression: str) -> None:
     write_bytes(tmp_path / f"a.txt.{compression}", compress(b"some text " * 100, compression)[:-3])
-    source = load_files(tmp_path / "a.txt.*")
+    source = flat_files(tmp_path / "a.txt.*")
     assert (read_all(source), source.malformed) == ([""], 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_damaged_parquet(tmp_path, streaming):
+def test_corrupt_parquet(tmp_path: Path, streaming: bool) -> None:
     texts = [f"row {i} {'x' * 500}" for i in range(50)]
     write_parquet(tmp_path / "b.parquet", texts, rows=10, codec="gzip")
     whole = (tmp_path / "b.parquet").read_bytes()
@@ -148,7 +154,7 @@ def test_damaged_parquet(tmp_path, streaming):
     write_bytes(tmp_path / "e.parquet", b"")
     write_parquet(tmp_path / "f.parquet", ["other"], key="body")
     write_parquet(tmp_path / "g.parquet", ["last"])
-    source = load_files(tmp_path / "*.parquet", streaming=streaming, shards=1)
+    source = flat_files(tmp_path / "*.parquet", streaming=streaming, shards=1)
     read = read_all(source)
     assert read[:20] + read[30:50] == texts[:20] + texts[30:]
     assert set(read[20:30]) <= {"", *texts[20:30]}
@@ -157,37 +163,37 @@ def test_damaged_parquet(tmp_path, streaming):
     assert source.malformed == 4
     if streaming:
         for start in (19, 20, 25, 30, 50, 101):
-            again = load_files(tmp_path / "*.parquet", streaming=True, shards=1)
+            again = flat_files(tmp_path / "*.parquet", streaming=True, shards=1)
             assert list(again.iterate(0, start)) == read[start:]
     else:
-        assert read_all(load_files(tmp_path / "*.parquet", streaming=True, shards=1)) == read
-    for name, says in {"a": "row group 2 from row", "c": "damaged Parquet", "f": "has no column 'text'"}.items():
+        assert read_all(flat_files(tmp_path / "*.parquet", streaming=True, shards=1)) == read
+    for name, says in {"a": "row group 2 from row", "c": "corrupt Parquet", "f": "has no column 'text'"}.items():
         with pytest.raises(DataError, match=rf"{name}\.parquet.*{says}"):
-            read_all(load_files([tmp_path / "g.parquet", tmp_path / f"{name}.parquet"], on_malformed="raise"))
+            read_all(flat_files([tmp_path / "g.parquet", tmp_path / f"{name}.parquet"], on_malformed="raise"))
 
 
-def test_parquet_columns_of_other_types(tmp_path):
+def test_parquet_columns_of_other_types(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
         table = pyarrow.table({"text": pyarrow.array(["a", None, "a"], pyarrow.string()).cast(kind)})
         parquet.write_table(table, tmp_path / "a.parquet")
         for streaming in (False, True):
-            assert read_all(load_files(tmp_path / "a.parquet", streaming=streaming)) == ["a", "", "a"]
+            assert read_all(flat_files(tmp_path / "a.parquet", streaming=streaming)) == ["a", "", "a"]
     for values in ([1, 2], [b"a"], [["a"]]):
         parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
         with pytest.raises(DataError, match=r"no text in column 'text', but .*: set text_key to a column of strings"):
-            load_files(tmp_path / "a.parquet")
+            flat_files(tmp_path / "a.parquet")
 
 
-def test_parquet_text_that_is_not_utf_8(tmp_path):
+def test_parquet_text_that_is_not_utf_8(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     binary = pyarrow.array([b"a", b"b\xff", b"c"])
     array = pyarrow.StringArray.from_buffers(3, binary.buffers()[1], binary.buffers()[2])
     parquet.write_table(pyarrow.table({"text": array}), tmp_path / "a.parquet")
     for streaming in (False, True):
-        source = load_files(tmp_path / "a.parquet", streaming=streaming)
+        source = flat_files(tmp_path / "a.parquet", streaming=streaming)
         assert (read_all(source), source.malformed) == (["a", "", "c"], 1)
     with pytest.raises(DataError, match=r"a\.parquet, row 1: invalid UTF-8"):
-        read_all(load_files(tmp_path / "a.parquet", on_malformed="raise"))
+        read_all(flat_files(tmp_path / "a.parquet", on_malformed="raise"))

@@ -1,4 +1,4 @@
-"""prepare: the same files whatever happens on the way, and errors after which it goes on."""
+"""prepare: the same files whatever happens on the way, and errors after which it resumes."""
 
 import contextlib
 import os
@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_broken import BrokenTokenizer
+from titan_data import Fingerprint, Tokenizer
 from titan_data.batching.documents import encode_document
 from titan_data.errors import DataError
 from titan_data.shards import prepare as engine
 from titan_data.shards import workers
 from titan_data.shards.dataset import TokenShards
-from titan_data.shards.format import UNFINISHED, shard_name
-from titan_data.shards.prepare import prepare
+from titan_data.shards.format import UNFINISHED, Manifest, shard_name
+from titan_data.shards.prepare import Progress, prepare
 from titan_data.shards.writer import STAGING, ShardWriter
 from titan_data.sources.base import IterableSource, ListSource
 from titan_data.tokenizers.base import ByteTokenizer
@@ -34,46 +38,48 @@ class Stream:
 
     name = "stream"
 
-    def __init__(self, texts, shards=5):
+    def __init__(self, texts: list[str], shards: int = 5) -> None:
         self.texts, self.shards = texts, shards
 
-    def fingerprint(self):
+    def fingerprint(self) -> Fingerprint:
         return ListSource(self.texts).fingerprint()
 
-    def iterate(self, shard, start):
+    def iterate(self, shard: int, start: int) -> Iterator[str]:
         yield from self.of_shard(shard)[start:]
 
-    def of_shard(self, shard):
+    def of_shard(self, shard: int) -> list[str]:
         return [] if shard in (1, self.shards - 1) else self.texts[shard :: self.shards]
 
 
-def files_of(folder):
+def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def run(source, folder, workers=0, tokenizer=None, **options):
+def run(source: Any, folder: Path, workers: int = 0, tokenizer: Tokenizer | None = None, **options: Any) -> Manifest:
     return prepare(source, tokenizer or ByteTokenizer(), folder, workers=workers, shard_tokens=300, **options)
 
 
 @pytest.fixture
-def small_batches(monkeypatch):
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_BATCH_CHARACTERS", 100)
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("unbroken") / "a"
     run(ListSource(TEXTS), folder)
     return files_of(folder)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_number_of_workers_and_the_batches_leave_no_trace(unbroken, tmp_path, workers, small_batches):
+def test_the_number_of_workers_and_the_batches_leave_no_trace(
+    unbroken: dict[str, bytes], tmp_path: Path, workers: int, small_batches: None
+) -> None:
     run(ListSource(TEXTS), tmp_path / "b", workers=workers)
     assert files_of(tmp_path / "b") == unbroken
 
 
-def test_a_streams_shards_follow_one_another(tmp_path, small_batches):
+def test_a_streams_shards_follow_one_another(tmp_path: Path, small_batches: None) -> None:
     stream = Stream(TEXTS)
     run(stream, tmp_path / "a", workers=2)
     shards = TokenShards(tmp_path / "a")
@@ -89,7 +95,9 @@ class Killed(BaseException):
 
 @settings(deadline=None, max_examples=30)
 @given(kills=st.lists(st.integers(0, 25), max_size=6), stream=st.booleans(), leftovers=st.booleans())
-def test_however_often_it_is_killed_the_files_are_the_same(kills, stream, leftovers, tmp_path_factory):
+def test_however_often_it_is_killed_the_files_are_the_same(
+    kills: list[int], stream: bool, leftovers: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     source = Stream(TEXTS) if stream else ListSource(TEXTS)
     parent = tmp_path_factory.mktemp("kills")
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +109,7 @@ def test_however_often_it_is_killed_the_files_are_the_same(kills, stream, leftov
         for kill in kills:
             countdown = [kill]
 
-            def report(progress, countdown=countdown):
+            def report(progress: Progress, countdown: Any = countdown) -> None:
                 countdown[0] -= 1
                 if countdown[0] < 0:
                     raise Killed
@@ -131,7 +139,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_kill_9_then_the_same_command(tmp_path):
+def test_kill_9_then_the_same_command(tmp_path: Path) -> None:
     script = tmp_path / "command.py"
     script.write_text(COMMAND)
     folder = tmp_path / "killed"
@@ -153,26 +161,27 @@ def test_kill_9_then_the_same_command(tmp_path):
     assert files_of(folder) == files_of(tmp_path / "whole")
 
 
-def wait_for(condition):
+def wait_for(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.01)
 
 
-def any_process_of(session):
+def any_process_of(session: int) -> bool:
     """Whether any process of a session is left."""
-    for entry in os.listdir("/proc"):
+    for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
-            with open(f"/proc/{int(entry)}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
+            fields = Path(f"/proc/{int(entry.name)}/stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] != "Z":
                 return True
     return False
 
 
 @pytest.mark.parametrize(("limit", "shards"), [(4200, 0), (5000, 11), (6000, 15)])
-def test_a_full_disk_stops_it_and_it_goes_on_with_more_room(unbroken, tmp_path, limit, shards):
+def test_a_full_disk_stops_it_and_it_goes_on_with_more_room(
+    unbroken: dict[str, bytes], tmp_path: Path, limit: int, shards: int
+) -> None:
     folder = tmp_path / "full"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -189,30 +198,32 @@ def test_a_full_disk_stops_it_and_it_goes_on_with_more_room(unbroken, tmp_path, 
     assert files_of(folder) == unbroken
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write to"):
         run(ListSource(TEXTS), tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_document_that_cannot_be_tokenized_is_named(tmp_path, workers):
+def test_a_document_that_cannot_be_tokenized_is_named(tmp_path: Path, workers: int) -> None:
     with pytest.raises(DataError, match=r"document 34 cannot be tokenized: RuntimeError\('no such letter'\)"):
         run(ListSource(TEXTS), tmp_path / "a", workers=workers, tokenizer=BrokenTokenizer())
 
 
-def test_a_worker_that_dies_is_noticed_and_the_rest_kept(tmp_path, small_batches, unbroken):
+def test_a_worker_that_dies_is_noticed_and_the_rest_kept(
+    tmp_path: Path, small_batches: None, unbroken: dict[str, bytes]
+) -> None:
     with pytest.raises(DataError, match=r"a worker process has died \(exit code -9\)"):
         run(ListSource(TEXTS), tmp_path / "a", workers=2, tokenizer=BrokenTokenizer(end=True))
     run(ListSource(TEXTS), tmp_path / "a")
     assert files_of(tmp_path / "a") == unbroken
 
 
-def test_a_source_that_fails_halfway(tmp_path, small_batches, unbroken):
+def test_a_source_that_fails_halfway(tmp_path: Path, small_batches: None, unbroken: dict[str, bytes]) -> None:
     class Failing(ListSource):
         broken = True
 
-        def __getitem__(self, index):
+        def __getitem__(self, index: int) -> str:
             if self.broken and index == 50:
                 raise DataError("corpus.jsonl line 50 cannot be read")
             return super().__getitem__(index)
@@ -226,7 +237,7 @@ def test_a_source_that_fails_halfway(tmp_path, small_batches, unbroken):
     assert files_of(tmp_path / "a") == unbroken
 
 
-def test_a_finished_folder_is_left_as_it_is(tmp_path):
+def test_a_finished_folder_is_left_as_it_is(tmp_path: Path) -> None:
     first = run(ListSource(TEXTS), tmp_path / "a")
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
     assert run(ListSource(TEXTS), tmp_path / "a") == first
@@ -234,8 +245,8 @@ def test_a_finished_folder_is_left_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_another_source_tokenizer_or_size_is_refused_with_what_differs(tmp_path, finished):
-    def report(progress):
+def test_another_source_tokenizer_or_size_is_refused_with_what_differs(tmp_path: Path, finished: bool) -> None:
+    def report(progress: Progress) -> None:
         if not finished and progress.shards:
             raise Killed
 
@@ -254,21 +265,21 @@ def test_another_source_tokenizer_or_size_is_refused_with_what_differs(tmp_path,
         "  tokenizer: was 'titan-data/bytes/1', now 'other'",
         "  eos_id: was 257, now 0",
         "  shard_tokens: was 300, now 301",
-        "Give another folder.",
+        "Choose another folder.",
     ]
     assert files_of(tmp_path / "a") == before
 
 
-def test_a_folder_with_other_files_is_refused(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(DataError, match=r"is not empty \(it holds thesis.tex\)"):
+    with pytest.raises(DataError, match=r"is not empty \(it contains thesis.tex\)"):
         run(ListSource(TEXTS), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_two_at_once_are_refused(tmp_path):
-    def report(progress):
-        with pytest.raises(DataError, match="another titan-data prepare is at work"):
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    def report(progress: Progress) -> None:
+        with pytest.raises(DataError, match="another titan-data prepare is writing to"):
             run(ListSource(TEXTS), tmp_path / "a")
         raise Killed
 
@@ -276,8 +287,8 @@ def test_two_at_once_are_refused(tmp_path):
         run(ListSource(TEXTS), tmp_path / "a", report=report)
 
 
-def test_what_is_kept_must_be_whole(tmp_path, small_batches):
-    def report(progress):
+def test_what_is_kept_must_be_whole(tmp_path: Path, small_batches: None) -> None:
+    def report(progress: Progress) -> None:
         if progress.shards == 2:
             raise Killed
 
@@ -286,37 +297,37 @@ def test_what_is_kept_must_be_whole(tmp_path, small_batches):
     path = tmp_path / "a" / shard_name(1)
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
-    with pytest.raises(DataError, match="is damaged: remove it and all later shards"):
+    with pytest.raises(DataError, match="is corrupt: remove it and all later shards"):
         run(ListSource(TEXTS), tmp_path / "a")
     path.write_bytes(whole)
     (tmp_path / "a" / UNFINISHED).write_text("{")
-    with pytest.raises(DataError, match=r"prepare.json is damaged .*empty the folder"):
+    with pytest.raises(DataError, match=r"prepare.json is corrupt .*empty the folder"):
         run(ListSource(TEXTS), tmp_path / "a")
 
 
 @pytest.mark.parametrize("source", [ListSource([]), IterableSource(list)])
-def test_no_documents(tmp_path, source):
+def test_no_documents(tmp_path: Path, source: Any) -> None:
     with pytest.raises(DataError, match="has no documents"):
         run(source, tmp_path / "a")
     assert list((tmp_path / "a").iterdir()) == []
 
 
-def test_no_text_at_all_is_so_many_empty_documents(tmp_path):
+def test_no_text_at_all_is_so_many_empty_documents(tmp_path: Path) -> None:
     run(ListSource(["", ""]), tmp_path / "a")
     shards = TokenShards(tmp_path / "a")
     assert shards.lengths(np.arange(2)).tolist() == [0, 0]
     assert shards[1].tolist() == []
 
 
-def test_tokens_are_not_prepared_again(tmp_path):
+def test_tokens_are_not_prepared_again(tmp_path: Path) -> None:
     run(ListSource(TEXTS), tmp_path / "a")
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="contains no text"):
         run(TokenShards(tmp_path / "a"), tmp_path / "b")
     with pytest.raises(DataError, match="shard_tokens must be at least 1"):
         prepare(ListSource(TEXTS), ByteTokenizer(), tmp_path / "b", shard_tokens=0)
 
 
-def test_progress_counts_up_to_all(tmp_path, small_batches):
+def test_progress_counts_up_to_all(tmp_path: Path, small_batches: None) -> None:
     seen = []
     run(ListSource(TEXTS), tmp_path / "a", report=seen.append)
     manifest = run(ListSource(TEXTS), tmp_path / "a")
@@ -329,16 +340,16 @@ def test_progress_counts_up_to_all(tmp_path, small_batches):
     assert (seen[-1].done, seen[-1].total) == (3, 5)
 
 
-def test_huge_documents_do_not_pile_up(tmp_path, monkeypatch):
+def test_huge_documents_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_CHARACTERS_AHEAD", 1000)
     read = []
 
     class Noting(ListSource):
-        def __getitem__(self, index):
+        def __getitem__(self, index: int) -> str:
             read.append(index)
             return super().__getitem__(index)
 
-    def report(progress):
+    def report(progress: Progress) -> None:
         assert len(read) <= progress.documents + 3
 
     monkeypatch.setattr(engine, "_BATCH_CHARACTERS", 100)

@@ -1,18 +1,22 @@
-"""load_huggingface over local files: rows and streams, resuming, and errors that say what to do."""
+"""load_huggingface_dataset over local files: records and streams, resuming, and errors that say what to do."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import zip_longest
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import data_hub
-from titan_data import ByteTokenizer, DataError, Loader, RandomAccessSource, StreamSource, load_huggingface
+from data_flat import flat_dataset, flat_loader
+from titan_data import ByteTokenizer, DataError, Loader, RandomAccessSource, StreamSource
 from titan_data.files.retry import Retry
 from titan_data.fingerprint import list_differences
 from titan_data.sources.huggingface import HuggingFaceStream
@@ -23,7 +27,7 @@ IN_TURN = [text for pair in zip(ONE, TWO, strict=False) for text in pair] + ONE[
 
 
 @pytest.fixture
-def datasets(monkeypatch, tmp_path):
+def datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The library, kept off the network; its cache is under tmp_path where a test passes `cache_dir`."""
     module = pytest.importorskip("datasets")
     monkeypatch.setattr(module.config, "HF_HUB_OFFLINE", True)
@@ -34,7 +38,7 @@ def datasets(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def jsonl(tmp_path):
+def jsonl(tmp_path: Path) -> list[str]:
     """Two files with 40 and 20 records."""
     paths = []
     for name, part in (("one.jsonl", ONE), ("two.jsonl", TWO)):
@@ -46,7 +50,7 @@ def jsonl(tmp_path):
 
 
 @pytest.fixture
-def parquet(tmp_path):
+def parquet(tmp_path: Path) -> str:
     pyarrow = pytest.importorskip("pyarrow")
     writer = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "all.parquet"
@@ -54,11 +58,11 @@ def parquet(tmp_path):
     return str(path)
 
 
-def open_jsonl(jsonl, tmp_path, **changes):
-    return load_huggingface("json", **{"data_files": jsonl, "cache_dir": tmp_path / "cache", **changes})
+def open_jsonl(jsonl: list[str], tmp_path: Path, **changes: Any) -> Any:
+    return flat_dataset("json", **{"data_files": jsonl, "cache_directory": tmp_path / "cache", **changes})
 
 
-def read_all(source):
+def read_all(source: Any) -> list[Any]:
     """All texts, those of a stream in the order of a loader: one of each shard in turn."""
     if isinstance(source, StreamSource):
         shards = [iter(source.iterate(shard, 0)) for shard in range(source.shards)]
@@ -66,12 +70,12 @@ def read_all(source):
     return [source[i] for i in range(len(source))]
 
 
-def check_resume(source):
-    """Stop after 7 steps on one rank, go on with two ranks: the same rows as without a stop."""
+def check_resume(source: Any) -> None:
+    """Stop after 7 steps on one rank, resume on two ranks: the same sequences as without a stop."""
 
-    def ranks(world):
+    def ranks(world_size: int) -> list[Loader]:
         sizes = {"seq_len": 32, "global_batch_size": 4, "seed": 1}
-        return [Loader(source, ByteTokenizer(), **sizes, rank=r, world=world) for r in range(world)]
+        return [flat_loader(source, ByteTokenizer(), **sizes, rank=r, world_size=world_size) for r in range(world_size)]
 
     (whole,) = ranks(1)
     for _ in range(7):
@@ -89,7 +93,7 @@ def check_resume(source):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_jsonl(datasets, jsonl, tmp_path, streaming):
+def test_jsonl(datasets: Any, jsonl: list[str], tmp_path: Path, streaming: bool) -> None:
     source = open_jsonl(jsonl, tmp_path, streaming=streaming)
     assert isinstance(source, StreamSource if streaming else RandomAccessSource)
     assert read_all(source) == (IN_TURN if streaming else TEXTS)
@@ -103,107 +107,109 @@ def test_jsonl(datasets, jsonl, tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_parquet(datasets, parquet, tmp_path, streaming):
-    source = load_huggingface(
-        "parquet", data_files=parquet, text_key="body", streaming=streaming, cache_dir=tmp_path / "cache"
+def test_parquet(datasets: Any, parquet: str, tmp_path: Path, streaming: bool) -> None:
+    source = flat_dataset(
+        "parquet", data_files=parquet, text_key="body", streaming=streaming, cache_directory=tmp_path / "cache"
     )
     assert read_all(source) == TEXTS
     check_resume(source)
 
 
-def test_patterns_folders_and_options(datasets, jsonl, tmp_path):
+def test_patterns_folders_and_options(datasets: Any, jsonl: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     assert read_all(open_jsonl(str(folder / "*.jsonl"), tmp_path, streaming=True)) == IN_TURN
-    assert read_all(load_huggingface(str(folder), streaming=True)) == IN_TURN
-    assert read_all(load_huggingface(str(folder), data_files="two.jsonl", streaming=True)) == TWO
-    whole = load_huggingface("text", data_files=jsonl[0], streaming=True, sample_by="document")
+    assert read_all(flat_dataset(str(folder), streaming=True)) == IN_TURN
+    assert read_all(flat_dataset(str(folder), data_files="two.jsonl", streaming=True)) == TWO
+    whole = flat_dataset("text", data_files=jsonl[0], streaming=True, sample_by="document")
     assert len(read_all(whole)) == 1
 
 
-def test_the_order_of_files_is_the_order_given(datasets, jsonl, tmp_path):
+def test_the_order_of_files_is_the_order_given(datasets: Any, jsonl: list[str], tmp_path: Path) -> None:
     source = open_jsonl(jsonl[::-1], tmp_path, streaming=True)
     assert [list(source.iterate(shard, 0)) for shard in (0, 1)] == [TWO, ONE]
     assert read_all(open_jsonl(jsonl[::-1], tmp_path, streaming=True, shards=1)) == TWO + ONE
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_fingerprint(datasets, jsonl, tmp_path, streaming):
+def test_fingerprint(datasets: Any, jsonl: list[str], tmp_path: Path, streaming: bool) -> None:
     source = open_jsonl(jsonl, tmp_path, streaming=streaming)
     moved = shutil.copytree(tmp_path / "corpus", tmp_path / "moved")
     paths = [str(moved / "one.jsonl"), str(moved / "two.jsonl")]
-    same = open_jsonl(paths, tmp_path, streaming=streaming, cache_dir=tmp_path / "cache2")
+    same = open_jsonl(paths, tmp_path, streaming=streaming, cache_directory=tmp_path / "cache2")
     assert same.fingerprint() == source.fingerprint()
     others = [
         open_jsonl(jsonl, tmp_path, streaming=not streaming),
         open_jsonl(jsonl[::-1], tmp_path, streaming=streaming),
         open_jsonl(jsonl[:1], tmp_path, streaming=streaming),
     ]
-    with open(paths[0], "a", encoding="utf-8") as file:
+    with Path(paths[0]).open("a", encoding="utf-8") as file:
         file.write('{"text": "more", "n": 1}\n')
     others.append(open_jsonl(paths, tmp_path, streaming=streaming))
     assert len({source.fingerprint().digest, *(other.fingerprint().digest for other in others)}) == 5
     assert list_differences(source.fingerprint(), others[-1].fingerprint())[-1] == "edited: one.jsonl"
-    state = Loader(source, ByteTokenizer(), seq_len=8, global_batch_size=1).state_dict()
-    loader = Loader(others[-1], ByteTokenizer(), seq_len=8, global_batch_size=1)
+    state = flat_loader(source, ByteTokenizer(), seq_len=8, global_batch_size=1).state_dict()
+    loader = flat_loader(others[-1], ByteTokenizer(), seq_len=8, global_batch_size=1)
     with pytest.raises(DataError, match=r"edited: one\.jsonl"):
         loader.load_state_dict(state)
 
 
-def test_options_are_part_of_the_fingerprint(datasets, jsonl):
+def test_options_are_part_of_the_fingerprint(datasets: Any, jsonl: list[str]) -> None:
     by_line, by_document = (
-        load_huggingface("text", data_files=jsonl, streaming=True, sample_by=unit) for unit in ("line", "document")
+        flat_dataset("text", data_files=jsonl, streaming=True, sample_by=unit) for unit in ("line", "document")
     )
     assert by_line.fingerprint() != by_document.fingerprint()
 
 
-def test_hidden_files_in_a_folder_do_not_count(datasets, jsonl, tmp_path):
-    before = load_huggingface(str(tmp_path / "corpus"), streaming=True)
+def test_hidden_files_in_a_folder_do_not_count(datasets: Any, jsonl: list[str], tmp_path: Path) -> None:
+    before = flat_dataset(str(tmp_path / "corpus"), streaming=True)
     hidden = tmp_path / "corpus" / ".cache" / "notes"
     hidden.parent.mkdir()
     hidden.write_text("what a download tool keeps for itself", encoding="utf-8")
-    assert load_huggingface(str(tmp_path / "corpus"), streaming=True).fingerprint() == before.fingerprint()
+    assert flat_dataset(str(tmp_path / "corpus"), streaming=True).fingerprint() == before.fingerprint()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_none_and_empty_texts_are_empty_documents(datasets, tmp_path, streaming):
+def test_none_and_empty_texts_are_empty_documents(datasets: Any, tmp_path: Path, streaming: bool) -> None:
     path = tmp_path / "gaps.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n', encoding="utf-8")
     source = open_jsonl(str(path), tmp_path, streaming=streaming)
     assert read_all(source) == ["a", "", "", "b"]
-    loader = Loader(source, ByteTokenizer(), seq_len=6, global_batch_size=1, shuffle=False)
+    loader = flat_loader(source, ByteTokenizer(), seq_len=6, global_batch_size=1, shuffle=False)
     assert next(loader)["tokens"].tolist() == [[256, 97, 257, 256, 98, 257]]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_missing_column_names_those_there_are(datasets, jsonl, tmp_path, streaming):
+def test_a_missing_column_names_those_there_are(
+    datasets: Any, jsonl: list[str], tmp_path: Path, streaming: bool
+) -> None:
     with pytest.raises(DataError, match="no column 'content'; set text_key to one of: n, text"):
         open_jsonl(jsonl, tmp_path, streaming=streaming, text_key="content")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_column_that_is_not_text(datasets, jsonl, tmp_path, streaming):
+def test_a_column_that_is_not_text(datasets: Any, jsonl: list[str], tmp_path: Path, streaming: bool) -> None:
     source = open_jsonl(jsonl, tmp_path, streaming=streaming, text_key="n")
-    with pytest.raises(DataError, match="column 'n' holds int, not text"):
+    with pytest.raises(DataError, match="column 'n' is of type int, not text"):
         read_all(source)
 
 
-def test_missing_files_are_named(datasets, jsonl, tmp_path):
+def test_missing_files_are_named(datasets: Any, jsonl: list[str], tmp_path: Path) -> None:
     missing = str(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match=r"there is no file .*absent\.jsonl"):
+    with pytest.raises(DataError, match=r"file .*absent\.jsonl does not exist"):
         open_jsonl([jsonl[0], missing], tmp_path)
-    with pytest.raises(DataError, match=r"there is no file that matches .*\*\.parquet"):
+    with pytest.raises(DataError, match=r"no file matches .*\*\.parquet"):
         open_jsonl(str(tmp_path / "*.parquet"), tmp_path)
-    with pytest.raises(DataError, match=r"there is no folder \./nowhere"):
-        load_huggingface("./nowhere")
+    with pytest.raises(DataError, match=r"folder \./nowhere does not exist"):
+        flat_dataset("./nowhere")
     with pytest.raises(DataError, match="needs data_files"):
-        load_huggingface("json")
+        flat_dataset("json")
 
 
-def test_what_datasets_refuses_becomes_a_data_error(datasets, jsonl, tmp_path):
+def test_what_datasets_refuses_becomes_a_data_error(datasets: Any, jsonl: list[str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"could not load 'json', split 'test': .*test"):
         open_jsonl(jsonl, tmp_path, split="test")
     with pytest.raises(DataError, match="Hub cannot be reached for dataset 'nobody/nothing'"):
-        load_huggingface("nobody/nothing", cache_dir=tmp_path / "cache")
+        flat_dataset("nobody/nothing", cache_directory=tmp_path / "cache")
     with pytest.raises(DataError, match=r"could not load 'json'.*lines_per_page"):
         open_jsonl(jsonl, tmp_path, lines_per_page=3)
     broken = tmp_path / "broken.jsonl"
@@ -212,21 +218,21 @@ def test_what_datasets_refuses_becomes_a_data_error(datasets, jsonl, tmp_path):
         open_jsonl(str(broken), tmp_path)
 
 
-def test_code_in_a_dataset_is_not_run(datasets, tmp_path):
+def test_code_in_a_dataset_is_not_run(datasets: Any, tmp_path: Path) -> None:
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text("raise SystemExit('it ran')", encoding="utf-8")
     with pytest.raises(DataError, match="could not load"):
-        load_huggingface(str(tmp_path / "evil"))
+        flat_dataset(str(tmp_path / "evil"))
 
 
-def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch, tmp_path):
+def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"pip install 'titan-data\[huggingface\]'"):
-        load_huggingface("json", data_files=str(tmp_path / "a.jsonl"))
+        flat_dataset("json", data_files=str(tmp_path / "a.jsonl"))
 
 
-def test_shards_are_dealt_whole_files(datasets, tmp_path):
+def test_shards_are_dealt_whole_files(datasets: Any, tmp_path: Path) -> None:
     paths = []
     for number in range(5):
         path = tmp_path / f"{number}.jsonl"
@@ -243,22 +249,22 @@ def test_shards_are_dealt_whole_files(datasets, tmp_path):
         open_jsonl(paths, tmp_path, streaming=True, shards=0)
 
 
-def test_c4_without_a_network_is_one_line_at_once(datasets, monkeypatch):
+def test_c4_without_a_network_is_one_line_at_once(datasets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **request: asked.append((args, request)))
     with pytest.raises(DataError, match=r"Hub cannot be reached for dataset 'allenai/c4' \(.*\): connect .* local"):
-        load_huggingface("c4")
+        flat_dataset("c4")
     assert asked == []
 
 
-def test_c4_is_the_english_stream(datasets, jsonl, monkeypatch):
+def test_c4_is_the_english_stream(datasets: Any, jsonl: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     load = datasets.load_dataset
     stream = load("json", data_files=jsonl, split="train", streaming=True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **request: asked.append((args, request)) or stream)
     answer = SimpleNamespace(sha="a" * 40)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **options: answer)
-    source = load_huggingface("c4", split="validation")
+    source = flat_dataset("c4", split="validation")
     ((args, request),) = asked
     assert args == ("allenai/c4",)
     assert (request["name"], request["streaming"], request["split"]) == ("en", True, "validation")
@@ -267,18 +273,18 @@ def test_c4_is_the_english_stream(datasets, jsonl, monkeypatch):
     assert isinstance(source, StreamSource)
     assert source.name == "c4:en"
     answer.sha = "b" * 40
-    changes = list_differences(source.fingerprint(), load_huggingface("c4", split="validation").fingerprint())
+    changes = list_differences(source.fingerprint(), flat_dataset("c4", split="validation").fingerprint())
     assert changes == [f"revision: was {'a' * 40!r}, now {'b' * 40!r}"]
 
 
 HUB_SCRIPT = """
 import json
-from titan_data import DataError, load_huggingface
+from titan_data import DataError, load_huggingface_dataset
 
 found = {}
 for name, streaming in (("corpus", True), ("corpus", False), ("gated", True), ("absent", True)):
     try:
-        source = load_huggingface(f"someone/{name}", streaming=streaming)
+        source = flat_dataset(f"someone/{name}", streaming=streaming)
         if streaming:
             shards = [list(source.iterate(shard, 3)) for shard in range(source.shards)]
         else:
@@ -291,10 +297,10 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow  # `datasets` takes the Hub's address when it is imported, hence the process
-def test_a_dataset_of_the_hub(tmp_path):
+def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
 
-    def read(hub, **more):
+    def read(hub: Any, **more: Any) -> list[Any]:
         environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), **more}
         environment.pop("HF_HUB_OFFLINE", None)
         run = subprocess.run([sys.executable, "-c", HUB_SCRIPT], env=environment, capture_output=True, text=True)
@@ -320,28 +326,30 @@ def test_a_dataset_of_the_hub(tmp_path):
 class Flaky:
     """Stands in for an IterableDataset whose connection breaks."""
 
-    def __init__(self, failures, at=0):
+    def __init__(self, failures: list[Exception], at: int = 0) -> None:
         self.failures, self.at = failures, at
 
-    def shard(self, num_shards, index, contiguous):
+    def shard(self, num_shards: int, index: int, contiguous: bool) -> "Flaky":
         return self
 
-    def skip(self, count):
+    def skip(self, count: int) -> "Flaky":
         return Flaky(self.failures, count)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, str]]:
         for number in range(self.at, 6):
             if number in (2, 4) and self.failures:
                 raise self.failures.pop()
             yield {"text": str(number)}
 
 
-def test_a_stream_goes_on_after_failures_of_the_network():
+def test_a_stream_goes_on_after_failures_of_the_network() -> None:
     waits = []
     retry = Retry(attempts=3, sleep=waits.append)
 
-    def read(failures, start=0):
-        return list(HuggingFaceStream(Flaky(failures), "text", "hub", None, 1, retry).iterate(0, start))
+    def read(failures: list[Exception], start: int = 0) -> list[Any]:
+        return list(
+            HuggingFaceStream(Flaky(failures), "text", None, name="hub", shards=1, retry=retry).iterate(0, start)
+        )
 
     assert read([ConnectionError(), TimeoutError()], 1) == ["1", "2", "3", "4", "5"]
     assert len(waits) == 2

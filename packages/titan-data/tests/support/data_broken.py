@@ -9,10 +9,10 @@ from titan_data.tokenizers.base import ByteTokenizer
 class BrokenTokenizer(ByteTokenizer):
     """Fails on one document, or ends its process there."""
 
-    def __init__(self, end=False):
+    def __init__(self, end: bool = False) -> None:
         self.end = end
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         if "document 34" in text:
             if self.end:
                 os.kill(os.getpid(), signal.SIGKILL)

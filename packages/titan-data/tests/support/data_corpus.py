@@ -2,8 +2,12 @@
 
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from titan_data import StreamSource
 
 TEXTS = [
     "plain",
@@ -16,7 +20,7 @@ TEXTS = [
 ] + [f"record {i} " + "word " * (i % 7) for i in range(40)]
 
 
-def compress(data, compression):
+def compress(data: bytes, compression: str | None) -> bytes:
     if compression == "gz":
         half = len(data) // 2
         return gzip.compress(data[:half]) + gzip.compress(data[half:])  # two members, as parallel tools write
@@ -27,19 +31,21 @@ def compress(data, compression):
     return data
 
 
-def write_jsonl(path, texts, compression=None, line_end="\n", key="text"):
+def write_jsonl(
+    path: Path, texts: list[str], compression: str | None = None, line_end: str = "\n", key: str = "text"
+) -> Path:
     lines = line_end.join(json.dumps({"id": i, key: t}, ensure_ascii=i % 2 == 0) for i, t in enumerate(texts))
     return write_bytes(path, (lines + line_end * bool(texts)).encode(), compression)
 
 
-def write_bytes(path, data, compression=None):
+def write_bytes(path: Path, data: bytes, compression: str | None = None) -> Path:
     path = path.with_name(path.name + (f".{compression}" if compression else ""))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(compress(data, compression))
     return path
 
 
-def write_parquet(path, texts, key="text", codec="snappy", rows=7):
+def write_parquet(path: Path, texts: list[str], key: str = "text", codec: str = "snappy", rows: int = 7) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"id": list(range(len(texts))), key: pyarrow.array(texts, pyarrow.string())})
@@ -47,14 +53,14 @@ def write_parquet(path, texts, key="text", codec="snappy", rows=7):
     return path
 
 
-def read_rows(source):
+def read_rows(source: Any) -> list[str]:
     return [source[i] for i in range(len(source))]
 
 
-def read_shards(source):
+def read_shards(source: StreamSource) -> list[list[str]]:
     return [list(source.iterate(shard, 0)) for shard in range(source.shards)]
 
 
-def deal(items, shards):
+def deal(items: list[Any], shards: int) -> list[list[Any]]:
     """The order of a loader: one of each shard in turn."""
     return [items[shard::shards] for shard in range(shards)]

@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -20,7 +22,7 @@ class Hub:
         requests: (method, path, Range header) of each request.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.files, self.gated, self.tokens = {}, set(), {}
         self.cut_after, self.cuts = None, 0
         self.requests = []
@@ -28,23 +30,23 @@ class Hub:
 
 
 @contextlib.contextmanager
-def serve():
+def serve() -> Iterator[Hub]:
     """Run a server; gives the `Hub` that steers it."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, *arguments):
+        def log_message(self, *arguments: object) -> None:
             pass
 
-        def do_HEAD(self):
+        def do_HEAD(self) -> None:
             self.answer(body=False)
 
-        def do_GET(self):
+        def do_GET(self) -> None:
             self.answer(body=True)
 
-        def answer(self, body):
+        def answer(self, body: bool) -> None:
             hub.requests.append((self.command, self.path, self.headers.get("Range")))
             parts = self.path.split("?")[0].strip("/").split("/")
             api = parts[:2] == ["api", "datasets"]
@@ -70,11 +72,11 @@ def serve():
                 return self.refuse(404, "EntryNotFound", "Entry not found")
             return self.send_file(hub.files[repository, path], body)
 
-        def describe(self, repository):
+        def describe(self, repository: str) -> dict[str, Any]:
             files = [{"rfilename": path} for known, path in hub.files if known == repository]
             return {"id": repository.partition("/")[2], "sha": COMMIT, "siblings": files, "tags": [], "gated": False}
 
-        def tree(self, repository, folder):
+        def tree(self, repository: str, folder: str) -> list[Any]:
             """List a folder, not what is below its folders."""
             entries = {}
             for (known, path), data in hub.files.items():
@@ -85,7 +87,7 @@ def serve():
                     entries[inside] |= {"type": "directory"} if below[1] else {"type": "file", "size": len(data)}
             return [*entries.values()]
 
-        def send_json(self, value):
+        def send_json(self, value: object) -> None:
             data = json.dumps(value).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -93,7 +95,7 @@ def serve():
             self.end_headers()
             self.wfile.write(data)
 
-        def refuse(self, status, code, message):
+        def refuse(self, status: int, code: str | None, message: str) -> None:
             self.send_response(status)
             if code:
                 self.send_header("X-Error-Code", code)
@@ -101,7 +103,7 @@ def serve():
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def send_file(self, data, body):
+        def send_file(self, data: bytes, body: bool) -> None:
             start = 0
             if (wanted := self.headers.get("Range")) and not wanted.startswith("bytes=0-0"):
                 start = int(wanted.removeprefix("bytes=").split("-")[0])

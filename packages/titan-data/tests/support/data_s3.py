@@ -2,6 +2,8 @@
 
 import contextlib
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 
 class Faults:
@@ -13,12 +15,12 @@ class Faults:
         over: ends all stalls.
     """
 
-    def __init__(self, application):
+    def __init__(self, application: Any) -> None:
         self._application = application
         self.coming, self.reads = [], []
         self.over = threading.Event()
 
-    def __call__(self, environ, start_response):
+    def __call__(self, environ: Any, start_response: Any) -> Any:
         path = environ["PATH_INFO"]
         if environ["REQUEST_METHOD"] == "GET" and path.count("/") > 1 and not path.endswith("/"):
             self.reads.append(path)
@@ -32,7 +34,7 @@ class Faults:
 
 
 @contextlib.contextmanager
-def s3_server():
+def s3_server() -> Iterator[tuple[str, Any]]:
     """Run a server; gives its address and its faults."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server

@@ -3,9 +3,11 @@
 import functools
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from titan_data import Tokenizer
 from titan_data.tokenizers.huggingface import HuggingFaceTokenizer
 from titan_data.tokenizers.sentencepiece import SentencePieceTokenizer
 from titan_data.tokenizers.tiktoken import SPLIT_PATTERN, TiktokenTokenizer
@@ -16,14 +18,14 @@ VOCAB_SIZE = {"bpe": 1000, "sentencepiece": 600, "huggingface": 602}
 
 
 @functools.cache
-def texts():
+def texts() -> tuple[str, ...]:
     """Some real text: Python's own sources."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:25]
     return tuple(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 @functools.cache
-def trained(kind):
+def trained(kind: str) -> bytes:
     """The contents of a trained tokenizer's file."""
     if kind == "huggingface":
         return train_huggingface(VOCAB_SIZE[kind], ["<s>", "</s>"]).to_str().encode()
@@ -33,13 +35,13 @@ def trained(kind):
 
 
 @functools.cache
-def tokenizer(kind):
+def tokenizer(kind: str) -> Tokenizer:
     """A trained tokenizer."""
     make = {"bpe": TiktokenTokenizer, "sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
     return make[kind](trained(kind))
 
 
-def train_huggingface(vocab_size, special_tokens):
+def train_huggingface(vocab_size: int, special_tokens: list[str]) -> Any:
     """Train byte-level BPE with Llama 3's split pattern the way that the `tokenizers` library's users do."""
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())

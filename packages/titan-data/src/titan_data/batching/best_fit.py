@@ -1,22 +1,26 @@
-"""Best-fit packing: whole documents into rows, each into the row where it leaves the least room."""
+"""Best-fit packing: complete documents into sequences, each into the sequence where it leaves the least space.
+
+`BestFit` is the packer; `best_fit` is the bin packing algorithm.
+"""
 
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from titan_data.batching.cutting import QueueReader
 from titan_data.batching.documents import Block
 from titan_data.batching.feeds import Feed
-from titan_data.batching.packing import Piece, Place, Row, Walk
+from titan_data.batching.packing import PackedSequence, PackerState, Piece
 from titan_data.batching.permutation import Permutation
 from titan_data.errors import DataError
 
-# Documents looked at together are read (and, if they are text, kept) at once: so many tokens are enough.
+# The documents of a window are read (and text is held in memory) together: a window ends after this many tokens.
 _MAX_TOKENS = 1 << 24
 
 
 class _Part(NamedTuple):
-    """Tokens `start` to `stop` of the window's document `number`, after which `cropped` tokens are left out."""
+    """Tokens `start` to `stop` of document `number` of the window, after which `cropped` tokens are left out."""
 
     number: int
     start: int
@@ -25,87 +29,89 @@ class _Part(NamedTuple):
 
 
 class BestFit:
-    """Packs `look_ahead` documents at a time (a window) into as few rows as best-fit-decreasing finds.
+    """Packs a window of documents at a time into as few sequences as best-fit-decreasing finds.
 
-    A window ends with its epoch at the latest, so that each epoch's tokens are used before the next one's. Its rows
-    come in an order of their own, so that a long document's rows are spread over many batches instead of filling a few.
-    Where a row stands is told by the window's beginning and a count of rows: the window is packed again on resume.
+    A window never crosses the end of an epoch, so each epoch's tokens are used before the next one's. Its sequences are
+    shuffled, so that those of a long document are spread over many batches instead of filling a few. The state is the
+    beginning of the window and the number of its sequences that are used: a resume packs the window again, which gives
+    the same sequences. If S changes within a window, the documents that are left are packed again for the new S.
 
     Args:
-        feed: where the documents come from.
-        max_epochs: after how many epochs the source ends, or None.
-        look_ahead: documents in a window.
-        crop: whether documents longer than a row are cropped; otherwise they are split into full rows and a rest.
+        feed: Where the documents come from.
+        max_epochs: Number of epochs after which the source ends, or None.
+        window: Documents in a window.
+        crop: Whether documents longer than a sequence are cropped; otherwise they are split.
     """
 
-    def __init__(self, feed: Feed, max_epochs: int | None, *, look_ahead: int, crop: bool) -> None:
+    def __init__(self, feed: Feed, max_epochs: int | None, *, window: int, crop: bool) -> None:
         self._feed = feed
-        self._walk = Walk(feed, max_epochs)
-        self._look_ahead = look_ahead
+        self._queue = QueueReader(feed, max_epochs)
+        self._window = window
         self._crop = crop
-        self.seek(Place(feed.start))
+        self.seek(PackerState(feed.start))
 
-    def place(self) -> Place:
-        """Say where the next row begins."""
-        return self._begin._replace(window=tuple((seq_len, rows) for seq_len, rows in self._used if rows > 0))
+    def state(self) -> PackerState:
+        """Return where the next sequence begins."""
+        return self._begin._replace(window=tuple((seq_len, count) for seq_len, count in self._used if count > 0))
 
-    def seek(self, place: Place, *, lenient: bool = False) -> None:
-        """Go to a place; nothing is read yet."""
-        self._walk.seek(place.cursor, 0)
-        self._begin = Place(place.cursor)
-        self._to_repeat = place.window
+    def seek(self, state: PackerState, *, lenient: bool = False) -> None:
+        """Continue from a state; nothing is read yet."""
+        self._queue.seek(state.cursor, 0)
+        self._begin = PackerState(state.cursor)
+        self._to_repeat = state.window
         self._lenient = lenient
         self._documents: list[tuple[Block, int]] = []
-        self._rows: deque[list[_Part]] = deque()
-        self._used: list[tuple[int, int]] = list(place.window)
+        self._sequences: deque[list[_Part]] = deque()
+        self._used: list[tuple[int, int]] = list(state.window)
 
-    def next_row(self, seq_len: int, wanted: bool) -> Row:
-        """Give the next row of the window, or the first of the next window."""
-        row = Row()
-        while not self._rows:
+    def next_sequence(self, seq_len: int, *, with_pieces: bool) -> PackedSequence:
+        """Return the next sequence of the window, or the first of the next window."""
+        sequence = PackedSequence()
+        while not self._sequences:
             if not self._open_window():
-                row.skipped += self._walk.take_uncounted()
-                self._begin = Place(self._walk.place()[0])
-                return row
+                sequence.skipped += self._queue.count_trailing_empty()
+                self._begin = PackerState(self._queue.cursor_and_offset()[0])
+                return sequence
         if not self._used or self._used[-1][0] != seq_len:
-            self._pack([part for parts in self._rows for part in parts], seq_len)
-        self._hand_out(self._rows.popleft(), row, wanted)
+            self._pack([part for parts in self._sequences for part in parts], seq_len)
+        self._fill(sequence, self._sequences.popleft(), with_pieces=with_pieces)
         self._used[-1] = (seq_len, self._used[-1][1] + 1)
-        if not self._rows:
-            self._close_window(row)
-        return row
+        if not self._sequences:
+            self._close_window(sequence)
+        return sequence
 
     def _open_window(self) -> bool:
-        """Read the next window's documents and come to where it stands; False where the epochs are over."""
-        if not self._walk.ready():
+        """Read the next window's documents and drop the sequences already used; False if all epochs are used up."""
+        if not self._queue.ready():
             return False
-        epoch = self._walk.block.before(self._walk.k)[0]
-        self._passed = Row()  # collects the count of documents without tokens
+        epoch = self._queue.block.cursor_before(self._queue.k)[0]
+        self._skipped = PackedSequence()  # collects the count of documents without tokens
         tokens = 0
-        while len(self._documents) < self._look_ahead and tokens < _MAX_TOKENS and self._walk.ready():
-            block, k = self._walk.block, self._walk.k
-            if block.before(k)[0] != epoch:
+        while len(self._documents) < self._window and tokens < _MAX_TOKENS and self._queue.ready():
+            block, k = self._queue.block, self._queue.k
+            if block.cursor_before(k)[0] != epoch:
                 break
             self._documents.append((block, k))
-            tokens += self._walk.skip_document(self._passed)
+            tokens += self._queue.skip_document(self._skipped)
         parts = [_Part(i, 0, block.lengths[k], 0) for i, (block, k) in enumerate(self._documents)]
-        self._rows = deque([parts])
+        self._sequences = deque([parts])
         to_repeat, self._to_repeat, self._used = self._to_repeat, (), []
-        for seq_len, rows in to_repeat:
-            self._pack([part for parts in self._rows for part in parts], seq_len)
-            if rows > len(self._rows) and not self._lenient:
+        for seq_len, count in to_repeat:
+            self._pack([part for parts in self._sequences for part in parts], seq_len)
+            if count > len(self._sequences) and not self._lenient:
                 raise DataError(
-                    f"{self._feed.name!r}: the saved place is after {rows} rows of the documents from "
-                    f"{list(self._begin.cursor)} on, which make {len(self._rows)}: the data have changed"
+                    f"{self._feed.name!r}: the saved state is after {count} sequences of the window at "
+                    f"{list(self._begin.cursor)}, but its documents fill {len(self._sequences)}: the data have changed"
                 )
-            for _ in range(min(rows, len(self._rows))):
-                self._rows.popleft()
-            self._used[-1] = (seq_len, rows)
-        if not self._rows:
-            self._close_window(Row())
+            for _ in range(min(count, len(self._sequences))):
+                self._sequences.popleft()
+            self._used[-1] = (seq_len, count)
+        if not self._sequences:
+            self._close_window(PackedSequence())
         return True
 
     def _pack(self, parts: list[_Part], seq_len: int) -> None:
+        """Pack parts of documents into sequences of S tokens, and shuffle the sequences."""
         cut: list[_Part] = []
         for number, start, stop, cropped in sorted(parts):
             if self._crop:
@@ -113,54 +119,57 @@ class BestFit:
                 cut.append(_Part(number, start, end, cropped + stop - end))
             else:
                 cut += [_Part(number, at, min(at + seq_len, stop), 0) for at in range(start, stop, seq_len)]
-        rows = best_fit([part.stop - part.start for part in cut], seq_len)
-        order = Permutation(len(rows), key=f"{self._feed.name}/{list(self._begin.cursor)}/{seq_len}") if rows else ()
-        self._rows = deque([cut[i] for i in rows[at]] for at in order)
+        bins = best_fit([part.stop - part.start for part in cut], seq_len)
+        order = Permutation(len(bins), key=f"{self._feed.name}/{list(self._begin.cursor)}/{seq_len}") if bins else ()
+        self._sequences = deque([cut[i] for i in bins[at]] for at in order)
         self._used.append((seq_len, 0))
 
-    def _hand_out(self, parts: list[_Part], row: Row, wanted: bool) -> None:
+    def _fill(self, sequence: PackedSequence, parts: list[_Part], *, with_pieces: bool) -> None:
         for number, start, stop, cropped in parts:
             block, k = self._documents[number]
             length = block.lengths[k]
-            row.tokens += stop - start
-            row.cropped += cropped
-            row.documents += stop + cropped == length
-            if wanted:
-                row.pieces.append(Piece(block, k, start, stop, stop + cropped < length))
+            sequence.tokens += stop - start
+            sequence.cropped += cropped
+            sequence.documents += stop + cropped == length
+            if with_pieces:
+                sequence.pieces.append(Piece(block, k, start, stop, stop + cropped < length))
 
-    def _close_window(self, row: Row) -> None:
-        row.skipped += self._passed.skipped
-        self._begin = Place(self._walk.place()[0])
+    def _close_window(self, sequence: PackedSequence) -> None:
+        sequence.skipped += self._skipped.skipped
+        self._begin = PackerState(self._queue.cursor_and_offset()[0])
         self._documents, self._used = [], []
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Put things into bins by best-fit-decreasing: the longest first, each into the fullest bin that has room.
+    """Pack items into bins by best-fit-decreasing: the longest first, each into the fullest bin that has space for it.
+
+    Free space takes at most `size` different values, so open bins are grouped by it: each item is placed with one
+    bisection, in O(n log n) for n items.
 
     Args:
-        lengths: of the things, each from 1 to `size`.
-        size: of a bin.
+        lengths: Lengths of the items, each from 1 to `size`.
+        size: Capacity of a bin.
 
     Returns:
-        For each bin the numbers of the things in it, ascending; the bins ordered by their first numbers.
+        For each bin the numbers of its items, ascending; the bins are ordered by their first numbers.
     """
     bins: list[list[int]] = []
-    rooms: list[int] = []  # the rooms that open bins have, ascending, each once
-    open_bins: dict[int, list[int]] = {}  # by room
+    free: list[int] = []  # the different amounts of free space of open bins, ascending
+    open_bins: dict[int, list[int]] = {}  # by free space
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect_left(rooms, lengths[number])
-        if at == len(rooms):
+        at = bisect_left(free, lengths[number])
+        if at == len(free):
             bins.append([])
-            chosen, room = len(bins) - 1, size
+            chosen, space = len(bins) - 1, size
         else:
-            room = rooms[at]
-            chosen = open_bins[room].pop()
-            if not open_bins[room]:
-                del open_bins[room], rooms[at]
+            space = free[at]
+            chosen = open_bins[space].pop()
+            if not open_bins[space]:
+                del open_bins[space], free[at]
         bins[chosen].append(number)
-        if (left := room - lengths[number]) > 0:
+        if (left := space - lengths[number]) > 0:
             if left not in open_bins:
                 open_bins[left] = []
-                insort(rooms, left)
+                insort(free, left)
             open_bins[left].append(chosen)
     return sorted(sorted(numbers) for numbers in bins)

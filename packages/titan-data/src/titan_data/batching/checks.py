@@ -1,4 +1,4 @@
-"""What a loader cannot be made of, and what to change."""
+"""Checks of the arguments of `Loader`; each error says what to change."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,11 @@ from titan_data.tokenizers.base import Tokenizer
 
 
 def check_tokenizers(sources: Sequence[Source], tokenizer: Tokenizer | None) -> None:
-    """Refuse tokens that another tokenizer made, or several of them."""
+    """Check that all token sources were made with one tokenizer, the loader's if it has one.
+
+    Raises:
+        DataError: If a source names another tokenizer.
+    """
     wanted, whose = (None, "") if tokenizer is None else (tokenizer.fingerprint, "the loader's")
     for source in sources:
         made_with = source.tokenizer_fingerprint if isinstance(source, TokenSource) else None
@@ -19,26 +23,22 @@ def check_tokenizers(sources: Sequence[Source], tokenizer: Tokenizer | None) -> 
         if made_with != wanted:
             raise DataError(
                 f"source {source.name!r} was made with tokenizer {made_with!r}, but {whose} is {wanted!r}: prepare the "
-                "data again so that there is one tokenizer, or give the loader the one that made them"
+                "data again with one tokenizer, or give the loader the tokenizer that made the data"
             )
 
 
-def check_sizes(global_batch_size: int, rank: int, world: int, prefetch: int, workers: int) -> None:
-    """Refuse numbers that cannot be, and a global batch that does not divide among the ranks."""
-    for name, value, least in (
-        ("global_batch_size", global_batch_size, 1),
-        ("world", world, 1),
-        ("prefetch", prefetch, 0),
-        ("workers", workers, 0),
-    ):
-        if value < least:
-            raise DataError(f"{name} must be at least {least}, not {value}")
-    if not 0 <= rank < world:
-        raise DataError(f"rank must be in 0..{world - 1} for world = {world}, not {rank}")
-    if global_batch_size % world != 0:
-        below = global_batch_size // world * world
-        nearby = [size for size in (below, below + world) if size > 0]
+def check_batch_size(global_batch_size: int, world_size: int) -> None:
+    """Check that the global batch divides evenly among the ranks.
+
+    Raises:
+        DataError: If it does not; the message names the nearest sizes that do.
+    """
+    if global_batch_size < 1:
+        raise DataError(f"global_batch_size must be at least 1, not {global_batch_size}")
+    if global_batch_size % world_size != 0:
+        below = global_batch_size // world_size * world_size
+        nearby = [size for size in (below, below + world_size) if size > 0]
         raise DataError(
-            f"global_batch_size = {global_batch_size} cannot be divided among world = {world} ranks; "
+            f"global_batch_size = {global_batch_size} cannot be divided among world_size = {world_size} ranks; "
             f"use global_batch_size = {' or '.join(map(str, nearby))}"
         )

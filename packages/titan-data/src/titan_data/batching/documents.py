@@ -1,6 +1,6 @@
-"""From text to a document's ids, and runs of documents with their lengths at hand.
+"""Tokenized documents: `encode_documents` turns texts into ids, `Block` holds consecutive documents with their lengths.
 
-A place between two documents of a source is a cursor: a few integers, the first of which is the epoch.
+Called by the feeds, which read blocks; the packers take tokens out of them.
 """
 
 from array import array
@@ -14,38 +14,40 @@ from titan_data.sources.base import Tokens
 from titan_data.tokenizers.base import Ids, Tokenizer
 
 Cursor = tuple[int, ...]
+"""A point between two documents of a source's queue; the first integer is the epoch."""
+
 Encode = Callable[[Sequence[str]], list[npt.NDArray[np.int32]]]
-"""Turns documents into ids as `encode_documents` does."""
+"""A function that turns texts into ids as `encode_documents` does."""
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.int32]:
-    """Turn a document into `[bos] + tokens + [eos]`, bos and eos left out where the tokenizer has none.
+    """Tokenize a document to `[bos] + tokens + [eos]`, without bos or eos if the tokenizer has none.
 
     Args:
-        tokenizer: gives the ids.
-        text: the document.
+        tokenizer: Produces the ids.
+        text: The document.
 
     Returns:
-        int32 `[T]`; no tokens at all for a text without any: bos and eos alone would teach a model to say nothing.
+        int32 `[T]`; `[0]` (not bos and eos alone) for a text without tokens, so that no empty document is trained on.
 
     Raises:
-        DataError: the tokenizer gave an id outside of its vocabulary (on a GPU that would be an illegal access).
+        DataError: If an id is outside the tokenizer's vocabulary (on a GPU that would be an illegal memory access).
     """
     return encode_documents(tokenizer, [text])[0]
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-    """Do the same for several documents at once, which some tokenizers do faster.
+    """Tokenize several documents in one call, which some tokenizers do faster.
 
     Args:
-        tokenizer: gives the ids.
-        texts: the documents.
+        tokenizer: Produces the ids.
+        texts: The documents.
 
     Returns:
         For each document what `encode_document` returns.
 
     Raises:
-        DataError: the tokenizer gave an id outside of its vocabulary.
+        DataError: If an id is outside the tokenizer's vocabulary.
     """
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -56,36 +58,36 @@ def _document(ids: Ids, before: list[int], after: list[int], vocab_size: int) ->
     if len(ids) == 0:
         return np.empty(0, dtype=np.int32)
     if not isinstance(ids, np.ndarray):
-        # By way of an array: a third of the time that numpy takes over a list.
+        # Through array("q"): three times as fast as np.array(list).
         try:
             ids = np.frombuffer(array("q", ids), dtype=np.int64)
         except OverflowError:
-            raise DataError(f"the tokenizer gave id {max(ids, key=abs)}, which no vocabulary holds") from None
+            raise DataError(f"the tokenizer returned id {max(ids, key=abs)}, which does not fit into 64 bits") from None
     begin, end = len(before), len(before) + len(ids)
     low, high = min([int(ids.min()), *before, *after]), max([int(ids.max()), *before, *after])
     if low < 0 or high >= vocab_size:
-        raise DataError(f"the tokenizer gave ids from {low} to {high}, but its vocab_size is {vocab_size}")
+        raise DataError(f"the tokenizer returned ids from {low} to {high}, but its vocab_size is {vocab_size}")
     tokens = np.empty(end + len(after), dtype=np.int32)
     tokens[:begin], tokens[begin:end], tokens[end:] = before, ids, after
     return tokens
 
 
 class Block:
-    """Consecutive documents of one epoch, those without tokens passed over.
+    """Consecutive documents of one epoch. Documents without tokens are left out and counted.
 
     Args:
         lengths: int64 `[D]`, tokens of each document; may be zero.
-        cursors: gives the place before document d; for d = D the place right after the last.
-        tokens: gives the ids of document d.
-        describe: says to people which document d is.
-        after: the place where the next block begins: in the next epoch, where this one is over.
+        cursors: Returns the cursor before document d; for d = D the cursor after the last document.
+        tokens: Returns the ids of document d.
+        describe: Returns a description of document d for messages.
+        next_cursor: Where the next block begins: in the next epoch if this block ends its epoch.
 
     Attributes:
-        lengths: K of them, of the documents that have tokens.
-        ends: K sums of the lengths, up to and with each. (Lists, as bisecting one is far quicker than an array.)
-        total: tokens of all.
-        passed: K + 1 counts of the documents without tokens that come before each, and in all.
-        after: the place where the next block begins.
+        lengths: Tokens of each of the K documents that have tokens.
+        ends: K cumulative sums of the lengths. (Lists, because bisecting a list is far faster than an array.)
+        total: Tokens of all documents.
+        empty_before: K + 1 counts: documents without tokens before each of the K documents, and in the whole block.
+        next_cursor: Where the next block begins.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Block:
         cursors: Callable[[int], Cursor],
         tokens: Callable[[int], Tokens],
         describe: Callable[[int], str],
-        after: Cursor,
+        next_cursor: Cursor,
     ) -> None:
         kept = np.flatnonzero(lengths)
         self._numbers: list[int] = kept.tolist()
@@ -104,29 +106,33 @@ class Block:
         self.lengths: list[int] = lengths[kept].tolist()
         self.ends: list[int] = lengths[kept].cumsum().tolist()
         self.total = self.ends[-1] if self.ends else 0
-        self.passed: list[int] = [*(kept - np.arange(len(kept))).tolist(), len(lengths) - len(kept)]
-        self.after = after
+        self.empty_before: list[int] = [*(kept - np.arange(len(kept))).tolist(), len(lengths) - len(kept)]
+        self.next_cursor = next_cursor
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def before(self, k: int) -> Cursor:
-        """Give the place right before document k."""
+    def cursor_before(self, k: int) -> Cursor:
+        """Return the cursor right before document k."""
         return self._cursors(self._numbers[k])
 
-    def behind(self, k: int) -> Cursor:
-        """Give the place right after document k, before any document without tokens that may follow it."""
+    def cursor_after(self, k: int) -> Cursor:
+        """Return the cursor right after document k, before any documents without tokens that follow it."""
         return self._cursors(self._numbers[k] + 1)
 
     def tokens(self, k: int) -> Tokens:
-        """Give the ids of document k."""
+        """Return the ids of document k.
+
+        Raises:
+            DataError: If their number is not the length that the source reported.
+        """
         tokens = self._tokens(self._numbers[k])
         if tokens.shape != (self.lengths[k],):
             raise DataError(
-                f"{self.describe(k)} has shape {tokens.shape}, but its source says {self.lengths[k]} tokens"
+                f"{self.describe(k)} has shape {tokens.shape}, but its source reports {self.lengths[k]} tokens"
             )
         return tokens
 
     def describe(self, k: int) -> str:
-        """Say to people which document k is."""
+        """Describe document k for messages."""
         return self._describe(self._numbers[k])

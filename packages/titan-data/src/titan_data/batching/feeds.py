@@ -1,4 +1,7 @@
-"""A source's documents in the order of its queue: all of epoch 0, then all of epoch 1, and so on without end."""
+"""Feeds: a source's queue of documents (all of epoch 0, then all of epoch 1, and so on), read in blocks.
+
+`open_feed` is called by `Loader` for each source; packers read the feed's blocks.
+"""
 
 from concurrent.futures import Executor
 from typing import Protocol
@@ -6,17 +9,17 @@ from typing import Protocol
 import numpy as np
 
 from titan_data.batching.documents import Block, Cursor, Encode
-from titan_data.batching.shuffle import Order
-from titan_data.batching.text_feed import RandomAccessTexts, StreamTexts, TextFeed, Texts
+from titan_data.batching.shuffle import EpochOrder
+from titan_data.batching.text_feed import RandomAccessFeed, StreamFeed
 from titan_data.errors import DataError
 from titan_data.sources.base import RandomAccessSource, Source, TokenSource
 
-_BLOCK_DOCUMENTS = 1024  # whose lengths are looked up at once
-_BLOCKS_AHEAD = 2  # per worker
+_BLOCK_DOCUMENTS = 1024  # documents per block: their lengths are looked up in one call
+_BLOCKS_AHEAD = 2  # blocks tokenized ahead per worker
 
 
 class Feed(Protocol):
-    """Reads a source's queue from any place of it."""
+    """Reads a source's queue from any cursor on."""
 
     @property
     def name(self) -> str:
@@ -25,30 +28,30 @@ class Feed(Protocol):
 
     @property
     def start(self) -> Cursor:
-        """The place before the first document."""
+        """The cursor before the first document."""
         ...
 
     def check(self, cursor: Cursor, *, lenient: bool = False) -> Cursor:
-        """Make sure that the queue has a place.
+        """Validate a saved cursor.
 
         Args:
-            cursor: the place, as it was saved.
-            lenient: whether the documents may be others than when it was saved: a place beyond the last document is
-                then the end of the epoch.
+            cursor: The saved cursor.
+            lenient: Whether the documents may have changed since it was saved: a cursor beyond the last document then
+                means the end of the epoch.
 
         Returns:
-            The place.
+            The cursor to continue at.
 
         Raises:
-            DataError: there is no such place.
+            DataError: If the queue has no such cursor.
         """
         ...
 
     def read(self, cursor: Cursor) -> Block:
-        """Read some documents, no more than to the end of the epoch. Cheapest where the block before ended.
+        """Read a block of documents, at most to the end of the epoch. Cheapest where the previous block ended.
 
         Raises:
-            DataError: the source has no documents. Other errors of the source pass through. Reading may be tried again.
+            DataError: If the source has no documents. Errors of the source pass through; the call may be repeated.
         """
         ...
 
@@ -56,39 +59,38 @@ class Feed(Protocol):
 def open_feed(
     source: Source, encode: Encode | None, *, seed: int, shuffle: bool, pool: Executor | None, workers: int
 ) -> Feed:
-    """Make the feed that suits a source.
+    """Open the feed for a source.
 
     Args:
-        source: where the documents come from.
-        encode: turns texts into ids; may be None for a source of tokens.
-        seed: together with the source's name and the epoch, decides the order where documents are shuffled.
-        shuffle: whether to shuffle; of no effect on a stream, which has only its own order.
-        pool: threads that tokenize ahead, or None to tokenize when the tokens are asked for.
-        workers: number of threads in the pool.
+        source: Where the documents come from.
+        encode: Turns texts into ids; may be None for a source of tokens.
+        seed: Seed of the shuffle; the order also depends on the source's name and the epoch.
+        shuffle: Whether to shuffle; no effect on a stream, which is read in its own order.
+        pool: Threads that tokenize ahead, or None to tokenize when the tokens are needed.
+        workers: Number of threads in the pool.
 
     Returns:
         The feed.
 
     Raises:
-        DataError: the source has no documents, or a tokenizer is missing.
+        DataError: If the source has no documents, or is text and there is no tokenizer.
     """
-    # A TokenSource has all that a RandomAccessSource has, and more: so it comes first.
+    # TokenSource first: it has all members of RandomAccessSource, and more.
     if isinstance(source, TokenSource):
-        return TokenFeed(source, Order(source.name, len(source), seed=seed, shuffle=shuffle))
-    texts: Texts
-    if isinstance(source, RandomAccessSource):
-        texts = RandomAccessTexts(source, Order(source.name, len(source), seed=seed, shuffle=shuffle))
-    else:
-        texts = StreamTexts(source)
+        return TokenFeed(source, EpochOrder(source.name, len(source), seed=seed, shuffle=shuffle))
     if encode is None:
-        raise DataError(f"source {source.name!r} gives text, so the loader needs a tokenizer")
-    return TextFeed(texts, encode, pool, workers * _BLOCKS_AHEAD)
+        raise DataError(f"source {source.name!r} contains text, so the loader needs a tokenizer")
+    blocks_ahead = workers * _BLOCKS_AHEAD
+    if isinstance(source, RandomAccessSource):
+        order = EpochOrder(source.name, len(source), seed=seed, shuffle=shuffle)
+        return RandomAccessFeed(source, order, encode, pool, blocks_ahead)
+    return StreamFeed(source, encode, pool, blocks_ahead)
 
 
 class TokenFeed:
-    """The queue of a source of tokens: only lengths are read until somebody wants the tokens themselves."""
+    """The queue of a token source. Only lengths are read; tokens are read when a sequence is built."""
 
-    def __init__(self, source: TokenSource, order: Order) -> None:
+    def __init__(self, source: TokenSource, order: EpochOrder) -> None:
         self._source = source
         self._order = order
         self.name = source.name
@@ -96,16 +98,16 @@ class TokenFeed:
         self.check = order.check
 
     def read(self, cursor: Cursor) -> Block:
-        """Look up the lengths of some documents."""
-        epoch, place = cursor
-        indices = self._order.indices(epoch, place, _BLOCK_DOCUMENTS)
-        lengths = np.asarray(self._source.lengths(indices), dtype=np.int64)
-        if lengths.shape != indices.shape or int(lengths.min()) < 0:
-            raise DataError(f"source {self._source.name!r}: lengths() must give one length, not negative, per document")
+        """Look up the lengths of the next documents."""
+        epoch, index = cursor
+        documents = self._order.documents(epoch, index, _BLOCK_DOCUMENTS)
+        lengths = np.asarray(self._source.lengths(documents), dtype=np.int64)
+        if lengths.shape != documents.shape or int(lengths.min()) < 0:
+            raise DataError(f"source {self._source.name!r}: lengths() must return one non-negative length per document")
         return Block(
             lengths,
-            cursors=lambda d: self._order.cursor(epoch, place + d),
-            tokens=lambda d: self._source[int(indices[d])],
-            describe=lambda d: f"source {self._source.name!r}, document {indices[d]}",
-            after=self._order.cursor(epoch, place + len(indices)),
+            cursors=lambda d: self._order.cursor(epoch, index + d),
+            tokens=lambda d: self._source[int(documents[d])],
+            describe=lambda d: f"source {self._source.name!r}, document {documents[d]}",
+            next_cursor=self._order.cursor(epoch, index + len(documents)),
         )

@@ -1,7 +1,8 @@
-"""Global batch after global batch: every rank walks all the rows, and builds those that are its own.
+"""The global batch reader: every rank follows all sequences of a global batch, and builds its own.
 
-So where things stand is the same everywhere without a word between ranks, and the number of ranks decides who sees a
-row, never what is in it.
+So the state is the same on all ranks without communication, and the number of ranks decides who builds a sequence,
+never what is in it. Called by `Loader` (in its prefetch thread); for each sequence it chooses a source and asks the
+source's packer.
 """
 
 import logging
@@ -10,22 +11,22 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from titan_data.batching.batch import Batch, build_batch
-from titan_data.batching.mixing import Phase, Weighted, choose_source
-from titan_data.batching.packing import Packer, Place, Row
+from titan_data.batching.mixing import MixtureSource, ResolvedPhase, choose_source
+from titan_data.batching.packing import PackedSequence, Packer, PackerState
 from titan_data.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 
-class Tally(NamedTuple):
-    """What one source has given so far, over all ranks.
+class Counts(NamedTuple):
+    """What one source has contributed so far, over all ranks.
 
     Attributes:
-        tokens: real ones, without padding.
-        documents: whose last token was given (or cropped).
-        padding: tokens that filled up its rows.
-        cropped: tokens left out of documents that are longer than a row.
-        skipped: documents without tokens that were passed over.
+        tokens: Tokens, without padding.
+        documents: Documents whose last token was used (or cropped).
+        padding: Padding tokens in its sequences.
+        cropped: Tokens cropped from documents that are longer than a sequence.
+        skipped: Documents without tokens.
     """
 
     tokens: int = 0
@@ -34,68 +35,68 @@ class Tally(NamedTuple):
     cropped: int = 0
     skipped: int = 0
 
-    def plus(self, row: Row, seq_len: int) -> "Tally":
-        """Count a row."""
-        return Tally(
-            self.tokens + row.tokens,
-            self.documents + row.documents,
-            self.padding + (seq_len - row.tokens if row.tokens > 0 else 0),
-            self.cropped + row.cropped,
-            self.skipped + row.skipped,
+    def plus(self, sequence: PackedSequence, seq_len: int) -> "Counts":
+        """Add a sequence."""
+        return Counts(
+            self.tokens + sequence.tokens,
+            self.documents + sequence.documents,
+            self.padding + (seq_len - sequence.tokens if sequence.tokens > 0 else 0),
+            self.cropped + sequence.cropped,
+            self.skipped + sequence.skipped,
         )
 
 
-class Standing(NamedTuple):
-    """Where one source stands.
+class SourceState(NamedTuple):
+    """The state of one source.
 
     Attributes:
-        place: where its next row begins.
-        tally: what it has given.
-        share: tokens it has given since the weights in use hold.
-        ended: whether its epochs are over.
+        packer: Where its next sequence begins.
+        counts: What it has contributed so far.
+        phase_tokens: Tokens it has contributed since the current phase began.
+        ended: Whether its epochs are used up.
     """
 
-    place: Place
-    tally: Tally = Tally()
-    share: int = 0
+    packer: PackerState
+    counts: Counts = Counts()
+    phase_tokens: int = 0
     ended: bool = False
 
 
-class Position(NamedTuple):
-    """Where a loader stands between two global batches.
+class ReaderState(NamedTuple):
+    """The state of a loader between two global batches.
 
     Attributes:
-        step: number of the next global batch.
-        phase: the step from which the weights hold that the sources' `share` counts.
-        sources: where each source stands, in the order of the sources.
+        step: Number of the next global batch.
+        phase_start: First step of the phase that the sources' `phase_tokens` belong to.
+        sources: The state of each source, in the order of the sources.
     """
 
     step: int
-    phase: int
-    sources: tuple[Standing, ...]
+    phase_start: int
+    sources: tuple[SourceState, ...]
 
 
-class Reader:
-    """Makes global batch 0, 1, 2, … or goes on from any position.
+class GlobalBatchReader:
+    """Reads global batch 0, 1, 2, …, or continues from any state.
 
     Args:
-        parts: the sources.
-        packers: one for each source.
-        phases: weights and lengths by step.
-        rows: G, rows of a global batch.
-        own: which of them are built.
-        cross_document: whether rows are one text each.
-        pad_id: the token that fills rows up.
-        vocab_size: ids must be below, or None.
+        parts: The sources.
+        packers: One for each source.
+        phases: Weights and sequence lengths by step.
+        global_batch_size: G, sequences of a global batch.
+        own: Which of them this rank builds.
+        cross_document: Whether a sequence is one text; see `Packing`.
+        pad_id: The padding token.
+        vocab_size: Ids must be below it; None for no limit.
     """
 
     def __init__(
         self,
-        parts: Sequence[Weighted],
+        parts: Sequence[MixtureSource],
         packers: Sequence[Packer],
-        phases: Sequence[Phase],
+        phases: Sequence[ResolvedPhase],
         *,
-        rows: int,
+        global_batch_size: int,
         own: range,
         cross_document: bool,
         pad_id: int,
@@ -104,113 +105,117 @@ class Reader:
         self._parts = parts
         self._packers = packers
         self._phases = phases
-        self._rows = rows
+        self._global_batch_size = global_batch_size
         self._own = own
         self._cross_document = cross_document
         self._pad_id = pad_id
         self._vocab_size = vocab_size
         self._lenient: frozenset[int] = frozenset()
-        self.position = Position(0, 0, tuple(Standing(packer.place()) for packer in packers))
+        self.state = ReaderState(0, 0, tuple(SourceState(packer.state()) for packer in packers))
 
-    def phase(self, step: int) -> Phase:
-        """Give the phase in which a step lies."""
+    def phase(self, step: int) -> ResolvedPhase:
+        """Return the phase of a step."""
         return self._phases[bisect_right([phase.from_step for phase in self._phases], step) - 1]
 
-    def resume(self, position: Position, lenient: frozenset[int]) -> None:
-        """Go to a position of another reader.
+    def resume(self, state: ReaderState, lenient: frozenset[int]) -> None:
+        """Continue from the state of another reader.
 
         Args:
-            position: where to go on.
-            lenient: numbers of the sources whose documents may be others than when the position was noted.
+            state: Where to continue.
+            lenient: Numbers of the sources whose documents may have changed since the state was saved.
         """
         self._lenient = lenient
-        self.seek(position)
+        self.seek(state)
 
-    def seek(self, position: Position) -> None:
-        """Go to a position; nothing is read yet."""
-        for number, (packer, standing) in enumerate(zip(self._packers, position.sources, strict=True)):
-            packer.seek(standing.place, lenient=number in self._lenient)
-        self.position = position
+    def seek(self, state: ReaderState) -> None:
+        """Continue from a state; nothing is read yet."""
+        for number, (packer, source) in enumerate(zip(self._packers, state.sources, strict=True)):
+            packer.seek(source.packer, lenient=number in self._lenient)
+        self.state = state
 
     def read(self) -> Batch | None:
-        """Make the next global batch's own rows.
+        """Build this rank's sequences of the next global batch.
 
         Returns:
-            The batch; None where the sources have ended.
+            The batch; None if the sources have ended.
 
         Raises:
-            DataError: a source has ended that must not, or gives what cannot be used. Errors of sources pass through.
-                The position is then that of the step before, and the step may be tried again.
+            DataError: If a source with at_end="error" has ended, or its data cannot be used. Errors of sources pass
+                through. The state is then still that before the step, and the step may be tried again.
         """
-        before = self.position
+        before = self.state
         try:
             batch, after = self._read(before)
         except BaseException:
-            # A step happens as a whole or not at all: a failed one leaves a position that can be saved.
+            # A step is atomic: after a failed one the state can be saved or the step tried again.
             self.seek(before)
             raise
         if batch is None:
             self.seek(before)
         else:
-            self.position = after
+            self.state = after
         return batch
 
-    def _read(self, position: Position) -> tuple[Batch | None, Position]:
-        phase = self.phase(position.step)
-        tallies = [standing.tally for standing in position.sources]
-        # New weights hold from where they begin; what was taken before is not made up for.
-        same = phase.from_step == position.phase
-        shares = [standing.share if same else 0 for standing in position.sources]
-        ended = [standing.ended for standing in position.sources]
-        own_rows: list[tuple[str, Row]] = []
-        for number in range(self._rows):
-            wanted = number in self._own
-            source, row = self._next_row(phase, wanted, tallies, shares, ended)
+    def _read(self, state: ReaderState) -> tuple[Batch | None, ReaderState]:
+        phase = self.phase(state.step)
+        counts = [source.counts for source in state.sources]
+        # Shares count from the beginning of a phase: what earlier phases took is not compensated.
+        same = phase.from_step == state.phase_start
+        phase_tokens = [source.phase_tokens if same else 0 for source in state.sources]
+        ended = [source.ended for source in state.sources]
+        own: list[tuple[str, PackedSequence]] = []
+        for number in range(self._global_batch_size):
+            is_own = number in self._own
+            source, sequence = self._next_sequence(phase, counts, phase_tokens, ended, with_pieces=is_own)
             if source is None and number == 0:
-                return None, position
-            if wanted:
-                own_rows.append(("" if source is None else self._parts[source].source.name, row))
+                return None, state
+            if is_own:
+                own.append(("" if source is None else self._parts[source].source.name, sequence))
         batch = build_batch(
-            own_rows,
+            own,
             phase.seq_len,
             cross_document=self._cross_document,
             pad_id=self._pad_id,
             vocab_size=self._vocab_size,
         )
-        standings = (
-            Standing(packer.place(), tally, share, end)
-            for packer, tally, share, end in zip(self._packers, tallies, shares, ended, strict=True)
-        )
-        return batch, Position(position.step + 1, phase.from_step, tuple(standings))
+        sources = map(SourceState, (packer.state() for packer in self._packers), counts, phase_tokens, ended)
+        return batch, ReaderState(state.step + 1, phase.from_step, tuple(sources))
 
-    def _next_row(
-        self, phase: Phase, wanted: bool, tallies: list[Tally], shares: list[int], ended: list[bool]
-    ) -> tuple[int | None, Row]:
-        """Take one row from the source whose turn it is, and count it; an empty one where all have ended."""
+    def _next_sequence(
+        self,
+        phase: ResolvedPhase,
+        counts: list[Counts],
+        phase_tokens: list[int],
+        ended: list[bool],
+        *,
+        with_pieces: bool,
+    ) -> tuple[int | None, PackedSequence]:
+        """Take one sequence from the source that is due, and update the three lists; an empty one if all have ended."""
         while True:
             weights = [0.0 if end else weight for weight, end in zip(phase.weights, ended, strict=True)]
-            source = choose_source(weights, shares, phase.seq_len)
+            source = choose_source(weights, phase_tokens, phase.seq_len)
             if source is None:
-                return None, Row()
-            row = self._packers[source].next_row(phase.seq_len, wanted)
-            tallies[source] = tallies[source].plus(row, phase.seq_len)
-            if row.tokens > 0:
-                shares[source] += row.tokens
-                return source, row
+                return None, PackedSequence()
+            sequence = self._packers[source].next_sequence(phase.seq_len, with_pieces=with_pieces)
+            counts[source] = counts[source].plus(sequence, phase.seq_len)
+            if sequence.tokens > 0:
+                phase_tokens[source] += sequence.tokens
+                return source, sequence
             ended[source] = True
-            self._end(source, tallies[source], last=all(ended))
+            self._end(source, counts[source], last=all(ended))
 
-    def _end(self, source: int, tally: Tally, *, last: bool) -> None:
+    def _end(self, source: int, counts: Counts, *, last: bool) -> None:
+        """Raise or log the end of a source."""
         part = self._parts[source]
         name = part.source.name
-        if tally.tokens == 0:
-            raise DataError(f"source {name!r} gives not one token: all its documents are empty")
+        if counts.tokens == 0:
+            raise DataError(f"source {name!r} has no tokens: all its documents are empty")
         if part.at_end == "error":
             raise DataError(
-                f"source {name!r} has been used {part.max_epochs} times, which is its max_epochs: allow more epochs, "
-                'add documents, lower its weight, or set at_end="drop" to go on without it'
+                f"source {name!r} has been used for {part.max_epochs} epochs, its max_epochs: raise max_epochs, "
+                'add documents, lower its weight, or set at_end="drop" to continue without it'
             )
         if not last:
             _log.warning(
-                "source %r has been used %d times, its max_epochs, and leaves the mixture", name, part.max_epochs
+                "source %r has been used for %d epochs, its max_epochs, and leaves the mixture", name, part.max_epochs
             )

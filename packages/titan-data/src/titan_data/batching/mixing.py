@@ -1,4 +1,7 @@
-"""Which source a row comes from: shares in tokens, kept to within one row at any time, and switched at given steps."""
+"""Mixtures: which source each sequence comes from, by shares in tokens that may change at given steps.
+
+`resolve_phases` is called by `Loader` once, `choose_source` by the batch reader for each sequence.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,15 +13,19 @@ from titan_data.sources.base import Source, check_source
 
 
 @dataclass(frozen=True)
-class Weighted:
+class MixtureSource:
     """A source in a mixture.
 
     Attributes:
-        source: where documents come from.
-        weight: its share of the tokens, against the sum of all weights. Zero: not used until a stage says so.
-        max_epochs: how often its documents are used at most; None: as often as it takes.
-        at_end: what happens then. "drop": it leaves the mixture, and the others' shares grow in proportion; when
-            none is left, the iteration ends. "error": the loader raises DataError.
+        source: Where documents come from.
+        weight: Its share of the tokens, relative to the sum of all weights. Zero: not used until a phase gives it a
+            weight.
+        max_epochs: How many epochs are used at most; None: no limit.
+        at_end: What happens after them. "drop": the source leaves the mixture, and the others' shares grow in
+            proportion; when no source is left, the iteration ends. "error": the loader raises DataError.
+
+    Raises:
+        DataError: If `source` does not have the members of a source, or another value is out of range.
     """
 
     source: Source
@@ -34,17 +41,17 @@ class Weighted:
                 f"source {self.source.name!r}: max_epochs must be at least 1 or None, not {self.max_epochs}"
             )
         if self.at_end not in ("drop", "error"):
-            raise DataError(f"source {self.source.name!r}: at_end is 'drop' or 'error', not {self.at_end!r}")
+            raise DataError(f"source {self.source.name!r}: at_end must be 'drop' or 'error', not {self.at_end!r}")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What changes at a step, until a later stage changes it again.
+class Phase:
+    """A change of mixture weights or sequence length at a step. It holds until a later phase changes it again.
 
     Attributes:
-        from_step: number of the first global batch (they count from 0) made in this way.
-        weights: new weights by the sources' names, 0 for those not named; None: as before.
-        seq_len: new S; None: as before.
+        from_step: First step of the phase; steps count from 0.
+        weights: New weights by source name, 0 for sources that are not named; None: unchanged.
+        seq_len: New S; None: unchanged.
     """
 
     from_step: int
@@ -53,86 +60,86 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What holds from one step to the next switch: all of it spelt out. `weights` are in the order of the sources."""
+class ResolvedPhase:
+    """A phase with nothing left unsaid: `weights` are in the order of the sources and sum to 1."""
 
     from_step: int
     weights: tuple[float, ...]
     seq_len: int
 
 
-def plan_phases(parts: Sequence[Weighted], seq_len: int, stages: Sequence[Stage]) -> list[Phase]:
-    """Spell out the stages.
+def resolve_phases(parts: Sequence[MixtureSource], seq_len: int, phases: Sequence[Phase]) -> list[ResolvedPhase]:
+    """Fill in what phases leave unchanged.
 
     Args:
-        parts: the sources.
-        seq_len: S at the beginning.
-        stages: what changes, in the order of the steps.
+        parts: The sources.
+        seq_len: S at step 0.
+        phases: The changes, in the order of their steps.
 
     Returns:
-        One phase from step 0 and one for each stage that changes something. The weights of each sum up to 1.
+        One phase from step 0, and one for each phase that changes something. The weights of each sum to 1.
 
     Raises:
-        DataError: stages out of order, unknown names, weights or lengths that cannot be.
+        DataError: If phases are out of order, name unknown sources, or have invalid weights or lengths.
     """
     names = [part.source.name for part in parts]
     if not names:
         raise DataError("a loader needs at least one source")
     if doubles := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"several sources are called {', '.join(map(repr, doubles))}: give each a name of its own")
-    phases = [Phase(0, _shares(0, [part.weight for part in parts]), _checked_length(seq_len))]
+        raise DataError(f"several sources are called {', '.join(map(repr, doubles))}: give each a unique name")
+    resolved = [ResolvedPhase(0, _shares(0, [part.weight for part in parts]), _checked_length(seq_len))]
     last_step = 0
-    for stage in stages:
-        if stage.from_step <= last_step:
+    for phase in phases:
+        if phase.from_step <= last_step:
             raise DataError(
-                f"stages must be in the order of their steps and begin after step 0: {stage.from_step} follows "
-                f"{last_step}"
+                f"phases must be in the order of their steps and begin after step 0, but from_step {phase.from_step} "
+                f"follows {last_step}"
             )
-        last_step = stage.from_step
-        before = phases[-1]
+        last_step = phase.from_step
+        before = resolved[-1]
         shares, length = before.weights, before.seq_len
-        if stage.weights is not None:
-            if unknown := sorted(stage.weights.keys() - set(names)):
+        if phase.weights is not None:
+            if unknown := sorted(phase.weights.keys() - set(names)):
                 raise DataError(
-                    f"the stage from step {stage.from_step} names {', '.join(map(repr, unknown))}; the sources are "
+                    f"the phase from step {phase.from_step} names {', '.join(map(repr, unknown))}; the sources are "
                     f"{', '.join(map(repr, names))}"
                 )
-            weights = [stage.weights.get(name, 0.0) for name in names]
+            weights = [phase.weights.get(name, 0.0) for name in names]
             for name, weight in zip(names, weights, strict=True):
                 _check_weight(name, weight)
-            shares = _shares(stage.from_step, weights)
-        if stage.seq_len is not None:
-            length = _checked_length(stage.seq_len)
-        # What changes nothing is no switch: it must not make the sources' shares count from zero.
+            shares = _shares(phase.from_step, weights)
+        if phase.seq_len is not None:
+            length = _checked_length(phase.seq_len)
+        # A phase that changes nothing is dropped: it must not reset the sources' token counts.
         if (shares, length) != (before.weights, before.seq_len):
-            phases.append(Phase(stage.from_step, shares, length))
-    return phases
+            resolved.append(ResolvedPhase(phase.from_step, shares, length))
+    return resolved
 
 
-def choose_source(weights: Sequence[float], tokens: Sequence[int], row: int) -> int | None:
-    """Choose where the next row comes from.
+def choose_source(weights: Sequence[float], tokens: Sequence[int], seq_len: int) -> int | None:
+    """Choose the source of the next sequence, so that each source stays within one sequence of its share at any time.
 
-    The quota method of Balinski and Young ("The Quota Method of Apportionment", 1975): of the sources that one row more
-    would not lift above their share, the one whose next row is due first. With rows of equal length every source
-    is at any time less than one row away from its share, which taking the largest deficit does not hold to. Of sources
-    due at the same time, the first.
+    The quota method of Balinski and Young ("The Quota Method of Apportionment", 1975): of the sources that one sequence
+    more would not lift above their share, the one whose next sequence is due first. With sequences of equal length
+    every source is at any time less than one sequence away from its share; taking the largest deficit does not
+    guarantee that. Of sources due at the same time, the first.
 
     Args:
-        weights: of the sources, not normalised; zero for those out of use.
-        tokens: taken from each since these weights hold. Those of sources out of use do not count, so that where one
-            leaves the others keep their proportions.
-        row: tokens in a row.
+        weights: Weights of the sources, not normalized; zero for those not in use.
+        tokens: Tokens taken from each source since these weights hold. Those of sources not in use do not count, so
+            that the others keep their proportions when a source leaves.
+        seq_len: Tokens in a sequence.
 
     Returns:
         The number of the source; None if all weights are zero.
     """
-    whole = sum(weights)
-    used = sum(count for count, weight in zip(tokens, weights, strict=True) if weight > 0) + row
+    total = sum(weights)
+    used = sum(count for count, weight in zip(tokens, weights, strict=True) if weight > 0) + seq_len
     best: tuple[bool, float, int] | None = None
     for number, (weight, count) in enumerate(zip(weights, tokens, strict=True)):
         if weight > 0:
-            over = count * whole >= weight * used
-            due = (count + row) / weight
+            over = count * total >= weight * used
+            due = (count + seq_len) / weight
             if best is None or (over, due) < best[:2]:
                 best = (over, due, number)
     return None if best is None else best[2]
@@ -141,8 +148,8 @@ def choose_source(weights: Sequence[float], tokens: Sequence[int], row: int) -> 
 def _shares(from_step: int, weights: Sequence[float]) -> tuple[float, ...]:
     total = math.fsum(weights)
     if total <= 0:
-        raise DataError(f"all weights are zero from step {from_step} on: one at least must be larger")
-    # To 12 digits, as 7 : 3 and 0.7 : 0.3 are one mixture, and have to give one order.
+        raise DataError(f"all weights are zero from step {from_step} on: at least one must be larger")
+    # Rounded to 12 digits: 7 : 3 and 0.7 : 0.3 are the same mixture and have to give the same order.
     return tuple(float(f"{weight / total:.12g}") for weight in weights)
 
 
@@ -154,4 +161,4 @@ def _checked_length(seq_len: int) -> int:
 
 def _check_weight(name: str, weight: float) -> None:
     if not (math.isfinite(weight) and weight >= 0):
-        raise DataError(f"source {name!r}: a weight is a number from 0 up, not {weight}")
+        raise DataError(f"source {name!r}: a weight must be a finite number of at least 0, not {weight}")

@@ -1,4 +1,4 @@
-"""A shuffle of any number of things that fits in a few bytes."""
+"""A shuffle of any number of items in constant memory. Used by the order of epochs and of best-fit windows."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,32 +9,30 @@ import numpy.typing as npt
 
 from titan_data.errors import DataError
 
-# Four rounds make a Feistel network look random to any observer; two more cost little and leave a margin where the
-# halves have few values.
+# Four rounds make a Feistel network indistinguishable from random; two more cost little and leave a margin for halves
+# with few values.
 _ROUNDS = 6
 _MAX = 1 << 62  # so that each half stays below 2^32, and its product with 32 random bits below 2^64
 
 
 class Permutation:
-    """A pseudo-random bijection of `range(n)`: each entry is computed when asked for, and nothing is stored.
+    """A pseudo-random bijection of `range(n)`; entries are computed when they are asked for, nothing is stored.
 
-    The entries depend on (n, key) alone: on no random generator of Python, numpy or torch, hence on no version of
-    them.
+    The entries depend on (n, key) alone, not on a random generator of Python, numpy or torch or its version.
 
-    How: write an index as a pair (left, right) with left < a, right < b and a * b just above n; then in turn add to
-    each half a keyed hash of the other half (a Feistel network with modular addition). Each round can be undone, so
-    the whole maps the a * b pairs one to one. Where the result is n or more, apply it again until it is below
-    ("cycle walking"), which keeps it one to one on `range(n)`. As a * b exceeds n by less than its square root, that
-    is rare. The hash is the finalizer of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
-    Generators", 2014) over the half plus a key of the round: integer arithmetic that numpy does for many indices at
-    once.
+    How: an index is written as a pair (left, right) with left < a, right < b and a * b just above n; then a keyed hash
+    of each half is added to the other half in turn (a Feistel network with modular addition). Each round can be undone,
+    so the network permutes the a * b pairs. A result of n or more is permuted again until it is below n ("cycle
+    walking"), which leaves a bijection of `range(n)`. As a * b exceeds n by less than its square root, that is rare.
+    The hash is the finalizer of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", 2014)
+    of the half plus a key of the round: integer arithmetic that numpy vectorizes.
 
     Args:
-        n: how many indices there are, at most 2^62.
-        key: which permutation; another key gives an unrelated one.
+        n: Number of indices, at most 2^62.
+        key: Selects the permutation; different keys give unrelated ones.
 
     Raises:
-        DataError: n is negative or too large.
+        DataError: If n is negative or too large.
     """
 
     def __init__(self, n: int, key: str | bytes) -> None:
@@ -52,18 +50,18 @@ class Permutation:
 
     def __getitem__(self, index: int) -> int:
         if not 0 <= index < self._n:
-            raise IndexError(f"index {index} is outside of range({self._n})")
+            raise IndexError(f"index {index} is outside range({self._n})")
         return int(self.entries(index, index + 1)[0])
 
     def __iter__(self) -> Iterator[int]:
         return (int(entry) for begin in range(0, self._n, 1024) for entry in self.entries(begin, begin + 1024))
 
     def entries(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Compute many entries at once, which costs some 0.1 µs for each.
+        """Compute many entries at once, at some 0.1 µs per entry.
 
         Args:
-            start: the first index.
-            stop: the index after the last; `len(self)` where it is larger than that.
+            start: The first index.
+            stop: The index after the last; at most `len(self)` is used.
 
         Returns:
             int64 `[stop - start]`.
@@ -74,7 +72,7 @@ class Permutation:
         return entries.astype(np.int64)
 
     def _once(self, indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Map range(a * b) to itself, one to one."""
+        """Permute range(a * b)."""
         left, right = np.divmod(indices, np.uint64(max(self._right_size, 1)))
         for number, key in enumerate(self._round_keys):
             if number % 2 == 0:

@@ -1,54 +1,53 @@
-"""Reading ahead in a thread of its own, so that the next batch lies ready when it is asked for."""
+"""Reading ahead in a thread, so that the next batch is ready when it is asked for. Called by `Loader`."""
 
-import os
 import queue
-import sys
 import threading
-import traceback
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Generic, TypeVar
 
-from titan_data.files.storage import DataFile
+from titan_data.files.reading import ReadingThread
 
 T = TypeVar("T")
 
-_FRAMES = 4  # that are shown of a thread that hangs
-_POLL_SECONDS = 0.5  # how often a thread that waits for room looks whether it is to stop
+_POLL_SECONDS = 0.5  # how often a thread that waits for a free slot checks whether it is to stop
 
 
 class Prefetcher(Generic[T]):
-    """Calls a function over and over in a thread, at most `depth` results ahead.
+    """Calls a function repeatedly in a thread, at most `depth` results ahead.
 
-    An exception of the function comes out of `get` in its turn, after the results before it.
+    An exception of the function is raised by `get` in its turn, after the results before it.
 
     Args:
-        produce: makes the next result. Must not hold the object that owns the prefetcher, lest that be never freed.
-        depth: how many results may wait.
+        produce: Makes the next result. Must not hold the object that owns the prefetcher, or that is never freed.
+        depth: How many results may wait.
 
     Attributes:
-        ended: whether an exception of the function has come out; there will be no more results.
-        closed: whether the thread was told to stop.
+        ended: Whether `get` has raised an exception of the function; there are no more results.
+        closed: Whether `close` was called.
     """
 
     def __init__(self, produce: Callable[[], T], depth: int) -> None:
         self._results: queue.Queue[tuple[T, None] | tuple[None, BaseException]] = queue.Queue(depth)
         self._stop = threading.Event()
         self.ended = self.closed = False
-        # A daemon, as a read that hangs must not keep the process alive; the owner closes it before Python goes down.
-        self._thread = threading.Thread(
+        # A daemon, so that a read that hangs cannot keep the process alive; the owner closes it before Python exits.
+        self._thread = ReadingThread(
             target=_run, args=(produce, self._results, self._stop), name="titan-data-prefetch", daemon=True
         )
         self._thread.start()
+
+    @property
+    def reading(self) -> str | None:
+        """The file that the thread is reading; None if it is not reading a file."""
+        return self._thread.reading
 
     def get(self, patience: float, warn: Callable[[float], None]) -> T:
         """Wait for the next result, or raise what the function raised in its place.
 
         Args:
-            patience: seconds after which `warn` is called for the first time, and again each time that twice as many
+            patience: Seconds after which `warn` is called for the first time, and again each time that twice as many
                 have passed.
-            warn: told how many seconds have passed.
+            warn: Called with the number of seconds that have passed.
         """
         waited = 0.0
         while True:
@@ -61,13 +60,13 @@ class Prefetcher(Generic[T]):
         if error is not None:
             self.ended = True
             raise error
-        return result  # type: ignore[return-value]  # there is a result where there is no error
+        return result  # type: ignore[return-value]  # there is a result if there is no error
 
     def close(self, timeout: float) -> bool:
-        """Stop the thread; results that wait are lost. Safe to call more than once.
+        """Stop the thread; waiting results are dropped. May be called more than once.
 
         Args:
-            timeout: seconds to wait for the call under way.
+            timeout: Seconds to wait for the current call of the function.
 
         Returns:
             Whether the thread has ended. If not, it may still use what the function uses.
@@ -75,34 +74,14 @@ class Prefetcher(Generic[T]):
         self.closed = True
         self._stop.set()
         if threading.current_thread() is self._thread:
-            return False  # the garbage collector may free the owner from any thread, even from in the middle of a put
+            return False  # the garbage collector may free the owner in any thread, even in this one during a put
         while True:
             try:
-                self._results.get_nowait()  # so that a thread that waits for room sees the stop at once
+                self._results.get_nowait()  # frees a slot, so that a waiting thread sees the stop at once
             except queue.Empty:
                 break
         self._thread.join(timeout)
         return not self._thread.is_alive()
-
-    def describe(self) -> str:
-        """Say where the thread is, outermost call first, and in which file if one is being read."""
-        frame = sys._current_frames().get(self._thread.ident or 0)
-        calls = traceback.extract_stack(frame)[-_FRAMES:] if frame is not None else []
-        where = " > ".join(f"{call.name} ({os.path.basename(call.filename)}:{call.lineno})" for call in calls)
-        file = _file_at(frame)
-        return where if file is None else f"{where}, in {file}"
-
-
-def _file_at(frame: FrameType | None) -> str | None:
-    """Name the file that the innermost of the calls is about."""
-    while frame is not None:
-        for value in frame.f_locals.values():
-            if isinstance(value, DataFile):
-                return value.label
-            if isinstance(value, Path):
-                return str(value)
-        frame = frame.f_back
-    return None
 
 
 def _run(

@@ -1,8 +1,8 @@
-"""Tokenizing each text once on a machine, though each of its ranks needs to know how long all documents are.
+"""Tokenize each text once per machine, although each of its ranks needs the lengths of all documents.
 
-The ids of some texts are a function of the texts and the tokenizer: so whoever comes first puts them into a file that
-is named by a digest of both, and the others read it. Whatever goes wrong with the files, each loader can tokenize for
-itself: sharing saves time and never changes an id.
+The ids of a block of texts are a function of the texts and the tokenizer: so the first rank writes them to a file named
+by a digest of both, and the others read it. If anything goes wrong with the files, each loader tokenizes for itself:
+sharing saves time and never changes an id. Called by the text feeds in place of `encode_documents`.
 """
 
 import contextlib
@@ -24,50 +24,50 @@ from titan_data.batching.documents import encode_documents
 from titan_data.errors import DataError
 from titan_data.tokenizers.base import Tokenizer
 
-_KEPT_BYTES = 128 << 20  # of a loader's own files: far more than others are behind it
-_LEFT_BEHIND_SECONDS = 600.0  # files of that age are of a job that was killed
-_PATIENCE_SECONDS = 20.0  # for another's tokenizing of one block
+_KEPT_BYTES = 128 << 20  # of a loader's own files: far more than the other ranks are behind
+_STALE_SECONDS = 600.0  # files of that age are left over from a job that was killed
+_PATIENCE_SECONDS = 20.0  # how long to wait for another rank to tokenize a block
 _POLL_SECONDS = 0.002
 
 _Documents = list[npt.NDArray[np.int32]]
 _log = logging.getLogger(__name__)
 
 
-class TokenShare:
-    """A folder through which the loaders of one machine, and of one job, share what they tokenize.
+class SharedTokens:
+    """A directory through which the loaders of one job on one machine share tokenized texts.
 
     Each loader keeps the newest of its own files and removes them when it is freed.
 
     Args:
-        folder: made if it is not there, for this user alone.
-        tokenizer: turns texts into ids.
+        directory: Created if missing, readable by this user only.
+        tokenizer: Turns texts into ids.
 
     Raises:
-        DataError: the folder cannot be made, or belongs to somebody else.
+        DataError: If the directory cannot be created, or belongs to another user.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
-        self._folder = Path(folder).expanduser()
+    def __init__(self, directory: str | Path, tokenizer: Tokenizer) -> None:
+        self._directory = Path(directory).expanduser()
         self._tokenizer = tokenizer
         self._written: deque[tuple[Path, int]] = deque()
-        self._lock = threading.Lock()  # of `_written`: a loader's workers all share
+        self._lock = threading.Lock()  # guards `_written`, which the loader's worker threads share
         self._warned = False
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if hasattr(os, "getuid") and self._folder.stat().st_uid != os.getuid():
-                raise DataError(f"the folder {folder} to share tokens in belongs to another user: give another one")
-            _sweep(self._folder)
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if hasattr(os, "getuid") and self._directory.stat().st_uid != os.getuid():
+                raise DataError(f"share_directory {directory} belongs to another user: choose another directory")
+            _remove_stale(self._directory)
         except OSError as error:
-            raise DataError(f"the folder {folder} to share tokens in cannot be used: {error.strerror}") from None
-        weakref.finalize(self, _remove, self._folder, self._written)
+            raise DataError(f"share_directory {directory} cannot be used: {error.strerror}") from None
+        weakref.finalize(self, _remove, self._directory, self._written)
 
     def encode(self, texts: Sequence[str]) -> _Documents:
-        """Return what `encode_documents` returns: from another loader, or for others to read.
+        """Return what `encode_documents` returns: read from another loader's file, or tokenized and written to one.
 
         Raises:
-            DataError: the tokenizer gave an id outside of its vocabulary.
+            DataError: If an id is outside the tokenizer's vocabulary.
         """
-        path = self._folder / self._name(texts)
+        path = self._directory / self._name(texts)
         claim = path.with_suffix(".claim")
         deadline = time.monotonic() + _PATIENCE_SECONDS
         try:
@@ -80,12 +80,14 @@ class TokenShare:
                     finally:
                         claim.unlink(missing_ok=True)
                 if time.monotonic() > deadline or _age(claim) > _PATIENCE_SECONDS:
-                    return self._encode(texts)  # whoever claimed it is slow, or is no more
+                    return self._encode(texts)  # the process that claimed it is slow or has died
                 time.sleep(_POLL_SECONDS)
             return found
         except OSError as error:
             if not self._warned:
-                _log.warning("tokens cannot be shared in %s (%s): each rank tokenizes for itself", self._folder, error)
+                _log.warning(
+                    "tokens cannot be shared in %s (%s): each rank tokenizes for itself", self._directory, error
+                )
                 self._warned = True
             return self._encode(texts)
 
@@ -100,15 +102,17 @@ class TokenShare:
         return f"{digest.hexdigest()}.ids"
 
     def _publish(self, path: Path, documents: _Documents) -> None:
+        """Write a file atomically, and remove this loader's oldest files beyond the limit."""
         lengths = np.array([len(documents), *map(len, documents)], dtype=np.int32)
         data = np.concatenate([lengths, *documents])
-        with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False) as out:
+        with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".part", delete=False) as out:
+            part = Path(out.name)
             try:
                 data.tofile(out)
                 out.close()
-                os.replace(out.name, path)
+                part.replace(path)
             except BaseException:
-                os.unlink(out.name)
+                part.unlink()
                 raise
         with self._lock:
             self._written.append((path, data.nbytes))
@@ -117,19 +121,19 @@ class TokenShare:
 
 
 def _read(path: Path, count: int) -> _Documents | None:
-    """Read the ids of `count` documents; None if there is no such file."""
+    """Read the ids of `count` documents; None if the file is missing or incomplete."""
     try:
         data = np.fromfile(path, dtype=np.int32)
     except FileNotFoundError:
         return None
     if len(data) <= count or data[0] != count or len(data) != 1 + count + int(data[1 : 1 + count].sum(dtype=np.int64)):
-        return None  # cut off by a full disk, say
+        return None  # truncated, by a full disk for example
     ends = (1 + count + np.cumsum(data[1 : 1 + count], dtype=np.int64)).tolist()
     return [data[begin:end] for begin, end in zip([1 + count, *ends], ends, strict=False)]
 
 
 def _claim(path: Path) -> bool:
-    """Try to be the one who tokenizes."""
+    """Create the claim file; False if another process has it and is tokenizing."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
@@ -144,14 +148,14 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def _sweep(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.suffix in (".ids", ".claim", ".part") and _age(path) > _LEFT_BEHIND_SECONDS:
+def _remove_stale(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.suffix in (".ids", ".claim", ".part") and _age(path) > _STALE_SECONDS:
             path.unlink(missing_ok=True)
 
 
-def _remove(folder: Path, written: deque[tuple[Path, int]]) -> None:
+def _remove(directory: Path, written: deque[tuple[Path, int]]) -> None:
     with contextlib.suppress(OSError):
         for path, _ in written:
             path.unlink(missing_ok=True)
-        folder.rmdir()  # by the last of them
+        directory.rmdir()  # succeeds for the last loader

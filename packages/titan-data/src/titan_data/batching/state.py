@@ -1,4 +1,8 @@
-"""A loader's saved state: its form, and the reasons to refuse one."""
+"""A loader's saved state as JSON: writing it, and checking that a loader can resume from it.
+
+Called by `Loader.state_dict` and `Loader.load_state_dict`. Keys of the JSON belong to a state version and do not follow
+renames in the code.
+"""
 
 import hashlib
 import json
@@ -7,31 +11,33 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from titan_data.batching.documents import Cursor
-from titan_data.batching.global_batches import Position, Standing, Tally
-from titan_data.batching.mixing import Phase
-from titan_data.batching.packing import Packing, Place
+from titan_data.batching.global_batches import Counts, ReaderState, SourceState
+from titan_data.batching.mixing import ResolvedPhase
+from titan_data.batching.packing import PackerState, Packing
 from titan_data.errors import ChangedDataError, DataError
 from titan_data.fingerprint import Fingerprint, list_differences
 
 STATE_VERSION = 1
 
+_PACKING_KEYS = {"packing_window": "look_ahead"}  # names in the JSON, where they differ from `Packing`
+
 Change = Literal["data", "mixture", "tokenizer", "seed", "shuffle", "seq_len", "global_batch_size", "packing"]
-"""What may differ from the saved run, if the user says so; see `Loader.load_state_dict`."""
+"""What may differ from the saved run if the user allows it; see `Loader.load_state_dict`."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoaderSettings:
     """Everything that the order of the tokens depends on.
 
     Attributes:
-        seed: of the shuffling.
-        shuffle: whether random-access sources are shuffled.
-        tokenizer: its fingerprint; None without one.
+        seed: Seed of the shuffle.
+        shuffle: Whether random-access sources are shuffled.
+        tokenizer: The tokenizer's fingerprint; None without one.
         global_batch_size: G.
-        packing: how documents become rows.
-        phases: weights, in the order of `fingerprints`, and S, by step.
-        fingerprints: of the sources, by name.
-        max_epochs: of the sources, by name.
+        packing: How documents become sequences.
+        phases: Weights, in the order of `fingerprints`, and S, by step.
+        fingerprints: The sources' fingerprints, by name.
+        max_epochs: The sources' `max_epochs`, by name.
     """
 
     seed: int
@@ -39,26 +45,26 @@ class Settings:
     tokenizer: str | None
     global_batch_size: int
     packing: Packing
-    phases: Sequence[Phase]
+    phases: Sequence[ResolvedPhase]
     fingerprints: Mapping[str, Fingerprint]
     max_epochs: Mapping[str, int | None]
 
 
-def dump_state(position: Position, settings: Settings) -> dict[str, Any]:
-    """Write down where a loader stands.
+def dump_state(reader: ReaderState, settings: LoaderSettings) -> dict[str, Any]:
+    """Serialize a loader's state.
 
     Args:
-        position: where that is.
-        settings: of the loader.
+        reader: The state of its batch reader.
+        settings: Its settings.
 
     Returns:
-        Plain JSON; equal for equal arguments.
+        JSON values; equal for equal arguments.
     """
     names = list(settings.fingerprints)
     state: dict[str, Any] = {
         "version": STATE_VERSION,
-        "step": position.step,
-        "phase": position.phase,
+        "step": reader.step,
+        "phase": reader.phase_start,
         "settings": {
             "seed": settings.seed,
             "shuffle": settings.shuffle,
@@ -69,16 +75,16 @@ def dump_state(position: Position, settings: Settings) -> dict[str, Any]:
         "phases": [_dump_phase(phase, names) for phase in settings.phases],
         "sources": {
             name: {
-                "cursor": list(standing.place.cursor),
-                "offset": standing.place.offset,
-                "window": [list(rows) for rows in standing.place.window],
-                "tally": standing.tally._asdict(),
-                "share": standing.share,
-                "ended": standing.ended,
+                "cursor": list(source.packer.cursor),
+                "offset": source.packer.offset,
+                "window": [list(used) for used in source.packer.window],
+                "tally": source.counts._asdict(),
+                "share": source.phase_tokens,
+                "ended": source.ended,
                 "max_epochs": settings.max_epochs[name],
                 "fingerprint": settings.fingerprints[name].to_json(),
             }
-            for name, standing in zip(names, position.sources, strict=True)
+            for name, source in zip(names, reader.sources, strict=True)
         },
     }
     return {**state, "checksum": _checksum(state)}
@@ -86,81 +92,83 @@ def dump_state(position: Position, settings: Settings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Resume:
-    """What a saved state means for a loader with certain settings.
+    """Where a loader continues from a saved state.
 
     Attributes:
-        position: where to go on.
-        lenient: numbers of the sources whose documents, or their order, are others than when the state was saved.
+        reader: The state to continue from.
+        lenient: Numbers of the sources whose documents, or their order, have changed since the state was saved.
     """
 
-    position: Position
+    reader: ReaderState
     lenient: frozenset[int]
 
 
 def read_state(
-    state: Mapping[str, Any], settings: Settings, starts: Mapping[str, Cursor], allow_changes: Collection[str]
+    state: Mapping[str, Any], settings: LoaderSettings, starts: Mapping[str, Cursor], allow_changes: Collection[str]
 ) -> Resume:
-    """Make sure that a loader with these settings can go on from a saved state.
+    """Check that a loader with these settings can resume from a saved state.
 
     Args:
-        state: what was saved.
-        settings: those of the loader that is to go on.
-        starts: by name, where each source begins: for those that are new.
-        allow_changes: what may differ.
+        state: The saved state.
+        settings: Settings of the loader that resumes.
+        starts: By name, the cursor at which each source begins; used for sources that are not in the state.
+        allow_changes: What may differ.
 
     Returns:
-        Where to go on.
+        Where to continue.
 
     Raises:
-        ChangedDataError: a difference that is not allowed (all of them are listed).
-        DataError: another form, or a damaged state.
+        ChangedDataError: If anything differs that is not allowed; all differences are listed.
+        DataError: If the state is of another version or corrupt, or `allow_changes` has an unknown entry.
     """
     if unknown := sorted(set(allow_changes) - set(get_args(Change))):
-        raise DataError(f"allow_changes knows {', '.join(get_args(Change))}, not {', '.join(unknown)}")
+        raise DataError(
+            f"allow_changes: unknown {', '.join(map(repr, unknown))}; choose from {', '.join(get_args(Change))}"
+        )
     version = state.get("version")
     if version != STATE_VERSION:
-        raise DataError(f"this is loader state version {version!r}, but this titan-data reads version {STATE_VERSION}")
+        raise DataError(f"the loader state has version {version!r}, but this titan-data reads version {STATE_VERSION}")
     if state.get("checksum") != _checksum({key: value for key, value in state.items() if key != "checksum"}):
-        raise DataError("the loader state is damaged: it does not fit its checksum")
+        raise DataError("the loader state is corrupt: its checksum does not match")
     differences = _differences(state, settings)
     changes = {change for change, _ in differences}
     if refused := sorted(changes - set(allow_changes)):
         lines = "\n".join(f"  {line}" for change, line in differences if change in refused)
         raise ChangedDataError(
-            f"the order of the data would not be that of the saved run, because these differ:\n{lines}\n"
-            "Resume with what was saved, or start a new run in a new folder. To go on from the saved place anyhow, "
-            f"allow it: allow_changes={{{', '.join(map(repr, refused))}}}",
+            f"the order of the data would differ from that of the saved run, because of these changes:\n{lines}\n"
+            "Resume with the saved settings, or start a new run in a new folder. To continue from the saved state "
+            f"anyway, pass allow_changes={{{', '.join(map(repr, refused))}}}",
             refused,
         )
     return _resume(state, settings, starts, changes)
 
 
 def _resume(
-    state: Mapping[str, Any], settings: Settings, starts: Mapping[str, Cursor], changes: Collection[str]
+    state: Mapping[str, Any], settings: LoaderSettings, starts: Mapping[str, Cursor], changes: Collection[str]
 ) -> Resume:
     reordered = not {"tokenizer", "seed", "shuffle", "packing"}.isdisjoint(changes)
-    standings, lenient = [], set()
+    sources, lenient = [], set()
     for number, (name, fingerprint) in enumerate(settings.fingerprints.items()):
         saved = state["sources"].get(name)
         if saved is None:
-            standings.append(Standing(Place(starts[name])))
+            sources.append(SourceState(PackerState(starts[name])))
             continue
         if reordered or fingerprint.digest != saved["fingerprint"]["digest"]:
             lenient.add(number)
         limit = settings.max_epochs[name]
-        standings.append(
-            Standing(
-                Place(tuple(saved["cursor"]), saved["offset"], tuple((s, rows) for s, rows in saved["window"])),
-                Tally(**saved["tally"]),
+        sources.append(
+            SourceState(
+                PackerState(tuple(saved["cursor"]), saved["offset"], tuple((s, used) for s, used in saved["window"])),
+                Counts(**saved["tally"]),
                 0 if "mixture" in changes else saved["share"],
                 saved["ended"] and limit is not None and saved["cursor"][0] >= limit,
             )
         )
-    return Resume(Position(state["step"], state["phase"], tuple(standings)), frozenset(lenient))
+    return Resume(ReaderState(state["step"], state["phase"], tuple(sources)), frozenset(lenient))
 
 
-def _differences(state: Mapping[str, Any], settings: Settings) -> list[tuple[str, str]]:
-    """List `(change, line for people)` for all that would have made the batches up to now others than they were."""
+def _differences(state: Mapping[str, Any], settings: LoaderSettings) -> list[tuple[str, str]]:
+    """List `(change, line of the message)` for all that would have changed the batches up to now."""
     found: list[tuple[str, str]] = []
     saved = state["settings"]
     for change in ("tokenizer", "seed", "shuffle", "global_batch_size"):
@@ -168,9 +176,12 @@ def _differences(state: Mapping[str, Any], settings: Settings) -> list[tuple[str
         if saved[change] != now:
             found.append((change, f"{change}: saved {saved[change]!r}, now {now!r}"))
     packing = _dump_packing(settings.packing)
-    for key in sorted({*saved["packing"], *packing}):
-        if (then := saved["packing"].get(key)) != (now := packing.get(key)):
-            found.append(("packing", f"packing.{key}: saved {then!r}, now {now!r}"))
+    names = {key: name for name, key in _PACKING_KEYS.items()}
+    found += [
+        ("packing", f"packing.{names.get(key, key)}: saved {then!r}, now {now!r}")
+        for key in sorted({*saved["packing"], *packing})
+        if (then := saved["packing"].get(key)) != (now := packing.get(key))
+    ]
     for name, fingerprint in settings.fingerprints.items():
         if (source := state["sources"].get(name)) is not None:
             lines = list_differences(Fingerprint.from_json(source["fingerprint"]), fingerprint)
@@ -181,8 +192,8 @@ def _differences(state: Mapping[str, Any], settings: Settings) -> list[tuple[str
     return found + _phase_differences(state, settings)
 
 
-def _phase_differences(state: Mapping[str, Any], settings: Settings) -> list[tuple[str, str]]:
-    """Compare the phases that have begun: what comes later may be changed at will."""
+def _phase_differences(state: Mapping[str, Any], settings: LoaderSettings) -> list[tuple[str, str]]:
+    """Compare the phases that have begun; later phases may change freely."""
     step = max(state["step"], 1)
     names = list(settings.fingerprints)
     then = [phase for phase in state["phases"] if phase["from_step"] < step]
@@ -198,7 +209,7 @@ def _phase_differences(state: Mapping[str, Any], settings: Settings) -> list[tup
 
 
 def _switches(phases: Sequence[Mapping[str, Any]], key: str) -> dict[int, Any]:
-    """Give the values of a key by the steps at which it took them."""
+    """Return the values of a key by the steps at which it took them."""
     switches: dict[int, Any] = {}
     last = None
     for phase in phases:
@@ -207,16 +218,17 @@ def _switches(phases: Sequence[Mapping[str, Any]], key: str) -> dict[int, Any]:
     return switches
 
 
-def _dump_phase(phase: Phase, names: Sequence[str]) -> dict[str, Any]:
-    # Sources without weight do not matter.
+def _dump_phase(phase: ResolvedPhase, names: Sequence[str]) -> dict[str, Any]:
+    # Sources without weight are left out: adding or removing one changes nothing.
     weights = {name: weight for name, weight in zip(names, phase.weights, strict=True) if weight > 0}
     return {"from_step": phase.from_step, "weights": weights, "seq_len": phase.seq_len}
 
 
 def _dump_packing(packing: Packing) -> dict[str, Any]:
-    """Write down what matters for this kind of packing."""
-    unused = {"concat": {"long_documents", "look_ahead"}, "one_per_row": {"look_ahead"}, "best_fit": set[str]()}
-    return {key: value for key, value in asdict(packing).items() if key not in unused[packing.kind]}
+    """Serialize the options that this kind of packing uses."""
+    unused = {"concat": {"long_documents", "packing_window"}, "one_per_row": {"packing_window"}, "best_fit": set[str]()}
+    used = {key: value for key, value in asdict(packing).items() if key not in unused[packing.kind]}
+    return {_PACKING_KEYS.get(key, key): value for key, value in used.items()}
 
 
 def _checksum(state: Mapping[str, Any]) -> str:

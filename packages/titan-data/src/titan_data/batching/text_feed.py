@@ -1,106 +1,180 @@
-"""The queue of a source of texts: read in order, tokenized in blocks."""
+"""Feeds of text sources: read texts in the order of the queue, tokenize them in blocks.
 
+`RandomAccessFeed` reads shuffled documents by index, `StreamFeed` one document of each shard in turn. `TextFeed` holds
+what they share: gathering texts into blocks, and tokenizing blocks ahead in a pool of threads.
+"""
+
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
-from typing import Protocol
 
 import numpy as np
 
 from titan_data.batching.documents import Block, Cursor, Encode
-from titan_data.batching.shuffle import Order
+from titan_data.batching.shuffle import EpochOrder
 from titan_data.errors import DataError
 from titan_data.sources.base import RandomAccessSource, StreamSource
 
-_BLOCK_TEXTS = 16  # that are tokenized at once …
+_BLOCK_TEXTS = 16  # texts per block: they are tokenized in one call …
 _BLOCK_CHARACTERS = 1 << 18  # … or fewer where they are long
+_INDICES = 256  # document numbers of the shuffle computed in one call
 
 
-class Texts(Protocol):
-    """Texts one by one in the order of the queue."""
+class TextFeed(ABC):
+    """A queue of texts, tokenized in blocks; with a pool, several blocks ahead and in order.
 
-    name: str
-    start: Cursor
+    Args:
+        name: The source's name.
+        start: The cursor before the first document.
+        encode: Turns texts into ids.
+        pool: Threads that tokenize ahead, or None to tokenize in `read`.
+        blocks_ahead: Number of blocks in the pool.
+    """
 
+    def __init__(self, name: str, start: Cursor, encode: Encode, pool: Executor | None, blocks_ahead: int) -> None:
+        self.name = name
+        self.start = start
+        self._encode = encode
+        self._pool = pool
+        self._blocks_ahead = blocks_ahead
+        self._ahead: deque[Future[Block]] = deque()
+        self._at: Cursor | None = None  # where the next block begins; None after an error: `read` has to seek
+
+    @abstractmethod
     def check(self, cursor: Cursor, *, lenient: bool = False) -> Cursor:
-        """Make sure that the queue has a place.
+        """Validate a saved cursor; see `Feed.check`."""
 
-        Args:
-            cursor: the place, as it was saved.
-            lenient: whether the documents may be others than when it was saved: a place beyond the last document is
-                then the end of the epoch.
+    @abstractmethod
+    def _seek(self, cursor: Cursor) -> None:
+        """Continue at a cursor."""
+
+    @abstractmethod
+    def _take(self) -> tuple[str | None, Cursor]:
+        """Read the next text, and the cursor after it; None for the text if the epoch has ended.
+
+        If reading fails the cursor stays, and the call may be repeated.
+        """
+
+    def read(self, cursor: Cursor) -> Block:
+        """Read and tokenize the next documents."""
+        try:
+            if cursor != self._at:
+                self._drop_ahead()
+                self._seek(cursor)
+                self._next = cursor
+            block = self._tokenize(*self._gather()) if self._pool is None else self._read_ahead(self._pool)
+        except BaseException:
+            self._at = None
+            raise
+        self._at = block.next_cursor
+        return block
+
+    def _read_ahead(self, pool: Executor) -> Block:
+        while len(self._ahead) < self._blocks_ahead:
+            try:
+                self._ahead.append(pool.submit(self._tokenize, *self._gather()))
+            except Exception as error:
+                failed: Future[Block] = Future()
+                failed.set_exception(error)  # raised when its turn comes: the blocks before it are valid
+                self._ahead.append(failed)
+                break
+        return self._ahead.popleft().result()
+
+    def _drop_ahead(self) -> None:
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def _gather(self) -> tuple[list[str], list[Cursor], Cursor]:
+        """Read the texts of one block.
 
         Returns:
-            The place.
-
-        Raises:
-            DataError: there is no such place.
+            The texts, the cursors before each and after the last, and the cursor at which the next block begins.
         """
-        ...
+        texts: list[str] = []
+        cursors = [self._next]
+        characters = 0
+        while len(texts) < _BLOCK_TEXTS and characters < _BLOCK_CHARACTERS:
+            try:
+                text, after = self._take()
+            except Exception:
+                if texts:
+                    break  # the texts before the error are valid; the next call meets the error again
+                raise
+            if text is not None:
+                texts.append(text)
+                cursors.append(after)
+                characters += len(text)
+            ended = after[0] != self._next[0]
+            self._next = after
+            if ended:
+                break
+        return texts, cursors, self._next
 
-    def seek(self, cursor: Cursor) -> None:
-        """Go to a place."""
-        ...
+    def _tokenize(self, texts: list[str], cursors: list[Cursor], next_cursor: Cursor) -> Block:
+        try:
+            documents = self._encode(texts) if texts else []
+        except DataError as error:
+            raise DataError(f"source {self.name!r}, after cursor {list(cursors[0])}: {error}") from error
+        return Block(
+            np.array([len(document) for document in documents], dtype=np.int64),
+            cursors=cursors.__getitem__,
+            tokens=documents.__getitem__,
+            describe=lambda d: f"source {self.name!r}, the document at cursor {list(cursors[d])}",
+            next_cursor=next_cursor,
+        )
 
-    def take(self) -> tuple[str | None, Cursor]:
-        """Give the next text and the place after it; None for the text where the epoch has ended.
 
-        Where reading fails, the place stays, and taking may be tried again.
-        """
-        ...
+class RandomAccessFeed(TextFeed):
+    """The queue of a random-access source, in the order of each epoch."""
 
-
-class RandomAccessTexts:
-    """The texts of a random-access source."""
-
-    _CHUNK = 256  # places whose documents are computed at once
-
-    def __init__(self, source: RandomAccessSource, order: Order) -> None:
+    def __init__(
+        self, source: RandomAccessSource, order: EpochOrder, encode: Encode, pool: Executor | None, blocks_ahead: int
+    ) -> None:
+        super().__init__(source.name, order.start, encode, pool, blocks_ahead)
         self._source = source
         self._order = order
-        self.name = source.name
-        self.start = order.start
-        self.check = order.check
-        self.seek(order.start)
+        self._seek(order.start)
 
-    def seek(self, cursor: Cursor) -> None:
-        """Go to a place."""
-        self._epoch, self._place = cursor
-        self._indices: deque[int] = deque()
+    def check(self, cursor: Cursor, *, lenient: bool = False) -> Cursor:
+        """Validate a saved cursor; see `Feed.check`."""
+        return self._order.check(cursor, lenient=lenient)
 
-    def take(self) -> tuple[str | None, Cursor]:
-        """Read the next text."""
-        if not self._indices:
-            self._indices.extend(self._order.indices(self._epoch, self._place, self._CHUNK).tolist())
-        text = self._source[self._indices[0]]
-        self._indices.popleft()
-        self._epoch, self._place = after = self._order.cursor(self._epoch, self._place + 1)
+    def _seek(self, cursor: Cursor) -> None:
+        self._epoch, self._index = cursor
+        self._documents: deque[int] = deque()
+
+    def _take(self) -> tuple[str | None, Cursor]:
+        if not self._documents:
+            self._documents.extend(self._order.documents(self._epoch, self._index, _INDICES).tolist())
+        text = self._source[self._documents[0]]
+        self._documents.popleft()
+        self._epoch, self._index = after = self._order.cursor(self._epoch, self._index + 1)
         return text, after
 
 
-class StreamTexts:
-    """The texts of a stream: one of each shard in turn. A cursor is `(epoch, next shard, texts taken of each …)`."""
+class StreamFeed(TextFeed):
+    """The queue of a stream: one text of each shard in turn. Cursor: `(epoch, next shard, texts read of each …)`."""
 
-    def __init__(self, source: StreamSource) -> None:
+    def __init__(self, source: StreamSource, encode: Encode, pool: Executor | None, blocks_ahead: int) -> None:
         if source.shards < 1:
             raise DataError(f"source {source.name!r} has {source.shards} shards, but needs at least 1")
+        super().__init__(source.name, (0, 0) + (0,) * source.shards, encode, pool, blocks_ahead)
         self._source = source
-        self.name = source.name
-        self.start: Cursor = (0, 0) + (0,) * source.shards
         self._iterators: dict[int, Iterator[str] | None] = {}  # None for a shard that has ended
-        self.seek(self.start)
+        self._seek(self.start)
 
     def check(self, cursor: Cursor, *, lenient: bool = False) -> Cursor:
-        """Return the place if there is one, as `Feed.check` says; that a shard has become shorter shows in reading."""
+        """Validate a saved cursor; see `Feed.check`. A shard that has become shorter is only noticed in reading."""
         if len(cursor) != len(self.start) or not 0 <= cursor[1] < self._source.shards:
             raise DataError(
-                f"source {self.name!r} has {self._source.shards} shards, but the saved place is one in "
-                f"{len(cursor) - 2}: give the source another name, so that it begins anew"
+                f"source {self.name!r} has {self._source.shards} shards, but the saved cursor is of "
+                f"{len(cursor) - 2} shards: give the source another name, so that it starts from the beginning"
             )
         return cursor
 
-    def seek(self, cursor: Cursor) -> None:
-        """Go to a place; the shards are opened when their turn comes."""
+    def _seek(self, cursor: Cursor) -> None:
         for iterator in self._iterators.values():
             if (close := getattr(iterator, "close", None)) is not None:
                 close()  # generators hold files open
@@ -108,14 +182,13 @@ class StreamTexts:
         self._iterators = {}
         self._epoch, self._turn, *self._counts = cursor
 
-    def take(self) -> tuple[str | None, Cursor]:
-        """Read the next text."""
+    def _take(self) -> tuple[str | None, Cursor]:
         for _ in range(self._source.shards):
             shard = self._turn
             try:
                 text = self._next_of(shard)
             except BaseException:
-                self.seek(self._cursor())
+                self._seek(self._cursor())
                 raise
             self._turn = (shard + 1) % self._source.shards
             if text is not None:
@@ -123,7 +196,7 @@ class StreamTexts:
                 return text, self._cursor()
         if not any(self._counts):
             raise DataError(f"source {self.name!r} has no documents")
-        self.seek((self._epoch + 1, *self.start[1:]))
+        self._seek((self._epoch + 1, *self.start[1:]))
         return None, self._cursor()
 
     def _next_of(self, shard: int) -> str | None:
@@ -137,83 +210,3 @@ class StreamTexts:
 
     def _cursor(self) -> Cursor:
         return (self._epoch, self._turn, *self._counts)
-
-
-class TextFeed:
-    """The queue of a source of texts, tokenized in blocks; with a pool, some blocks ahead and in their order."""
-
-    def __init__(self, texts: Texts, encode: Encode, pool: Executor | None, blocks_ahead: int) -> None:
-        self._texts = texts
-        self._encode = encode
-        self._pool = pool
-        self._blocks_ahead = blocks_ahead
-        self._ahead: deque[Future[Block]] = deque()
-        self._at: Cursor | None = None  # where the next block begins; None where that is to be sought
-        self.name = texts.name
-        self.start = texts.start
-        self.check = texts.check
-
-    def read(self, cursor: Cursor) -> Block:
-        """Read and tokenize some documents."""
-        try:
-            if cursor != self._at:
-                self._drop_ahead()
-                self._texts.seek(cursor)
-                self._next = cursor
-            block = self._tokenize(*self._gather()) if self._pool is None else self._read_ahead(self._pool)
-        except BaseException:
-            self._at = None
-            raise
-        self._at = block.after
-        return block
-
-    def _read_ahead(self, pool: Executor) -> Block:
-        while len(self._ahead) < self._blocks_ahead:
-            try:
-                self._ahead.append(pool.submit(self._tokenize, *self._gather()))
-            except Exception as error:
-                failed: Future[Block] = Future()
-                failed.set_exception(error)  # for the one who comes to it: what lies before it is good
-                self._ahead.append(failed)
-                break
-        return self._ahead.popleft().result()
-
-    def _drop_ahead(self) -> None:
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
-
-    def _gather(self) -> tuple[list[str], list[Cursor], Cursor]:
-        """Read texts for one block, the places before each and after the last, and where the next block begins."""
-        texts: list[str] = []
-        cursors = [self._next]
-        characters = 0
-        while len(texts) < _BLOCK_TEXTS and characters < _BLOCK_CHARACTERS:
-            try:
-                text, after = self._texts.take()
-            except Exception:
-                if texts:
-                    break  # what was read is good; whoever comes to the bad place is told
-                raise
-            if text is not None:
-                texts.append(text)
-                cursors.append(after)
-                characters += len(text)
-            ended = after[0] != self._next[0]
-            self._next = after
-            if ended:
-                break
-        return texts, cursors, self._next
-
-    def _tokenize(self, texts: list[str], cursors: list[Cursor], after: Cursor) -> Block:
-        try:
-            documents = self._encode(texts) if texts else []
-        except DataError as error:
-            raise DataError(f"source {self.name!r}, after place {list(cursors[0])}: {error}") from error
-        return Block(
-            np.array([len(document) for document in documents], dtype=np.int64),
-            cursors=cursors.__getitem__,
-            tokens=documents.__getitem__,
-            describe=lambda d: f"source {self.name!r}, the document at place {list(cursors[d])}",
-            after=after,
-        )

@@ -1,4 +1,8 @@
-"""The command line: `titan-data COMMAND ...`."""
+"""The command line `titan-data COMMAND ...`: a module for each command; arguments that several share are in `_*.py`.
+
+Called by the script `titan-data` and by `python -m titan_data`.
+Hands on to `load_files`, `prepare`, `verify_shards` and the tokenizers, and prints what they return.
+"""
 
 import argparse
 import os
@@ -12,10 +16,10 @@ from titan_data.errors import DataError
 _COMMANDS = (prepare, inspect, verify, train_tokenizer, download_tokenizer)
 _EPILOG = """\
 exit codes:
-  0    done (verify: no damage)
-  1    failed, the message says why (verify: damage, every damaged file is named)
-  2    the command line cannot work
-  130  stopped by Ctrl-C; what was finished is kept
+  0    success (verify: all files are valid)
+  1    failure; the message says why (verify: lists every corrupt file)
+  2    invalid command line
+  130  stopped by Ctrl-C; finished work is kept
 """
 
 
@@ -23,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="titan-data",
-        description="Text to tokens for training: tokenizers and token shards.",
+        description="Prepare text for training: tokenizers and token shards.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""Sources of text on the command line."""
+"""Arguments that name a source of text, and opening it."""
 
 import argparse
 from collections.abc import Iterator
@@ -7,83 +7,84 @@ from itertools import islice
 from titan_data.errors import DataError
 from titan_data.sources.base import RandomAccessSource, StreamSource
 
-_ONE_FILE_EACH = 1 << 30  # shards of a stream: as many as files, so that their order is kept
+_ONE_FILE_EACH = 1 << 30  # shards of a stream: one per file, which keeps the order of the files
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says where the text is."""
+    """Add the arguments."""
     parser.add_argument(
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="where the text is: files or globs or URLs of JSON lines, Parquet or text (also .gz and .zst); "
+        help="source of the text: files, globs or URLs of JSON lines, Parquet or text (also .gz and .zst); "
         "hf:NAME or hf:NAME:CONFIG for a Hugging Face dataset; "
         "stdlib for the source files of Python's standard library",
     )
-    group = parser.add_argument_group("about the source")
-    group.add_argument("--text-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    group = parser.add_argument_group("source options")
+    group.add_argument(
+        "--text-key", default="text", metavar="KEY", help="JSON key or Parquet column of the text (default: text)"
+    )
     group.add_argument(
         "--format",
         choices=("jsonl", "parquet", "text"),
-        help="of files whose names do not tell (default: by the suffix)",
+        help="format of the files (default: inferred from their suffix)",
     )
     group.add_argument(
         "--text-unit",
         choices=("file", "line", "paragraph"),
         default="file",
-        help="what one document of a text file is (default: file)",
+        help="what counts as one document in text files (default: file)",
     )
-    group.add_argument("--split", default="train", help="of a Hugging Face dataset (default: train)")
+    group.add_argument("--split", default="train", help="split of a Hugging Face dataset (default: train)")
     group.add_argument("--revision", help="commit or tag of a Hugging Face dataset")
     group.add_argument(
-        "--streaming", action="store_true", help="read a Hugging Face dataset as it comes, without a copy on disk"
+        "--streaming", action="store_true", help="stream a Hugging Face dataset instead of downloading it first"
     )
     group.add_argument(
         "--on-malformed",
         choices=("skip", "raise"),
         default="skip",
-        help="malformed records become empty documents and are counted, or stop the command (default: skip)",
+        help="skip: malformed records become empty documents and are counted; raise: stop at the first (default: skip)",
     )
 
 
 def open_source(options: argparse.Namespace) -> RandomAccessSource | StreamSource:
-    """Open what the command line names."""
+    """Open the source that the arguments name."""
     words: list[str] = options.source
     special = [word for word in words if word == "stdlib" or word.startswith("hf:")]
     if not special:
         from titan_data.files.load import load_files
+        from titan_data.files.options import Parsing
 
         return load_files(
             words,
             text_key=options.text_key,
-            format=options.format,
-            text_unit=options.text_unit,
             streaming=True,
             shards=_ONE_FILE_EACH,
-            on_malformed=options.on_malformed,
+            parsing=Parsing(options.format, options.text_unit, options.on_malformed),
         )
     if len(words) > 1:
-        raise DataError(f"{special[0]} is a source by itself: run the command once for each source")
+        raise DataError(f"{special[0]} cannot be combined with other sources: run the command once for each source")
     if special == ["stdlib"]:
         from titan_data.sources.stdlib import StdlibSource
 
         return StdlibSource()
-    from titan_data.sources.huggingface import load_huggingface
+    from titan_data.sources.huggingface import HubOptions, load_huggingface_dataset
 
     name, _, config = words[0].removeprefix("hf:").partition(":")
-    return load_huggingface(
+    return load_huggingface_dataset(
         name,
-        name=config or None,
+        config or None,
         split=options.split,
         text_key=options.text_key,
-        streaming=options.streaming or None,  # some are too large for anything but streaming
+        streaming=options.streaming or None,  # None: some known datasets stream by default
         shards=_ONE_FILE_EACH,
-        revision=options.revision,
+        hub=HubOptions(revision=options.revision),
     )
 
 
 def read_texts(source: RandomAccessSource | StreamSource, documents: int | None) -> Iterator[str]:
-    """Read the first documents of a source, or all."""
+    """Read the first documents of a source, or all if `documents` is None."""
     return islice(_all_texts(source), documents)
 
 

@@ -1,4 +1,4 @@
-"""Ready-made tokens on the command line."""
+"""Arguments that name a source of tokens, and opening it."""
 
 import argparse
 from pathlib import Path
@@ -9,21 +9,23 @@ from titan_data.sources.base import TokenSource
 
 
 def add_token_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says where the tokens are."""
+    """Add the arguments."""
     parser.add_argument(
         "path",
         type=Path,
-        help="a folder of token shards; an .idx or .bin file of a Megatron-LM dataset; or a .bin file of bare ids "
+        help="a folder of token shards; an .idx or .bin file of a Megatron-LM dataset; or a .bin file of raw ids "
         "(nanoGPT, llm.c)",
     )
-    group = parser.add_argument_group("about a file of bare ids")
-    group.add_argument("--dtype", choices=("uint16", "uint32"), help="type of the ids")
-    group.add_argument("--eos-id", type=count, metavar="ID", help="the id that ends each document")
-    group.add_argument("--vocab-size", type=positive, metavar="N", help="to make sure that all ids are below it")
+    group = parser.add_argument_group("options of raw ids")
+    group.add_argument("--dtype", choices=("uint16", "uint32"), help="integer type of the ids")
+    group.add_argument(
+        "--eos-id", type=count, metavar="ID", help="id that ends each document (default: each file is one document)"
+    )
+    group.add_argument("--vocab-size", type=positive, metavar="N", help="check that all ids are below N")
 
 
 def open_tokens(options: argparse.Namespace) -> TokenSource:
-    """Open what the command line names."""
+    """Open the source that the arguments name."""
     path: Path = options.path.expanduser()
     if path.is_dir() or path.suffix not in (".bin", ".idx"):
         from titan_data.shards.dataset import TokenShards
@@ -34,7 +36,7 @@ def open_tokens(options: argparse.Namespace) -> TokenSource:
 
         return MegatronTokens(path)
     if options.dtype is None:
-        raise DataError(f"{path} has no index beside it, so it is bare ids: say of which --dtype, and the --eos-id")
+        raise DataError(f"{path} has no .idx file next to it, so it contains raw ids: set --dtype, and --eos-id")
     from titan_data.shards.raw import RawTokens
 
     return RawTokens(path, dtype=options.dtype, eos_id=options.eos_id, vocab_size=options.vocab_size)

@@ -1,4 +1,4 @@
-"""`titan-data inspect`: what is in a folder of token shards, or in another file of tokens."""
+"""`titan-data inspect`: counts, lengths and samples of token shards or another file of tokens."""
 
 import argparse
 import random
@@ -8,7 +8,7 @@ from titan_data.cli._numbers import count
 from titan_data.cli._token_arguments import add_token_arguments, open_tokens
 from titan_data.errors import DataError
 
-_SHOWN_TOKENS = 200  # of each sample
+_SHOWN_TOKENS = 200  # tokens printed of each sample
 
 
 def add_parser(commands: Any) -> None:
@@ -16,17 +16,21 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show counts, lengths and samples of tokens",
-        description="Show how many documents and tokens there are, how long the documents are, and some of them.",
+        description="Show the number of documents and tokens, a histogram of document lengths, and sample documents.",
     )
     add_token_arguments(parser)
-    parser.add_argument("--tokenizer", metavar="PATH", help="to show samples as text: the one that made the tokens")
-    parser.add_argument("--samples", type=count, default=3, metavar="N", help="documents to show (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="show samples as text, decoded with this tokenizer (it must have made the tokens)",
+    )
+    parser.add_argument("--samples", type=count, default=3, metavar="N", help="number of sample documents (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed that selects the samples (default: 0)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what is there."""
+    """Print statistics and samples."""
     from titan_data.shards.statistics import count_lengths
     from titan_data.tokenizers.load import load_tokenizer
 
@@ -36,10 +40,10 @@ def run(options: argparse.Namespace) -> int:
     if tokenizer is not None and made_by is not None and tokenizer.fingerprint != made_by:
         raise DataError(f"these tokens were made by tokenizer {made_by}, not by {tokenizer.fingerprint}")
     found = count_lengths(source)
-    print(f"{source.name}: {found.documents:,} documents, {found.tokens:,} tokens, tokenizer {made_by or 'not known'}")
+    print(f"{source.name}: {found.documents:,} documents, {found.tokens:,} tokens, tokenizer {made_by or 'unknown'}")
     if (with_tokens := found.documents - found.empty) > 0:
         mean = found.tokens / with_tokens
-        print(f"tokens of a document: {found.shortest:,} to {found.longest:,}, {mean:,.1f} on average")
+        print(f"tokens per document: {found.shortest:,} to {found.longest:,}, {mean:,.1f} on average")
     if found.empty:
         print(f"empty documents: {found.empty:,}")
     _draw(found.counts)
@@ -53,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _draw(counts: tuple[int, ...]) -> None:
-    """Print a bar for each power of two, from the shortest documents to the longest."""
+    """Print a histogram with a bar per power of two."""
     from rich.bar import Bar
     from rich.console import Console
     from rich.table import Table

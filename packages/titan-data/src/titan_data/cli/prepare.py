@@ -1,4 +1,4 @@
-"""`titan-data prepare`: text to token shards."""
+"""`titan-data prepare`: tokenize text into token shards."""
 
 import argparse
 import contextlib
@@ -17,21 +17,28 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
         help="tokenize text into token shards",
-        description="Tokenize text into a folder of memory-mapped token shards. Stopped or killed at any moment, "
-        "the same command goes on, and ends with the very same files.",
+        description="Tokenize text into a folder of token shards, which training memory-maps. After any interruption, "
+        "repeat the command: it resumes, and writes the same files as an uninterrupted run.",
     )
     add_source_arguments(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="file or folder of a tokenizer, or 'bytes'")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
-    parser.add_argument("--workers", type=count, metavar="N", help="processes; 0 for none (default: one per core)")
     parser.add_argument(
-        "--shard-tokens", type=positive, metavar="N", help="the most tokens of a shard (default: 268,435,456)"
+        "--tokenizer", required=True, metavar="PATH", help="file or folder of the tokenizer, or 'bytes'"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder for the shards")
+    parser.add_argument(
+        "--workers",
+        type=count,
+        metavar="N",
+        help="worker processes; 0 to tokenize in the main process (default: one per core)",
+    )
+    parser.add_argument(
+        "--shard-tokens", type=positive, metavar="N", help="maximum number of tokens per shard (default: 268,435,456)"
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prepare, with a progress bar."""
+    """Prepare, and show a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -74,16 +81,16 @@ def run(options: argparse.Namespace) -> int:
     if found.empty:
         print(f"{found.empty:,} of the documents are empty (no text, or malformed)")
     if malformed := getattr(source, "malformed", 0):
-        print(f"{malformed:,} malformed records were met in this run")
+        print(f"{malformed:,} malformed records were found in this run")
     return 0
 
 
 @contextlib.contextmanager
 def _interrupted_between_batches() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C back until what is given here is called; a second one ends at once.
+    """Delay Ctrl-C until the yielded function is called; a second Ctrl-C stops at once.
 
-    Python would raise KeyboardInterrupt at any instruction: amid the drawing of the bar, or where it is lost because a
-    destructor is at work.
+    Python would raise KeyboardInterrupt at any instruction: while the bar is drawn, or in a destructor, where it is
+    lost.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -101,6 +108,6 @@ def _interrupted_between_batches() -> Iterator[Callable[[], None]]:
     before = signal.signal(signal.SIGINT, remember)
     try:
         yield check
-        check()  # it came after the last batch
+        check()  # for a Ctrl-C after the last batch
     finally:
         signal.signal(signal.SIGINT, before)

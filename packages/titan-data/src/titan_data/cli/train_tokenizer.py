@@ -1,4 +1,4 @@
-"""`titan-data train-tokenizer`: a small tokenizer from any text, offline."""
+"""`titan-data train-tokenizer`: train a small tokenizer on any text, offline."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train-tokenizer",
         help="train a small BPE or SentencePiece tokenizer",
-        description="Train a tokenizer. The same text gives the same file.",
+        description="Train a tokenizer. The same text always gives the same file.",
     )
     add_source_arguments(parser)
     parser.add_argument(
@@ -24,27 +24,29 @@ def add_parser(commands: Any) -> None:
         help="bpe: tiktoken ranks with Llama 3's split pattern; sentencepiece: a model with Llama 2's settings",
     )
     parser.add_argument(
-        "--vocab-size", required=True, type=positive, metavar="N", help="number of ids, special tokens included"
+        "--vocab-size", required=True, type=positive, metavar="N", help="number of ids, including special tokens"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
-    parser.add_argument("--max-documents", type=positive, metavar="N", help="use no more than the first N documents")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--max-documents", type=positive, metavar="N", help="train on the first N documents only (default: all)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train and write."""
-    from titan_data.shards.writer import explain_full_disk, write_whole
+    """Train, and write the file."""
+    from titan_data.shards.writer import explain_full_disk, write_atomically
     from titan_data.tokenizers.load import load_tokenizer
     from titan_data.tokenizers.train import train_tokenizer
 
     out: Path = options.out.expanduser()
     if out.exists():
-        raise DataError(f"{out} is already there: remove it, or give another --out")
+        raise DataError(f"{out} already exists: remove it, or choose another --out")
     texts = read_texts(open_source(options), options.max_documents)
     data = train_tokenizer(texts, kind=options.kind, vocab_size=options.vocab_size)
     with explain_full_disk(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, data)
+    write_atomically(out, data)
     tokenizer = load_tokenizer(out)
     print(f"{out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
     return 0

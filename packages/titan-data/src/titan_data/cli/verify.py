@@ -1,4 +1,4 @@
-"""`titan-data verify`: whether token shards are as they were written."""
+"""`titan-data verify`: check that token shards are as they were written."""
 
 import argparse
 import sys
@@ -13,33 +13,33 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="check every byte of token shards",
-        description="Read token shards in full and check all sums. Every damaged file is named, one per line, on "
-        "standard output. Exit code 0: no damage; 1: damage, or no token shards there; 2: wrong command line.",
+        description="Read all files of token shards and check their checksums. Corrupt files are listed, one per line, "
+        "on standard output. Exit code 0: all valid; 1: corrupt files, or no token shards; 2: invalid command line.",
     )
-    parser.add_argument("path", type=Path, help="a folder of token shards")
-    parser.add_argument("--workers", type=positive, metavar="N", help="threads (default: one per core)")
+    parser.add_argument("path", type=Path, help="folder of token shards")
+    parser.add_argument("--workers", type=positive, metavar="N", help="number of threads (default: one per core)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Verify, with a progress bar."""
+    """Verify, and show a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from titan_data.shards.verify import verify
+    from titan_data.shards.verify import verify_shards
 
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("verify", total=None)
-        damages = verify(
+        corrupt = verify_shards(
             options.path,
             workers=options.workers,
             report=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    for damage in damages:
-        print(f"{options.path / damage.file}: {damage.what}")
-    if damages:
-        print(f"titan-data: {len(damages)} damaged; prepare them again, or copy them anew", file=sys.stderr)
+    for file in corrupt:
+        print(f"{options.path / file.file}: {file.what}")
+    if corrupt:
+        print(f"titan-data: {len(corrupt)} corrupt files; prepare or copy them again", file=sys.stderr)
         return 1
-    print(f"{options.path}: no damage")
+    print(f"{options.path}: all files are valid")
     return 0

@@ -1,4 +1,4 @@
-"""What a file format has to offer to be read as a stream and, where it can, in any order."""
+"""The protocols of file formats: records read in order, or indexed for any order."""
 
 from collections.abc import Generator
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 from titan_data.files.storage import DataFile
 
 
-class Rows(Protocol):
+class IndexedFile(Protocol):
     """The records of one file, in any order."""
 
     def __len__(self) -> int:
@@ -19,7 +19,7 @@ class Rows(Protocol):
 
 
 class FileFormat(Protocol):
-    """Reads the files of one format. A record that is malformed is reported, and is then an empty text."""
+    """Reads the files of one format. A malformed record is reported and becomes an empty text."""
 
     @property
     def kind(self) -> str:
@@ -27,10 +27,10 @@ class FileFormat(Protocol):
         ...
 
     def check(self, file: DataFile) -> None:
-        """Look at a file before anything else is read.
+        """Check the beginning of a file before anything else is read.
 
         Raises:
-            DataError: it can hold no texts, such as where the text's column is missing.
+            DataError: If the file cannot contain texts, for example if the text column is missing.
         """
         ...
 
@@ -38,14 +38,14 @@ class FileFormat(Protocol):
         """Read the records from number `start` on.
 
         Returns:
-            Number of records in the file, those before `start` included.
+            Number of records in the file, including those before `start`.
         """
         ...
 
-    def index(self, file: DataFile) -> Rows:
+    def index(self, file: DataFile) -> IndexedFile:
         """Make the records readable in any order.
 
         Raises:
-            DataError: those of this file cannot be.
+            DataError: If this is not possible for the file.
         """
         ...

@@ -1,4 +1,7 @@
-"""Bytes out of .gz and .zst files, with an error of its own where a file is cut off or damaged."""
+"""Decompression of .gz and .zst files, with `CorruptFileError` for truncated and corrupt ones.
+
+`open_bytes` is called by the formats for every file, compressed or not.
+"""
 
 import io
 import zlib
@@ -8,11 +11,11 @@ from titan_data.errors import DataError
 from titan_data.files.retry import Retry
 from titan_data.files.storage import BLOCK, DataFile, StorageReader
 
-_PIECE = 64 << 10  # compressed bytes at a time: a thousandfold of it still fits into memory
+_READ_BYTES = 64 << 10  # compressed bytes at a time: even a thousandfold expansion fits into memory
 
 
 class CorruptFileError(Exception):
-    """The rest of a file cannot be read, whatever is tried; the message says why."""
+    """The rest of a file cannot be read, and a retry would not help; the message says why."""
 
 
 class _Decompressor(Protocol):
@@ -28,16 +31,16 @@ class _Decompressor(Protocol):
 
 
 def compression_of(path: str) -> str | None:
-    """Tell "gz" or "zst" by a file's suffix; None for anything else."""
+    """Return "gz" or "zst" by a file's suffix; None for anything else."""
     lower = path.lower()
     return "gz" if lower.endswith(".gz") else "zst" if lower.endswith((".zst", ".zstd")) else None
 
 
 def require_compression(compression: str | None) -> None:
-    """Make sure that what reads a compression is installed.
+    """Check that the package for a compression is installed.
 
     Raises:
-        DataError: it is not; the message says how to install it.
+        DataError: If it is missing; the message says how to install it.
     """
     if compression == "zst":
         _import_zstandard()
@@ -47,12 +50,12 @@ def open_bytes(file: DataFile, retry: Retry) -> io.BufferedReader:
     """Open a file for reading, decompressed.
 
     Args:
-        file: which one.
-        retry: how often to try where the storage fails.
+        file: The file.
+        retry: How reads are retried.
 
     Returns:
-        The reader. It raises DataError where the storage fails and `CorruptFileError` where a compressed file is
-        damaged, after all that could be read before the damage.
+        The reader. It raises DataError if storage fails, and `CorruptFileError` where a compressed file is corrupt,
+        after everything before that.
     """
     raw: io.RawIOBase = StorageReader(file, retry)
     if (compression := compression_of(file.path.partition("?")[0])) is not None:
@@ -61,7 +64,7 @@ def open_bytes(file: DataFile, retry: Retry) -> io.BufferedReader:
 
 
 class _DecompressedReader(io.RawIOBase):
-    """The contents of a compressed file, whose frames (gzip: members) follow one another."""
+    """The contents of a compressed file of one or more frames (gzip: members)."""
 
     def __init__(self, compressed: io.BufferedReader, compression: str) -> None:
         self._compressed = compressed
@@ -77,14 +80,14 @@ class _DecompressedReader(io.RawIOBase):
         while not self._pending:
             if self._failure is not None:
                 raise self._failure
-            # Always a full piece, short reads of a network or not: where damaged data end must not depend on them.
-            piece = self._compressed.read(_PIECE)
-            if not piece:
+            # Always a full block, whatever a network returns: where corrupt data end must not depend on short reads.
+            data = self._compressed.read(_READ_BYTES)
+            if not data:
                 if self._decompressor is None:
                     return 0
-                self._failure = CorruptFileError(f"the .{self._compression} file is cut off")
+                self._failure = CorruptFileError(f"the .{self._compression} file is truncated")
             else:
-                self._pending = memoryview(self._decompress(piece))
+                self._pending = memoryview(self._decompress(data))
         size = min(len(buffer), len(self._pending))
         buffer[:size] = self._pending[:size]
         self._pending = self._pending[size:]
@@ -94,40 +97,40 @@ class _DecompressedReader(io.RawIOBase):
         self._compressed.close()
         super().close()
 
-    def _decompress(self, piece: bytes) -> bytes:
-        """Decompress a piece; damage found in it is kept for later."""
-        whole = []
-        while piece:
+    def _decompress(self, data: bytes) -> bytes:
+        """Decompress a block; an error in it is raised after what comes before it has been read."""
+        decompressed = []
+        while data:
             if self._decompressor is None:
                 # gzip files may be padded with zeros between and after their members.
-                if self._compression == "gz" and not (piece := piece.lstrip(b"\0")):
+                if self._compression == "gz" and not (data := data.lstrip(b"\0")):
                     break
                 self._decompressor = _new_decompressor(self._compression)
             try:
-                whole.append(self._decompressor.decompress(piece))
+                decompressed.append(self._decompressor.decompress(data))
             except MemoryError:
                 raise
-            except Exception as error:  # zstandard's error is an Exception; its module may not be there to name it
-                self._failure = CorruptFileError(f"the .{self._compression} file is damaged: {error}")
+            except Exception as error:  # zstandard's error is an Exception; the module may not be installed
+                self._failure = CorruptFileError(f"the .{self._compression} file is corrupt: {error}")
                 break
-            piece = b""
+            data = b""
             if self._decompressor.eof:
-                piece = self._decompressor.unused_data
+                data = self._decompressor.unused_data
                 self._decompressor = None
-        return b"".join(whole)
+        return b"".join(decompressed)
 
 
 def _new_decompressor(compression: str) -> _Decompressor:
     if compression == "gz":
         return zlib.decompressobj(wbits=31)
-    # 2 GiB, what `zstd --long=31` may need: the default refuses files that the command line tool has written.
+    # 2 GiB, as `zstd --long=31` may need: the default rejects files that the command line tool has written.
     decompressor: _Decompressor = _import_zstandard().ZstdDecompressor(max_window_size=1 << 31).decompressobj()
     return decompressor
 
 
 def _import_zstandard() -> Any:
     try:
-        import zstandard  # late: an optional extra
+        import zstandard  # here: an optional extra
     except ImportError:
         raise DataError("files that end in .zst need an extra: pip install 'titan-data[zstd]'") from None
     return zstandard

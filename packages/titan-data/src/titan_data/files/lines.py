@@ -1,4 +1,7 @@
-"""Files made of lines, such as JSONL: records read in order, or in any order by an index of where each begins."""
+"""Files of lines, such as JSONL: records read in order, or in any order with an index of where each begins.
+
+`LineFormat` is the format, `IndexedLines` the records of one file in any order.
+"""
 
 import os
 import threading
@@ -12,9 +15,10 @@ import numpy.typing as npt
 
 from titan_data.errors import DataError
 from titan_data.files.compression import CorruptFileError, compression_of, open_bytes
-from titan_data.files.line_index import IndexFolder
+from titan_data.files.line_index import IndexDirectory
 from titan_data.files.malformed import MalformedRecords
-from titan_data.files.retry import Retry
+from titan_data.files.options import StorageOptions
+from titan_data.files.reading import reading
 from titan_data.files.storage import DataFile, changed
 
 Offsets = npt.NDArray[np.int64]
@@ -28,12 +32,11 @@ class LineFormat:
     """Records that are lines, or paragraphs (the lines between blank ones), in UTF-8.
 
     Args:
-        kind: name of the format.
-        unit: what one record is.
-        decode: turns a record, without its line end, into text; a ValueError says that it is malformed.
-        malformed: told of malformed records.
-        retry: how often to try where the storage fails.
-        index_folder: where indices are kept, if anywhere.
+        kind: Name of the format.
+        unit: What one record is.
+        decode: Turns a record, without its line end, into text; raises ValueError if it is malformed.
+        malformed: Collects malformed records.
+        storage: How storage is read, and where indices are kept.
     """
 
     def __init__(
@@ -42,28 +45,28 @@ class LineFormat:
         unit: Literal["line", "paragraph"],
         decode: Callable[[str], str],
         malformed: MalformedRecords,
-        retry: Retry,
-        index_folder: IndexFolder | None,
+        storage: StorageOptions,
     ) -> None:
         self.kind = kind
         self._unit = unit
         self._decode = decode
         self._malformed = malformed
-        self._retry = retry
-        self._index_folder = index_folder
+        self._retry = storage.retry
+        directory = storage.index_directory
+        self._index_directory = None if directory is None else IndexDirectory(directory)
         self._open_files = _OpenFiles()
 
     def check(self, file: DataFile) -> None:
-        """Nothing to look for: any text will do."""
+        """Do nothing: any text is valid."""
 
     def records(self, file: DataFile) -> Generator[bytes, None, None]:
-        """Read the bytes of the records in order, with what ends them."""
+        """Read the bytes of the records in order, line ends included."""
         with open_bytes(file, self._retry) as lines:
             yield from lines if self._unit == "line" else _paragraphs(lines)
 
     def stream(self, file: DataFile, start: int) -> Generator[str, None, int]:
-        """Read the records from number `start` on, passing over those before without decoding them."""
-        known = None if self._index_folder is None else self._index_folder.load_count(file, self._unit)
+        """Read the records from number `start` on; earlier ones are skipped without decoding."""
+        known = None if self._index_directory is None else self._index_directory.load_count(file, self._unit)
         if known is not None and known <= start:
             return known
         number = 0
@@ -77,29 +80,29 @@ class LineFormat:
             self._malformed.report(f"{file.label}, after {self._unit} {number}", str(error))
         finally:
             records.close()
-        if self._index_folder is not None and known is None:
-            self._index_folder.save_count(file, self._unit, number)
+        if self._index_directory is not None and known is None:
+            self._index_directory.save_count(file, self._unit, number)
         return number
 
-    def index(self, file: DataFile) -> "LineRows":
-        """Find where each record begins, by reading the file once (or the index of it that was kept)."""
+    def index(self, file: DataFile) -> "IndexedLines":
+        """Find where each record begins, by reading the file once or from a saved index."""
         if not file.local or compression_of(file.path):
             what = "compressed" if file.local else "remote"
             raise DataError(
-                f"{file.label} is {what}, so its records cannot be read in any order: read it as it comes with "
-                "streaming=True, or prepare token shards from it"
+                f"{file.label} is {what}, so its records cannot be read in any order: read them in order with "
+                "streaming=True, or prepare token shards"
             )
-        begins = None if self._index_folder is None else self._index_folder.load_offsets(file, self._unit)
+        begins = None if self._index_directory is None else self._index_directory.load_offsets(file, self._unit)
         if begins is None:
             begins = self._scan(file)
-            if self._index_folder is not None:
-                begins = self._index_folder.save_offsets(file, self._unit, begins)
-        return LineRows(self, file, begins, self._open_files)
+            if self._index_directory is not None:
+                begins = self._index_directory.save_offsets(file, self._unit, begins)
+        return IndexedLines(self, file, begins, self._open_files)
 
     def text(self, file: DataFile, number: int, record: bytes) -> str:
-        """Decode a record; what is malformed is reported and empty."""
+        """Decode a record; a malformed one is reported and empty."""
         if number == 0:
-            record = record.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors put it
+            record = record.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors write it
         try:
             return self._decode(str(record.rstrip(b"\r\n"), "utf-8"))
         except UnicodeDecodeError as error:
@@ -112,13 +115,20 @@ class LineFormat:
         return f"{file.label}, {self._unit} {number + 1}"
 
     def _scan(self, file: DataFile) -> Offsets:
-        """Return int64 `[N + 1]`: where each record begins, and the end of the last."""
+        """Find where records begin, in one pass over the file.
+
+        A paragraph begins at a line that is not blank after one that is, so for each line it is noted whether a
+        carriage return comes before its line feed: a blank line has one byte, or two with a carriage return.
+
+        Returns:
+            int64 `[N + 1]`, where each record begins, and the end of the last.
+        """
         ends = [np.zeros(1, dtype=np.int64)]  # of lines; the first line begins where a line before it would end
         after_return = [np.zeros(1, dtype=np.bool_)]
         position, last = 0, 0
         with open_bytes(file, self._retry) as data:
-            while piece := data.read(_SCAN):
-                values = np.frombuffer(piece, dtype=np.uint8)
+            while chunk := data.read(_SCAN):
+                values = np.frombuffer(chunk, dtype=np.uint8)
                 found = np.flatnonzero(values == _LINE_FEED)
                 ends.append(found + (position + 1))
                 if self._unit == "paragraph":
@@ -126,7 +136,7 @@ class LineFormat:
                     if found.size and found[0] == 0:
                         before[0] = last
                     after_return.append(before == _RETURN)
-                position, last = position + len(piece), piece[-1]
+                position, last = position + len(chunk), chunk[-1]
         edges = np.concatenate(ends)
         ended = bool(edges[-1] == position)  # the last line has its line end
         if not ended:
@@ -136,14 +146,14 @@ class LineFormat:
         lengths = np.diff(edges)
         returns = np.concatenate(after_return)[1:]
         if not ended:
-            lengths[-1] += 2  # what is not ended is not blank
+            lengths[-1] += 2  # a last line without a line end is not blank
             returns = np.append(returns, False)
         text = ~((lengths == 1) | ((lengths == 2) & returns))
-        text[1:] &= ~text[:-1]  # numpy reads all of the right side first
+        text[1:] &= ~text[:-1]  # numpy evaluates the right side first
         return np.append(edges[:-1][text], position)
 
 
-class LineRows:
+class IndexedLines:
     """The records of one uncompressed local file, in any order."""
 
     def __init__(self, line_format: LineFormat, file: DataFile, begins: Offsets, open_files: "_OpenFiles") -> None:
@@ -161,24 +171,24 @@ class LineRows:
 
 
 class _OpenFiles:
-    """Keeps the files open that were read last; a file that was changed since it was found is refused."""
+    """Keeps the files open that were read last; raises if a file has changed since it was found."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, IO[bytes]] = OrderedDict()
 
     def __reduce__(self) -> Any:
-        return type(self), ()  # neither files nor locks can be sent to another process
+        return type(self), ()  # open files and locks cannot be pickled
 
     def read(self, file: DataFile, begin: int, end: int) -> bytes:
         try:
-            with self._lock:
+            with self._lock, reading(file.label):
                 handle = self._handle(file)
                 status = os.fstat(handle.fileno())
                 handle.seek(begin)
                 data = handle.read(end - begin)
         except FileNotFoundError:
-            raise DataError(f"{file.label} has disappeared: put it back, and resume") from None
+            raise DataError(f"{file.label} has disappeared: restore it, and resume") from None
         except OSError as error:
             raise DataError(f"{file.label} could not be read at byte {begin}: {error}") from error
         if len(data) < end - begin or (status.st_size, str(status.st_mtime)) != (file.size, file.version):
@@ -187,7 +197,7 @@ class _OpenFiles:
 
     def _handle(self, file: DataFile) -> IO[bytes]:
         if (handle := self._open.get(file.path)) is None:
-            handle = open(file.path, "rb")  # noqa: SIM115  # closed when another takes its place
+            handle = open(file.path, "rb")  # noqa: SIM115  # closed when another file replaces it
             self._open[file.path] = handle
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()

@@ -1,10 +1,9 @@
-"""JSON lines, Parquet and plain text as sources: on this machine or wherever fsspec reaches."""
+"""`load_files`: JSON lines, Parquet and plain text as a source, from this machine or wherever fsspec reaches."""
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
@@ -13,17 +12,14 @@ from titan_data.files.base import FileFormat
 from titan_data.files.compression import compression_of, require_compression
 from titan_data.files.glob import find_files, source_name
 from titan_data.files.jsonl import JsonLines
-from titan_data.files.line_index import IndexFolder
 from titan_data.files.lines import LineFormat
-from titan_data.files.malformed import MalformedRecords, OnMalformed
+from titan_data.files.malformed import MalformedRecords
+from titan_data.files.options import Format, Parsing, StorageOptions
 from titan_data.files.parquet import Parquet
 from titan_data.files.retry import Retry
 from titan_data.files.storage import DataFile, digest_sample
 from titan_data.files.whole_file import WholeFiles
 from titan_data.fingerprint import Fingerprint
-
-Format = Literal["jsonl", "parquet", "text"]
-Unit = Literal["file", "line", "paragraph"]
 
 _FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -34,82 +30,78 @@ _FORMATS: dict[str, Format] = {
     ".text": "text",
     ".md": "text",
 }
-_THREADS = 16  # files looked at at a time
+_THREADS = 16  # files checked concurrently
 
 
 def load_files(
     patterns: str | Path | Sequence[str | Path],
     *,
     text_key: str = "text",
-    format: Format | None = None,
-    text_unit: Unit = "file",
     streaming: bool = False,
     shards: int = 32,
-    on_malformed: OnMalformed = "skip",
     name: str | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-    retry: Retry | None = None,
-    index_folder: str | Path | None = None,
-    cache_bytes: int = 256 << 20,
-) -> "FileRows | FileStream":
-    """Open files of text as a source: JSON lines, Parquet, or plain text, each of them plain, `.gz` or `.zst`.
+    parsing: Parsing | None = None,
+    storage: StorageOptions | None = None,
+) -> "FileRecords | FileStream":
+    r"""Open text files as a source: JSON lines, Parquet, or plain text, uncompressed, `.gz` or `.zst`.
 
-    Without `streaming` the documents can be shuffled. That is for text files that are one document each, for
-    uncompressed JSON lines and text on this machine (at the start they are read once to find where each record
-    begins, unless `index_folder` has it: 8 bytes of memory per record) and for Parquet (each read decodes a whole row
-    group, so shuffling is quick only as long as the decoded texts fit into `cache_bytes`). For all else, and for what
-    is too large to be looked through at the start, there is `streaming`: the documents come in the order of their
-    files, unshuffled; or prepare token shards.
+    Without `streaming` the documents can be shuffled. That works for text files that are one document each, for
+    uncompressed JSON lines and text on this machine (they are scanned once at the start to find where each record
+    begins, unless `storage.index_directory` has an index: 8 bytes of memory per record), and for Parquet (each read
+    decodes a complete row group, so shuffling is only fast while the decoded texts fit into `storage.cache_bytes`).
+    Everything else, and what is too large to scan, needs `streaming`: the documents come in the order of their files,
+    unshuffled. Or prepare token shards.
 
-    What cannot be used (broken JSON, no `text_key`, no text in it, invalid UTF-8) is an empty document, which a
-    loader passes over: the other documents keep their places. Where a compressed file is damaged it ends, and
-    where a Parquet row group is, the rest of its rows are empty.
+    A malformed record (invalid JSON, no `text_key`, no text in it, invalid UTF-8) becomes an empty document, which a
+    loader skips: the numbers of the other documents do not change. A corrupt compressed file ends where it is corrupt;
+    in a corrupt Parquet row group the rest of the rows are empty.
 
     Args:
-        patterns: paths, globs or URLs that fsspec knows (`s3://…`, `https://…`, `hf://…`); see the order below.
-        text_key: key of the text in JSON lines, or its column in Parquet.
-        format: "jsonl", "parquet" or "text"; by default told by the suffix of the files.
-        text_unit: what one document of a text file is: the whole "file", each "line", or each "paragraph" (the lines
-            between blank ones).
-        streaming: read the documents as they come.
-        shards: with streaming, the files are dealt to so many logical shards, or to one each where there are fewer
-            files. A stream's order depends on it.
-        on_malformed: "skip" to warn of malformed records, by file and line, and to count them; "raise" to stop.
-        name: what to call the source; by default the end of the first pattern.
-        storage_options: arguments of fsspec's file system, such as credentials.
-        retry: how often to try again, and how long to wait, where the storage fails.
-        index_folder: a folder to keep indices in, so that a later start need not look through the files again. A
-            stream keeps the number of records there, and passes over whole files of .gz and .zst on resume.
-        cache_bytes: decoded Parquet row groups kept in memory, in bytes.
+        patterns: Paths, globs or URLs that fsspec knows (`s3://…`, `https://…`, `hf://…`).
+        text_key: Key of the text in JSON lines, or its column in Parquet.
+        streaming: Read the documents in order instead of by index.
+        shards: With streaming, number of logical shards that the files are distributed over; at most one per file. A
+            stream's order depends on it.
+        name: The source's name; by default the end of the first pattern.
+        parsing: How files become documents; `Parsing()` if None.
+        storage: How storage is read; `StorageOptions()` if None.
 
     Returns:
-        A random-access source, or a stream. Files come sorted by path, numbers in numerical order (part-2 before
-        part-10), pattern by pattern. The fingerprint is made of their names, sizes and samples of their contents.
+        A random-access source, or a stream. Files are sorted by path, numbers in numerical order (part-2 before
+        part-10), pattern by pattern. The fingerprint consists of their names, sizes and samples of their contents.
 
     Raises:
-        DataError: a pattern finds nothing, files are of an unknown or of several formats, the first one has no
+        DataError: If a pattern matches nothing, the format is unknown or differs between files, the first file has no
             `text_key`, records cannot be read in any order, or an extra is not installed.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "notes.jsonl")
+        >>> _ = path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "two")))
+        >>> notes = load_files(path)
+        >>> notes.name, len(notes), notes[1]
+        ('notes.jsonl', 2, 'two')
     """
-    retry = retry or Retry()
-    files = find_files(patterns, options=storage_options, retry=retry)
+    parsing = parsing or Parsing()
+    storage = storage or StorageOptions()
+    files = find_files(patterns, options=storage.filesystem, retry=storage.retry)
     name = name or source_name(patterns if isinstance(patterns, str | Path) else patterns[0])
-    malformed = MalformedRecords(name, on_malformed)
-    folder = None if index_folder is None else IndexFolder(index_folder)
-    format = format or _format_of(files)
-    reader = _open_format(format, text_key, text_unit, malformed, retry, folder, cache_bytes)
+    malformed = MalformedRecords(name, parsing.on_malformed)
+    format = parsing.format or _format_of(files)
+    reader = _open_format(format, text_key, parsing, malformed, storage)
     settings: dict[str, str | int | bool] = {"streaming": streaming}
-    settings |= {"text_unit": text_unit} if format == "text" else {"text_key": text_key}
-    digests = _look_at(files, reader, retry)
+    settings |= {"text_unit": parsing.text_unit} if format == "text" else {"text_key": text_key}
+    digests = _check_and_digest(files, reader, storage.retry)
     if not streaming:
         fingerprint = Fingerprint.of(reader.kind, digests, settings)
-        return FileRows(name, fingerprint, malformed, files, reader)
+        return FileRecords(name, fingerprint, malformed, files, reader)
     if shards < 1:
         raise DataError(f"a stream needs at least 1 shard, not {shards}")
     settings["shards"] = shards = min(shards, len(files))
     return FileStream(name, Fingerprint.of(reader.kind, digests, settings), malformed, files, reader, shards)
 
 
-class FileRows:
+class FileRecords:
     """Records of files as a random-access source; made by `load_files`."""
 
     def __init__(
@@ -124,8 +116,8 @@ class FileRows:
         self._fingerprint = fingerprint
         self._malformed = malformed
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            self._rows = list(pool.map(reader.index, files))
-        self._ends = np.cumsum([len(rows) for rows in self._rows], dtype=np.int64)
+            self._indexed = list(pool.map(reader.index, files))
+        self._ends = np.cumsum([len(records) for records in self._indexed], dtype=np.int64)
 
     @property
     def malformed(self) -> int:
@@ -133,7 +125,7 @@ class FileRows:
         return self._malformed.count
 
     def fingerprint(self) -> Fingerprint:
-        """Return the files' names and digests, as they were when the source was made."""
+        """Return the files' names and digests, as they were when the source was opened."""
         return self._fingerprint
 
     def __len__(self) -> int:
@@ -143,11 +135,11 @@ class FileRows:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         file = int(np.searchsorted(self._ends, index, side="right"))
-        return self._rows[file][index - (int(self._ends[file - 1]) if file else 0)]
+        return self._indexed[file][index - (int(self._ends[file - 1]) if file else 0)]
 
 
 class FileStream:
-    """Records of files as a stream; made by `load_files`. Shard s has the files s, s + shards, s + 2 shards, …"""
+    """Records of files as a stream; made by `load_files`. Shard s has files s, s + shards, s + 2 shards and so on."""
 
     def __init__(
         self,
@@ -172,11 +164,11 @@ class FileStream:
         return self._malformed.count
 
     def fingerprint(self) -> Fingerprint:
-        """Return the files' names and digests, as they were when the source was made."""
+        """Return the files' names and digests, as they were when the source was opened."""
         return self._fingerprint
 
     def iterate(self, shard: int, start: int, /) -> Generator[str, None, None]:
-        """Read a shard's texts from number `start` on; those before are passed over without being decoded."""
+        """Read a shard's texts from number `start` on; earlier ones are skipped without decoding."""
         for number in range(shard, len(self._files), self.shards):
             if (count := self._counts.get(number)) is None or count > start:
                 count = yield from self._reader.stream(self._files[number], start)
@@ -185,7 +177,7 @@ class FileStream:
 
 
 def _format_of(files: Sequence[DataFile]) -> Format:
-    """Tell the format by the suffixes; all files must be of one."""
+    """Infer the format from the suffixes; all files must be of one format."""
     found: dict[Format, DataFile] = {}
     for file in files:
         path = file.name.partition(" (")[0].lower()
@@ -193,40 +185,30 @@ def _format_of(files: Sequence[DataFile]) -> Format:
             path = path.rpartition(".")[0]
         if (format := _FORMATS.get(os.path.splitext(path)[1])) is None:
             raise DataError(
-                f'{file.label}: what is in it cannot be told by its name; give format="jsonl", "parquet" or "text", '
-                "or a pattern that leaves it out"
+                f'{file.label}: the format cannot be inferred from its name; set format to "jsonl", "parquet" or '
+                '"text", or use a pattern that leaves the file out'
             )
         found.setdefault(format, file)
     if len(found) > 1:
         names = ", ".join(f"{file.label} ({format})" for format, file in found.items())
-        raise DataError(f"the files are of several formats: {names}; open them as a source each, or give format=…")
+        raise DataError(f"the files are of several formats: {names}; open each format as its own source, or set format")
     return next(iter(found))
 
 
 def _open_format(
-    format: Format,
-    text_key: str,
-    text_unit: Unit,
-    malformed: MalformedRecords,
-    retry: Retry,
-    index_folder: IndexFolder | None,
-    cache_bytes: int,
+    format: Format, text_key: str, parsing: Parsing, malformed: MalformedRecords, storage: StorageOptions
 ) -> FileFormat:
     if format == "jsonl":
-        return JsonLines(text_key, malformed, retry, index_folder)
+        return JsonLines(text_key, malformed, storage)
     if format == "parquet":
-        return Parquet(text_key, malformed, retry, cache_bytes)
-    if format != "text":
-        raise DataError(f'format is "jsonl", "parquet" or "text", not {format!r}')
-    if text_unit == "file":
-        return WholeFiles(malformed, retry)
-    if text_unit in ("line", "paragraph"):
-        return LineFormat("text", text_unit, str, malformed, retry, index_folder)
-    raise DataError(f'text_unit is "file", "line" or "paragraph", not {text_unit!r}')
+        return Parquet(text_key, malformed, storage)
+    if parsing.text_unit == "file":
+        return WholeFiles(malformed, storage.retry)
+    return LineFormat("text", parsing.text_unit, str, malformed, storage)
 
 
-def _look_at(files: Sequence[DataFile], reader: FileFormat, retry: Retry) -> list[tuple[str, str]]:
-    """Make sure that the first file has what is to be read; give the names and digests of all."""
+def _check_and_digest(files: Sequence[DataFile], reader: FileFormat, retry: Retry) -> list[tuple[str, str]]:
+    """Check that the first file has what is to be read; return the names and digests of all."""
     for file in files:
         require_compression(compression_of(file.name))
     with ThreadPoolExecutor(_THREADS) as pool:

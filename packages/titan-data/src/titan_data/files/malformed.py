@@ -1,4 +1,4 @@
-"""Records that cannot be used: named and counted, or a reason to stop."""
+"""Malformed records: reported by file and line and counted, or an error. Called by the formats."""
 
 import logging
 from typing import Literal
@@ -8,21 +8,19 @@ from titan_data.errors import DataError
 OnMalformed = Literal["skip", "raise"]
 
 _logger = logging.getLogger("titan_data")
-_NAMED = 5  # each with a warning of its own; after them a total at 10, 100, 1000, …
-_REMEMBERED = 100_000  # places kept, so that a second epoch counts none of them again
+_NAMED = 5  # records with a warning each; then a total at 10, 100, 1000, …
+_REMEMBERED = 100_000  # records remembered, so that a second epoch does not count them again
 
 
 class MalformedRecords:
     """Counts the malformed records of one source.
 
     Args:
-        source: the source's name, for the warnings.
-        on_malformed: "skip" to warn and go on, "raise" to stop.
+        source: The source's name, for the warnings.
+        on_malformed: "skip" to warn and continue, "raise" to stop.
     """
 
     def __init__(self, source: str, on_malformed: OnMalformed) -> None:
-        if on_malformed not in ("skip", "raise"):
-            raise DataError(f'on_malformed is "skip" or "raise", not {on_malformed!r}')
         self._source = source
         self._on_malformed = on_malformed
         self._seen: set[str] = set()
@@ -33,19 +31,17 @@ class MalformedRecords:
         return len(self._seen)
 
     def report(self, where: str, why: str) -> None:
-        """Note a malformed record.
+        """Report a malformed record.
 
         Args:
-            where: file and line.
-            why: what is wrong there.
+            where: File and line.
+            why: What is wrong with it.
 
         Raises:
-            DataError: malformed records are to stop the run.
+            DataError: If on_malformed is "raise".
         """
         if self._on_malformed == "raise":
-            raise DataError(
-                f'{where}: {why}. Mend it, or have such records skipped and counted with on_malformed="skip"'
-            )
+            raise DataError(f'{where}: {why}. Repair it, or skip and count such records with on_malformed="skip"')
         if where in self._seen or len(self._seen) >= _REMEMBERED:
             return
         self._seen.add(where)
@@ -53,7 +49,7 @@ class MalformedRecords:
         if count <= _NAMED:
             more = ""
             if count == _NAMED:
-                more = "; further ones will only be counted"
+                more = "; further ones are only counted"
             _logger.warning("source %s: skipped a malformed record: %s: %s%s", self._source, where, why, more)
         elif str(count).strip("0") == "1":
             at_least = "at least " if count == _REMEMBERED else ""

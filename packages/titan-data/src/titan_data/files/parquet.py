@@ -1,4 +1,7 @@
-"""Parquet: texts are one column; row groups are what can be read by themselves."""
+"""Parquet files: texts are one column, read by row group.
+
+`Parquet` is the format, `IndexedParquet` the rows of one file in any order. "Row" is Parquet's word for a record.
+"""
 
 import threading
 from collections import OrderedDict
@@ -11,36 +14,35 @@ import numpy as np
 from titan_data.errors import DataError
 from titan_data.files.compression import CorruptFileError, compression_of
 from titan_data.files.malformed import MalformedRecords
-from titan_data.files.retry import Retry
+from titan_data.files.options import StorageOptions
 from titan_data.files.storage import DataFile, StorageReader
 
 _BATCH = 256  # rows decoded at a time in a stream
 
 
 class Parquet:
-    """Parquet files of any codec. A text that is null is an empty document.
+    """Parquet files of any codec. Null texts are empty documents.
 
     Args:
-        text_key: name of the text's column.
-        malformed: told of malformed rows, row groups and files.
-        retry: how often to try where the storage fails.
-        cache_bytes: how much decoded text of row groups is kept for reading in any order; the last one read always is.
+        text_key: Name of the text column.
+        malformed: Collects malformed rows, row groups and files.
+        storage: How storage is read. At least one decoded row group is kept, whatever `cache_bytes` is.
 
     Raises:
-        DataError: pyarrow is not installed.
+        DataError: If pyarrow is not installed.
     """
 
     kind = "parquet"
 
-    def __init__(self, text_key: str, malformed: MalformedRecords, retry: Retry, cache_bytes: int) -> None:
+    def __init__(self, text_key: str, malformed: MalformedRecords, storage: StorageOptions) -> None:
         _import_pyarrow()
         self._text_key = text_key
         self._malformed = malformed
-        self._retry = retry
-        self._cache = _Cache(cache_bytes)
+        self._retry = storage.retry
+        self._cache = _Cache(storage.cache_bytes)
 
     def check(self, file: DataFile) -> None:
-        """Make sure that the file has the text's column."""
+        """Check that the file has the text column."""
         if compression_of(file.name):
             raise DataError(f"{file.label}: Parquet is compressed inside, so decompress the file before reading it")
         try:
@@ -52,7 +54,7 @@ class Parquet:
             raise DataError(f"{file.label} has {error}") from None
 
     def stream(self, file: DataFile, start: int) -> Generator[str, None, int]:
-        """Read the rows from number `start` on; row groups that lie before are not read."""
+        """Read the rows from number `start` on; earlier row groups are not read."""
         number = 0
         with ExitStack() as stack:
             if (parquet := self._enter(stack, file)) is None:
@@ -64,20 +66,20 @@ class Parquet:
                 number += size
         return number
 
-    def index(self, file: DataFile) -> "ParquetRows":
-        """Find the row groups; nothing else is read yet."""
+    def index(self, file: DataFile) -> "IndexedParquet":
+        """Find the row groups; no texts are read yet."""
         with ExitStack() as stack:
             parquet = self._enter(stack, file)
-            return ParquetRows(self, file, [] if parquet is None else _group_sizes(parquet))
+            return IndexedParquet(self, file, [] if parquet is None else _group_sizes(parquet))
 
     def text(self, file: DataFile, group: int, first: int, index: int) -> str:
-        """Read one row, by way of its whole row group.
+        """Read one row, from its decoded row group.
 
         Args:
-            file: which one.
-            group: number of the row group in the file.
-            first: number of the group's first row.
-            index: number of the row in the group.
+            file: The file.
+            group: Number of the row group in the file.
+            first: Number of the group's first row.
+            index: Number of the row in the group.
         """
         chunks = self._cache.get((file.path, group))
         if chunks is None:
@@ -89,7 +91,7 @@ class Parquet:
             if index < len(chunk):
                 return self._decode(file, first + index, chunk[index])
             index -= len(chunk)
-        return ""  # of the rest of a row group that is damaged
+        return ""  # in the unreadable rest of a corrupt row group
 
     def _texts(self, file: DataFile, chunks: Iterator[Any], first: int, size: int, start: int) -> Iterator[str]:
         number = 0
@@ -97,15 +99,15 @@ class Parquet:
             for i in range(max(start - number, 0), len(chunk)):
                 yield self._decode(file, first + number + i, chunk[i])
             number += len(chunk)
-        yield from [""] * (size - max(number, start))  # the rest of a row group that is damaged
+        yield from [""] * (size - max(number, start))  # the unreadable rest of a corrupt row group
 
     def _chunks(self, parquet: Any, file: DataFile, group: int, first: int) -> Iterator[Any]:
-        """Read a row group's texts in pieces, up to where it is damaged."""
+        """Read a row group's texts in chunks, up to where it is corrupt."""
         number = first
         try:
-            # Without threads: the order of the requests stays, and training has a use for the cores.
+            # Without threads: requests stay in order, and the cores are left to training.
             batches = parquet.iter_batches(_BATCH, row_groups=[group], columns=[self._text_key], use_threads=False)
-            for batch in _until_damaged(batches):
+            for batch in _readable(batches):
                 yield batch.column(0)
                 number += len(batch)
         except CorruptFileError as error:
@@ -120,7 +122,7 @@ class Parquet:
         return "" if text is None else str(text)
 
     def _enter(self, stack: ExitStack, file: DataFile) -> Any:
-        """Open a file; None if it is empty, or cannot be read and is reported."""
+        """Open a file; None if it is empty or unreadable (which is reported)."""
         if file.size == 0:
             return None
         try:
@@ -138,12 +140,12 @@ class Parquet:
     def _open(self, file: DataFile) -> Iterator[Any]:
         parquet_module = _import_pyarrow()
         with StorageReader(file, self._retry) as reader:
-            with _damage():
+            with _corrupt_file_errors():
                 parquet = parquet_module.ParquetFile(reader, pre_buffer=False)
             yield parquet
 
     def _column(self, parquet: Any) -> None:
-        """Make sure that there is the column, and that it is text."""
+        """Check that the text column exists and contains text."""
         schema = parquet.schema_arrow
         if self._text_key not in schema.names:
             raise _ColumnError(f"no column {self._text_key!r}; set text_key to one of: {', '.join(schema.names)}")
@@ -153,7 +155,7 @@ class Parquet:
             raise _ColumnError(f"no text in column {self._text_key!r}, but {kind}: set text_key to a column of strings")
 
 
-class ParquetRows:
+class IndexedParquet:
     """The rows of one file, in any order."""
 
     def __init__(self, parquet: Parquet, file: DataFile, sizes: list[int]) -> None:
@@ -176,11 +178,11 @@ def _group_sizes(parquet: Any) -> list[int]:
 
 
 class _ColumnError(Exception):
-    """The text's column is missing or holds something else."""
+    """The text column is missing or not of strings."""
 
 
 class _Cache:
-    """Row groups that were read last, up to a number of bytes."""
+    """The row groups that were read last, up to a number of bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -189,7 +191,7 @@ class _Cache:
         self._bytes = 0
 
     def __reduce__(self) -> Any:
-        return type(self), (self._limit,)  # a lock cannot be sent to another process
+        return type(self), (self._limit,)  # locks cannot be pickled
 
     def get(self, key: tuple[str, int]) -> list[Any] | None:
         with self._lock:
@@ -211,9 +213,9 @@ def _size(chunks: list[Any]) -> int:
     return sum(chunk.nbytes for chunk in chunks)
 
 
-def _until_damaged(batches: Iterator[Any]) -> Iterator[Any]:
+def _readable(batches: Iterator[Any]) -> Iterator[Any]:
     while True:
-        with _damage():
+        with _corrupt_file_errors():
             batch = next(batches, None)
         if batch is None:
             return
@@ -221,8 +223,8 @@ def _until_damaged(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _damage() -> Iterator[None]:
-    """Turn what pyarrow raises into a CorruptFileError; what the storage raises is a DataError, and stays one."""
+def _corrupt_file_errors() -> Iterator[None]:
+    """Turn pyarrow's errors into CorruptFileError; errors of storage are DataErrors and pass through."""
     import pyarrow
 
     try:
@@ -230,12 +232,12 @@ def _damage() -> Iterator[None]:
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise CorruptFileError(f"damaged Parquet: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise CorruptFileError(f"corrupt Parquet: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
 
 def _import_pyarrow() -> Any:
     try:
-        import pyarrow.parquet  # late: an optional extra
+        import pyarrow.parquet  # here: an optional extra
     except ImportError:
         raise DataError("Parquet files need an extra: pip install 'titan-data[parquet]'") from None
     return pyarrow.parquet

@@ -1,21 +1,24 @@
-"""One file on any storage that fsspec reaches, read through failures of the network."""
+"""One file on any storage that fsspec reaches: opened, read with retries, and digested.
+
+`DataFile` is what `glob.find_files` returns; formats read it through `StorageReader`.
+"""
 
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from typing import Any
 
 import fsspec
 
 from titan_data.errors import DataError
-from titan_data.files.retry import Retry, describe_error, may_pass, within
+from titan_data.files.reading import reading
+from titan_data.files.retry import AttemptsFailedError, Retry, call_with_retries, within
 
 BLOCK = 1 << 20  # bytes per read
 _REMOTE_BLOCK = 4 << 20  # bytes per request, where fsspec reads ahead
-_SAMPLE = 64 << 10  # bytes of a file's begin and of its end that its digest is made of
+_SAMPLE = 64 << 10  # bytes of a file's beginning and of its end that its digest is made of
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,14 @@ class DataFile:
     """A file as it was found.
 
     Attributes:
-        name: path below the folder that the pattern names: stays when the whole corpus is moved.
-        label: what to call it in messages: the whole path or URL, without a query (which may hold a secret).
-        path: what the file system calls it.
-        url: a URL or path that leads fsspec to the file system.
-        options: further arguments for that.
-        local: whether it is on this machine's own file systems.
-        size: bytes; None where the server does not say.
-        version: an ETag or time of change; None where there is none. For noticing changes within a run only.
+        name: Path below the folder that the pattern names; does not change when the whole corpus is moved.
+        label: The file's name in messages: the full path or URL, without a query (which may contain a secret).
+        path: The file's path in its file system.
+        url: A URL or path by which fsspec finds the file system.
+        options: Further arguments of the file system.
+        local: Whether the file is on a file system of this machine.
+        size: Size in bytes; None if the server does not report it.
+        version: ETag or time of modification; None if there is none. To notice changes during a run.
     """
 
     name: str
@@ -44,17 +47,17 @@ class DataFile:
 
 
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Find the file system that a path or URL means.
+    """Open the file system of a path or URL.
 
     Args:
-        url: a local path, or any URL that fsspec knows.
-        options: arguments of the file system, such as credentials.
+        url: A local path, or any URL that fsspec knows.
+        options: Arguments of the file system, such as credentials.
 
     Returns:
-        The fsspec file system, and the path in its terms.
+        The fsspec file system, and the path within it.
 
     Raises:
-        DataError: an unknown protocol, one whose package is not installed, or wrong options.
+        DataError: If the protocol is unknown, its package is not installed, or the options are wrong.
     """
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
@@ -64,25 +67,25 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def without_query(url: str) -> str:
-    """Take the query off a web address."""
+    """Remove the query of a web address."""
     return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
-def describe(info: Mapping[str, Any]) -> tuple[int | None, str | None]:
-    """Read size and version of a file from what fsspec tells about it."""
+def size_and_version(info: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """Read a file's size and version from fsspec's info."""
     version = next((str(info[key]).strip('"') for key in ("ETag", "etag", "mtime") if info.get(key)), None)
     return info.get("size"), version
 
 
 class StorageReader(io.RawIOBase):
-    """A file opened for reading, which opens it anew and goes on at the same byte when reading fails.
+    """A file opened for reading that reopens it and continues at the same byte when reading fails.
 
     Every `OSError` of the storage becomes a DataError that names the file, once the attempts are used up. Reading
     also fails if the file is not the one that was found (other size or version).
 
     Args:
-        file: which one.
-        retry: how often to try.
+        file: The file.
+        retry: How reads are retried.
     """
 
     def __init__(self, file: DataFile, retry: Retry) -> None:
@@ -90,17 +93,17 @@ class StorageReader(io.RawIOBase):
         self._retry = retry
         self._filesystem, _ = open_filesystem(file.url, file.options)
         self._handle: Any = None
-        self._at = 0  # the byte that the handle stands at
+        self._at = 0  # the byte that the handle is at
         self._position = 0
         self.sequential = False
-        """Whether the server can only give the file from its beginning (found out when it is tried)."""
+        """Whether the server can only send the file from its beginning (found out by trying)."""
 
     def readable(self) -> bool:
         """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True: where the server cannot, the bytes in between are read and dropped."""
+        """Return True: if the server cannot seek, the bytes in between are read and dropped."""
         return True
 
     def tell(self) -> int:
@@ -113,19 +116,19 @@ class StorageReader(io.RawIOBase):
             offset += self._position
         elif whence == io.SEEK_END:
             if self._file.size is None:
-                raise DataError(f"{self._file.label}: the server does not tell its size; download the file first")
+                raise DataError(f"{self._file.label}: the server does not report its size; download the file first")
             offset += self._file.size
         self._position = offset
         return offset
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read up to as many bytes as there is room for; 0 at the end of the file."""
+        """Read up to the size of the buffer; 0 at the end of the file."""
         data = self._read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def close(self) -> None:
-        """Close the file; closing twice is allowed."""
+        """Close the file; may be called more than once."""
         self._drop_handle()
         super().close()
 
@@ -134,35 +137,31 @@ class StorageReader(io.RawIOBase):
             size = min(size, self._file.size - self._position)
         if size <= 0:
             return b""
-        for failures in count(1):
-            handle, at = self._handle, self._at
-            self._handle = None  # a read that fails spoils it; one that hangs may hold it for ever
-            try:
-                if self._file.local:
-                    handle, data = self._attempt(handle, at, size)
-                else:
-                    attempt = partial(self._attempt, handle, at, size)
-                    handle, data = within(self._retry.stall, attempt)
-                self._position += len(data)
-                self._handle, self._at = handle, self._position
-                return data
-            except DataError:
-                raise
-            except FileNotFoundError:
-                raise DataError(f"{self._file.label} has disappeared: put it back, and resume") from None
-            except Exception as error:
-                if not may_pass(error):
-                    raise DataError(f"{self._file.label} cannot be read: {describe_error(error)}") from error
-                if failures == self._retry.attempts:
-                    raise DataError(
-                        f"{self._file.label} could not be read at byte {self._position} after {failures} "
-                        f"attempt{'s' if failures > 1 else ''}: {describe_error(error)}"
-                    ) from error
-                self._retry.wait(failures)
-        raise AssertionError("count() has no end")
+        try:
+            with reading(self._file.label):
+                handle, data = call_with_retries(partial(self._read_once, size), self._retry)
+        except AttemptsFailedError as failed:
+            if isinstance(failed.error, FileNotFoundError):
+                raise DataError(f"{self._file.label} has disappeared: restore it, and resume") from None
+            if not failed.temporary:
+                raise DataError(f"{self._file.label} cannot be read: {failed}") from failed.error
+            raise DataError(
+                f"{self._file.label} could not be read at byte {self._position} after {failed.failures} "
+                f"attempt{'s' if failed.failures > 1 else ''}: {failed}"
+            ) from failed.error
+        self._position += len(data)
+        self._handle, self._at = handle, self._position
+        return data
+
+    def _read_once(self, size: int) -> tuple[Any, bytes]:
+        handle, at = self._handle, self._at
+        self._handle = None  # a read that fails invalidates it; one that hangs may hold it forever
+        if self._file.local:
+            return self._attempt(handle, at, size)
+        return within(self._retry.stall, partial(self._attempt, handle, at, size))
 
     def _attempt(self, handle: Any, at: int, size: int) -> tuple[Any, bytes]:
-        """Read once, with an open file that stands at byte `at`; without one, open it.
+        """Read once, with an open file that is at byte `at`; without one, open it.
 
         Changes nothing of this object but `sequential`, as it may be abandoned halfway.
         """
@@ -176,7 +175,7 @@ class StorageReader(io.RawIOBase):
             except DataError:
                 raise
             except ValueError:
-                # So says fsspec of a web server that gives whole files and no ranges.
+                # fsspec raises it for a web server that sends complete files and no ranges.
                 if self._position == 0:
                     raise
                 self.sequential = True
@@ -194,9 +193,9 @@ class StorageReader(io.RawIOBase):
         return data
 
     def _open(self) -> Any:
-        """Open the file at its beginning, if it still is the one that was found."""
+        """Open the file at its beginning, if it is still the one that was found."""
         self._filesystem.invalidate_cache()
-        size, version = describe(self._filesystem.info(self._file.path))
+        size, version = size_and_version(self._filesystem.info(self._file.path))
         if (size, version) != (self._file.size, self._file.version):
             raise DataError(changed(self._file))
         if self._file.local:
@@ -210,19 +209,19 @@ class StorageReader(io.RawIOBase):
 
 
 def changed(file: DataFile) -> str:
-    """Say that a file is not what it was."""
+    """Return the message for a file that has changed since it was found."""
     return (
-        f"{file.label} was changed while it was in use: data of a run must stay as it is; put the old file back, or "
+        f"{file.label} was changed while it was in use: the data of a run must not change; restore the old file, or "
         "start a new run"
     )
 
 
 def digest_sample(file: DataFile, retry: Retry) -> str:
-    """Digest a file's size, its first 64 KiB and its last: enough to notice almost any edit, at two short reads.
+    """Digest a file's size, its first 64 KiB and its last: notices almost any edit, at the cost of two short reads.
 
     Args:
-        file: which one.
-        retry: how often to try.
+        file: The file.
+        retry: How reads are retried.
 
     Returns:
         16 hexadecimal digits.

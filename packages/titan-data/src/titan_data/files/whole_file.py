@@ -1,4 +1,4 @@
-"""Plain text whose files are one document each. Those of lines or paragraphs are read by `lines`."""
+"""Plain text with one document per file. Files of lines or paragraphs are read by `lines`."""
 
 from collections.abc import Generator
 
@@ -9,11 +9,11 @@ from titan_data.files.storage import DataFile
 
 
 class WholeFiles:
-    """Each file is one document, compressed or not, wherever it is.
+    """Text files that are one document each, compressed or not.
 
     Args:
-        malformed: told of malformed files.
-        retry: how often to try where the storage fails.
+        malformed: Collects malformed files.
+        retry: How reads are retried.
     """
 
     kind = "text"
@@ -23,20 +23,20 @@ class WholeFiles:
         self._retry = retry
 
     def check(self, file: DataFile) -> None:
-        """Nothing to look for: any text will do."""
+        """Do nothing: any text is valid."""
 
     def stream(self, file: DataFile, start: int) -> Generator[str, None, int]:
-        """Give the one document, unless it is to be left out."""
+        """Read the document, unless `start` is after it."""
         if start == 0:
             yield self.text(file)
         return 1
 
-    def index(self, file: DataFile) -> "WholeFile":
-        """Make the one document readable; nothing is read yet."""
-        return WholeFile(self, file)
+    def index(self, file: DataFile) -> "IndexedWholeFile":
+        """Make the document readable; nothing is read yet."""
+        return IndexedWholeFile(self, file)
 
     def text(self, file: DataFile) -> str:
-        """Read a file; what is malformed is reported and empty."""
+        """Read a file; a malformed one is reported and empty."""
         try:
             with open_bytes(file, self._retry) as data:
                 return str(data.read().removeprefix(b"\xef\xbb\xbf"), "utf-8")
@@ -47,7 +47,7 @@ class WholeFiles:
         return ""
 
 
-class WholeFile:
+class IndexedWholeFile:
     """The one document of a file."""
 
     def __init__(self, whole_files: WholeFiles, file: DataFile) -> None:

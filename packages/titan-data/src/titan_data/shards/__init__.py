@@ -1,4 +1,4 @@
-"""Tokens on disk: `prepare` writes shards, `TokenShards`, `RawTokens` and `MegatronTokens` read them without copies.
+"""Tokens on disk: `prepare` writes token shards; `TokenShards`, `RawTokens` and `MegatronTokens` memory-map tokens.
 
 Called by users and by the command line. See docs/token-shards.md for the format.
 Hands on token sources, whose documents the loader packs without tokenizing again.

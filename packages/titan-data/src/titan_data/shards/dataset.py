@@ -1,4 +1,4 @@
-"""Token shards as a source: memory-mapped, opened in no time however large."""
+"""`TokenShards`: token shards as a source, memory-mapped. Opening takes the same time for any size."""
 
 import os
 from bisect import bisect_right
@@ -16,32 +16,32 @@ from titan_data.shards.format import HEADER_SIZE, OFFSETS, Header, ShardEntry, r
 from titan_data.shards.mmap import map_array
 from titan_data.sources.base import Tokens
 
-# Each open shard holds a file descriptor, of which a process often has no more than 1,024 (256 on macOS). A shard left
-# out for others is opened again in some 15 microseconds.
+# Each open shard holds a file descriptor; a process often has no more than 1,024 (256 on macOS). Opening a shard again
+# takes about 15 microseconds.
 _OPEN_SHARDS = 128
 _SHOWN = 10
 
 
 class TokenShards:
-    """The documents of a folder that `titan-data prepare` has written, as a `TokenSource`.
+    """The documents of a folder written by `titan-data prepare`, as a `TokenSource`.
 
-    Opening reads the manifest and the sizes of the files; a shard is mapped when a document of it is first asked for.
+    Opening reads the manifest and the sizes of the files; a shard is mapped when one of its documents is first read.
 
     Args:
-        path: the folder.
-        name: what to call the source; the folder's name if None.
+        path: The folder.
+        name: The source's name; the folder's name if None.
 
     Attributes:
-        name: what people call this source.
-        tokenizer_fingerprint: of the tokenizer that made the tokens.
-        vocab_size: of that tokenizer; every id is below it.
-        bos_id: the first token of each document, if it is not None.
-        eos_id: the last token of each document, if it is not None.
-        pad_id: the tokenizer's id for filling up.
-        tokens: number of tokens in all documents.
+        name: The source's name.
+        tokenizer_fingerprint: Fingerprint of the tokenizer that made the tokens.
+        vocab_size: The tokenizer's vocabulary size; every id is below it.
+        bos_id: The first token of each document, or None.
+        eos_id: The last token of each document, or None.
+        pad_id: The tokenizer's padding id, or None.
+        tokens: Number of tokens in all documents.
 
     Raises:
-        DataError: the folder holds no finished token shards, or files of it are missing, cut off or damaged.
+        DataError: If the folder contains no finished token shards, or files of it are missing, truncated or corrupt.
     """
 
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:
@@ -60,14 +60,14 @@ class TokenShards:
         self._first_documents = [0, *accumulate(shard.documents for shard in self._shards)]
         self._offsets = map_array(self.path / OFFSETS, "<i8", self._documents + 1)
         self._open: dict[int, Tokens] = {}
-        self._checked: set[int] = set()  # shards whose headers are known to be right
-        self._opening = Lock()  # several loaders may read one source, each from a thread of its own
+        self._checked: set[int] = set()  # shards whose headers are known to be valid
+        self._opening = Lock()  # several loaders may read one source, each in its own thread
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.name)
 
     def fingerprint(self) -> Fingerprint:
-        """Name the shards with their checksums, as the manifest has them."""
+        """Return the shards' names and checksums from the manifest."""
         return Fingerprint.of(
             "token shards",
             ((shard.name, shard.sha256[:16]) for shard in self._shards),
@@ -78,7 +78,7 @@ class TokenShards:
         return self._documents
 
     def lengths(self, indices: npt.NDArray[np.int64], /) -> npt.NDArray[np.int64]:
-        """Numbers of tokens of some documents: int64 `[D]` for int64 `[D]`."""
+        """Return the numbers of tokens of several documents: int64 `[D]` for int64 `[D]`."""
         lengths: npt.NDArray[np.int64] = self._offsets[indices + 1] - self._offsets[indices]
         return lengths
 
@@ -95,7 +95,7 @@ class TokenShards:
         first = self._first_tokens[shard]
         document = tokens[start - first : stop - first]
         if len(document) != stop - start:
-            raise DataError(f"{self.path / OFFSETS} is damaged: document {index} would end beyond its shard")
+            raise DataError(f"{self.path / OFFSETS} is corrupt: document {index} would end beyond its shard")
         return document
 
     def _open_shard(self, number: int) -> Tokens:
@@ -107,39 +107,39 @@ class TokenShards:
                 self._checked.add(number)
             tokens = map_array(path, self._dtype, shard.tokens, HEADER_SIZE)
             while len(self._open) >= _OPEN_SHARDS:
-                self._open.pop(next(iter(self._open)))  # arrays handed out keep the map itself alive
+                self._open.pop(next(iter(self._open)))  # arrays that are still in use keep their map alive
             self._open[number] = tokens
             return tokens
 
     def _check_sizes(self) -> None:
-        """Find what is missing or cut off now rather than after days of training."""
+        """Find missing and truncated files now rather than after days of training."""
         with os.scandir(self.path) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries}
         expected = {shard.name: shard_size(shard.documents, shard.tokens, self._dtype) for shard in self._shards}
         expected[OFFSETS] = 8 * (self._documents + 1)
         wrong = [
-            f"{name} is missing" if name not in sizes else f"{name} has {sizes[name]} bytes, but should have {size}"
+            f"{name} is missing" if name not in sizes else f"{name} has {sizes[name]} bytes instead of {size}"
             for name, size in expected.items()
             if sizes.get(name) != size
         ]
         if wrong:
             more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise DataError(f"{self.path} is damaged:\n  " + "\n  ".join(wrong[:_SHOWN]) + more)
+            raise DataError(f"{self.path} is corrupt:\n  " + "\n  ".join(wrong[:_SHOWN]) + more)
 
 
 def check_header(path: Path, shard: ShardEntry, first_document: int) -> Header:
-    """Read a shard's header and hold it against the manifest.
+    """Read a shard's header and compare it with the manifest.
 
     Args:
-        path: of the shard.
-        shard: what the manifest says of it.
-        first_document: the number that its first document should have.
+        path: The shard's path.
+        shard: Its entry in the manifest.
+        first_document: The expected number of its first document.
 
     Returns:
         The header.
 
     Raises:
-        DataError: it cannot be read, is damaged, or belongs to another place or folder.
+        DataError: If it cannot be read, is corrupt, or belongs to another folder or number.
     """
     try:
         with path.open("rb") as file:
@@ -148,7 +148,9 @@ def check_header(path: Path, shard: ShardEntry, first_document: int) -> Header:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     found = (header.first_document, header.documents, header.tokens, header.sha256)
     if found != (first_document, shard.documents, shard.tokens, shard.sha256):
-        raise DataError(f"{path} is not the shard that the manifest lists: it comes from elsewhere")
+        raise DataError(
+            f"{path} is not the shard that the manifest lists: it comes from another folder or has another number"
+        )
     return header
 
 

@@ -1,4 +1,4 @@
-"""A digest of a large file that does not read all of it."""
+"""A digest of a large file that reads samples of it."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ _SAMPLE_SIZE = 4096
 
 
 def sample_digest(path: Path) -> str:
-    """Digest a file's size and 64 pieces of 4 KiB, spread evenly from its beginning to its end."""
+    """Digest a file's size and 64 samples of 4 KiB, spread evenly over it."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

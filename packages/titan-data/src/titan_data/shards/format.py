@@ -1,4 +1,4 @@
-"""The format of token shards, version 1: what a shard's header and a folder's manifest hold (docs/token-shards.md)."""
+"""The format of token shards, version 1: a shard's header and a folder's manifest (see docs/token-shards.md)."""
 
 import hashlib
 import json
@@ -15,48 +15,48 @@ from titan_data.fingerprint import Fingerprint
 
 VERSION = 1
 MAGIC = b"TITANTOK"
-HEADER_SIZE = 4096  # a page: the tokens that follow are aligned in memory
+HEADER_SIZE = 4096  # a page: the tokens after it are aligned in memory
 _PREFIX = struct.Struct("<8sII")  # magic, version, bytes of JSON
 _DIGEST_SIZE = 32
-_JSON_ROOM = HEADER_SIZE - _PREFIX.size - _DIGEST_SIZE
+_MAX_JSON = HEADER_SIZE - _PREFIX.size - _DIGEST_SIZE
 
 MANIFEST = "index.json"
-OFFSETS = "document-offsets.u64"  # of all documents in the folder: where each begins, and where the last one ends
-UNFINISHED = "prepare.json"  # what a folder that is being prepared will hold; gone when the manifest is there
+OFFSETS = "document-offsets.u64"  # where each document of the folder begins, and where the last one ends
+UNFINISHED = "prepare.json"  # the job of an unfinished folder; removed when the manifest is written
 
 
 def shard_name(number: int) -> str:
-    """Name the file of shard `number`; sorted by name, shards are in order up to a million of them."""
+    """Return the file name of a shard; up to a million shards sort by name."""
     return f"shard-{number:06d}.tokens"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Choose the smallest of the two types that holds every id, little-endian."""
+    """Return the smaller of the two little-endian types that fits every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def offsets_start(tokens: int, dtype: np.dtype[Any]) -> int:
-    """Say where in a shard the documents' offsets begin, in bytes: after the tokens, at a multiple of 8."""
+    """Return where in a shard the documents' offsets begin, in bytes: after the tokens, at a multiple of 8."""
     return HEADER_SIZE + -(-tokens * dtype.itemsize // 8) * 8
 
 
 def shard_size(documents: int, tokens: int, dtype: np.dtype[Any]) -> int:
-    """Say how large a shard's file is, in bytes."""
+    """Return the size of a shard's file in bytes."""
     return offsets_start(tokens, dtype) + 8 * (documents + 1)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a shard says of itself.
+    """A shard's header.
 
     Attributes:
-        vocab_size: every id is below it; decides the type of the tokens.
-        tokenizer: fingerprint of the tokenizer that made the tokens.
-        first_document: number of its first document, among all of the folder.
-        documents: how many it has.
-        tokens: how many it has.
-        source_end: `(shard, document)` of the text source: where the next shard begins.
-        sha256: of everything after the header.
+        vocab_size: Every id is below it; determines the type of the tokens.
+        tokenizer: Fingerprint of the tokenizer that made the tokens.
+        first_document: Number of its first document in the folder.
+        documents: Number of documents.
+        tokens: Number of tokens.
+        source_end: `(shard, document)` of the text source, where the next shard begins.
+        sha256: Checksum of everything after the header.
     """
 
     vocab_size: int
@@ -68,54 +68,56 @@ class Header:
     sha256: str
 
     def pack(self) -> bytes:
-        """Write it as the first `HEADER_SIZE` bytes of the file."""
+        """Serialize the header as the first `HEADER_SIZE` bytes of the file."""
         text = json.dumps(asdict(self), sort_keys=True).encode()
-        if len(text) > _JSON_ROOM:
+        if len(text) > _MAX_JSON:
             raise DataError(
-                f"a shard's header has no room for a tokenizer fingerprint of {len(self.tokenizer)} letters"
+                f"the tokenizer fingerprint of {len(self.tokenizer)} characters does not fit into a shard's header"
             )
         page = (_PREFIX.pack(MAGIC, VERSION, len(text)) + text).ljust(HEADER_SIZE - _DIGEST_SIZE, b"\0")
         return page + hashlib.sha256(page).digest()
 
     @classmethod
     def unpack(cls, page: bytes, name: str) -> Self:
-        """Read the first `HEADER_SIZE` bytes of a file.
+        """Parse the first `HEADER_SIZE` bytes of a file.
 
         Args:
-            page: these bytes.
-            name: of the file, for messages.
+            page: The bytes.
+            name: The file's name, for messages.
 
         Returns:
             The header.
 
         Raises:
-            DataError: it is no shard, of another version, or damaged.
+            DataError: If the file is not a shard, of another version, or corrupt.
         """
         if page[: len(MAGIC)] != MAGIC:
-            raise DataError(f"{name} is no token shard, or its header is damaged: it does not begin with {MAGIC!r}")
+            raise DataError(f"{name} is not a token shard, or its header is corrupt: it does not begin with {MAGIC!r}")
         if len(page) < HEADER_SIZE:
-            raise DataError(f"{name} is cut off: it has {len(page)} bytes, less than a header")
+            raise DataError(f"{name} is truncated: it has {len(page)} bytes, less than a header")
         _, version, length = _PREFIX.unpack_from(page)
         if hashlib.sha256(page[:-_DIGEST_SIZE]).digest() != page[-_DIGEST_SIZE:]:
-            raise DataError(f"the header of {name} is damaged: its checksum is wrong")
+            raise DataError(f"the header of {name} is corrupt: its checksum does not match")
         if version != VERSION:
-            raise DataError(f"{name} is of version {version}, but this titan-data reads version {VERSION}: upgrade it")
+            raise DataError(
+                f"{name} has version {version}, but this titan-data reads version {VERSION}: upgrade titan-data"
+            )
         fields = json.loads(page[_PREFIX.size : _PREFIX.size + length])
         return cls(**{**fields, "source_end": tuple(fields["source_end"])})
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that the contents of a folder depend on; one that differs is not gone on with.
+    """Everything that the contents of a folder depend on; an unfinished folder of another job is not resumed.
 
     Attributes:
-        source: fingerprint of the text source.
-        tokenizer: fingerprint of the tokenizer.
-        vocab_size: of the tokenizer.
-        bos_id: the first token of each document, if any.
-        eos_id: the last token of each document, if any.
-        pad_id: what fills rows up, if any; never in a shard.
-        shard_tokens: the most tokens of a shard, unless one document has more.
+        source: Fingerprint of the text source.
+        tokenizer: Fingerprint of the tokenizer.
+        vocab_size: Vocabulary size of the tokenizer.
+        bos_id: The first token of each document, if any.
+        eos_id: The last token of each document, if any.
+        pad_id: The padding token, if any; never in a shard.
+        shard_tokens: Maximum number of tokens of a shard, unless a single document has more.
     """
 
     source: Fingerprint
@@ -127,18 +129,18 @@ class Job:
     shard_tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain JSON."""
+        """Return the job as JSON values."""
         return {**vars(self), "source": self.source.to_json()}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
-        """Read what `to_json` gave."""
+        """Create a job from what `to_json` returned."""
         return cls(**{**saved, "source": Fingerprint.from_json(saved["source"])})
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard in the manifest; `sha256` is the one of its header."""
+    """One shard in the manifest; `sha256` is that of its header."""
 
     name: str
     documents: int
@@ -148,12 +150,12 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished folder holds.
+    """The manifest of a finished folder.
 
     Attributes:
-        job: what it was made of.
-        shards: in the order of their documents.
-        offsets_sha256: of the file of all documents' offsets.
+        job: What the folder was made from.
+        shards: The shards in the order of their documents.
+        offsets_sha256: Checksum of the file of all documents' offsets.
     """
 
     job: Job
@@ -171,7 +173,7 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards)
 
     def pack(self) -> bytes:
-        """Write it as the contents of its file."""
+        """Serialize the manifest as the contents of its file."""
         body = {
             "format": "titan-data token shards",
             "version": VERSION,
@@ -186,28 +188,30 @@ class Manifest:
 
     @classmethod
     def unpack(cls, data: bytes, name: str) -> Self:
-        """Read the contents of its file.
+        """Parse the contents of its file.
 
         Args:
-            data: these contents.
-            name: of the file, for messages.
+            data: The contents.
+            name: The file's name, for messages.
 
         Returns:
             The manifest.
 
         Raises:
-            DataError: it is of another format or version, or damaged.
+            DataError: If it is not a manifest, of another version, or corrupt.
         """
         try:
             body = json.loads(data)
             saved_digest = body.pop("sha256")
             version = body["version"]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"{name} is damaged, or no manifest of token shards: {error!r}") from None
+            raise DataError(f"{name} is corrupt, or not a manifest of token shards: {error!r}") from None
         if version != VERSION:
-            raise DataError(f"{name} is of version {version}, but this titan-data reads version {VERSION}: upgrade it")
+            raise DataError(
+                f"{name} has version {version}, but this titan-data reads version {VERSION}: upgrade titan-data"
+            )
         if _digest(body) != saved_digest:
-            raise DataError(f"{name} is damaged: its checksum is wrong")
+            raise DataError(f"{name} is corrupt: its checksum does not match")
         return cls(
             job=Job.from_json(body["job"]),
             shards=tuple(ShardEntry(**shard) for shard in body["shards"]),
@@ -219,13 +223,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder.
 
     Args:
-        folder: with token shards.
+        folder: A folder of token shards.
 
     Returns:
         The manifest.
 
     Raises:
-        DataError: there is none, the folder is not finished, or the manifest is damaged.
+        DataError: If the folder has no manifest or is unfinished, or the manifest is corrupt.
     """
     path = folder / MANIFEST
     try:
@@ -233,7 +237,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
             raise DataError(f"{folder} is not finished: run the same `titan-data prepare` command again") from None
-        raise DataError(f"{folder} holds no token shards: there is no {MANIFEST}") from None
+        raise DataError(f"{folder} contains no token shards: it has no {MANIFEST}") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 

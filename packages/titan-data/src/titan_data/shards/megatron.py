@@ -1,4 +1,4 @@
-"""Megatron-LM's indexed datasets: a pair of files, `.bin` with the ids and `.idx` with where documents begin."""
+"""`MegatronTokens`: Megatron-LM's indexed datasets, a `.bin` file of ids and an `.idx` file of document offsets."""
 
 import struct
 from pathlib import Path
@@ -22,14 +22,14 @@ _TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 class MegatronTokens:
-    """A Megatron-LM indexed dataset as a `TokenSource`; a document is all of its sequences, one after the other.
+    """A Megatron-LM indexed dataset as a `TokenSource`; a document is all its sequences, concatenated.
 
     Args:
-        path: of either file, or what their names have in common.
-        name: what to call the source; the files' name if None.
+        path: Path of either file, or without their suffix.
+        name: The source's name; the files' name if None.
 
     Raises:
-        DataError: a file is missing, cut off, of another version, or not of integers.
+        DataError: If a file is missing, truncated, of another version, or not of integers.
     """
 
     tokenizer_fingerprint: None = None
@@ -50,10 +50,10 @@ class MegatronTokens:
             or self._borders[-1] != sequences
             or (np.diff(self._borders) < 0).any()
         ):
-            raise DataError(f"{self._idx} is damaged: its documents do not cover its {sequences} sequences")
+            raise DataError(f"{self._idx} is corrupt: its documents do not cover its {sequences} sequences")
         count = int((self._starts // self._dtype.itemsize + self._lengths).max(initial=0))
         self._tokens = map_array(self._bin, self._dtype, count)
-        # Tokens before each sequence, to know documents' lengths by; most datasets have one sequence per document.
+        # Tokens before each sequence, for the lengths of documents; most datasets have one sequence per document.
         one_each = borders == sequences + 1 and bool((np.diff(self._borders) == 1).all())
         self._totals = None if one_each else np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
 
@@ -61,14 +61,14 @@ class MegatronTokens:
         return _reopen, (self._bin, self.name)
 
     def fingerprint(self) -> Fingerprint:
-        """Name both files with their sizes and samples of their contents."""
+        """Return both files' names, with digests of their sizes and samples of their contents."""
         return Fingerprint.of("megatron tokens", ((path.name, sample_digest(path)) for path in (self._bin, self._idx)))
 
     def __len__(self) -> int:
         return len(self._borders) - 1
 
     def lengths(self, indices: npt.NDArray[np.int64], /) -> npt.NDArray[np.int64]:
-        """Numbers of tokens of some documents: int64 `[D]` for int64 `[D]`."""
+        """Return the numbers of tokens of several documents: int64 `[D]` for int64 `[D]`."""
         if self._totals is None:
             return self._lengths[indices].astype(np.int64)
         lengths: npt.NDArray[np.int64] = self._totals[self._borders[indices + 1]] - self._totals[self._borders[indices]]
@@ -94,12 +94,12 @@ def _read_head(path: Path) -> tuple[np.dtype[Any], int, int]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     if len(head) < _HEAD.size or not head.startswith(_MAGIC):
-        raise DataError(f"{path} is no index of a Megatron-LM dataset, or is cut off")
+        raise DataError(f"{path} is not an index of a Megatron-LM dataset, or is truncated")
     _, version, code, sequences, borders = _HEAD.unpack(head)
     if version != 1:
-        raise DataError(f"{path} is of version {version}; version 1 is what can be read here")
+        raise DataError(f"{path} has version {version}, but titan-data reads version 1")
     if code not in _TYPES:
-        raise DataError(f"{path} is of type {code}, which is not one of integers")
+        raise DataError(f"{path} has type {code}, which is not an integer type")
     return np.dtype(_TYPES[code]), sequences, borders
 
 

@@ -1,4 +1,4 @@
-"""Files seen as arrays, without reading them."""
+"""Memory-mapped arrays of files."""
 
 import mmap
 from pathlib import Path
@@ -11,26 +11,26 @@ from titan_data.errors import DataError
 
 
 def map_array(path: Path, dtype: npt.DTypeLike, count: int, offset: int = 0) -> npt.NDArray[Any]:
-    """See part of a file as an array.
+    """Map part of a file as an array.
 
     Args:
-        path: of the file.
-        dtype: of the entries.
-        count: number of entries.
-        offset: where the first one begins, in bytes.
+        path: The file's path.
+        dtype: Type of the entries.
+        count: Number of entries.
+        offset: Where the first entry begins, in bytes.
 
     Returns:
-        `[count]`, read-only. A plain array rather than a `numpy.memmap`, whose slices cost several times as much.
+        `[count]`, read-only. A `numpy.ndarray` rather than a `numpy.memmap`, whose slices cost several times as much.
 
     Raises:
-        DataError: the file cannot be opened, or is too small for that.
+        DataError: If the file cannot be opened, or is too small.
     """
     needed = offset + count * np.dtype(dtype).itemsize
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             if size < needed:
-                raise DataError(f"{path} is cut off: it has {size} bytes, but should have {needed}")
+                raise DataError(f"{path} is truncated: it has {size} bytes instead of {needed}")
             if count == 0:
                 return np.empty(0, dtype=dtype)
             # The map lives as long as the array, and as any view of it.

@@ -1,4 +1,4 @@
-"""From any source of text to a folder of token shards: in parallel, and to be gone on with after any interruption."""
+"""`prepare`: tokenize a source into token shards in parallel; interrupted runs resume."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from titan_data.shards.format import (
     token_dtype,
 )
 from titan_data.shards.workers import Encoded, Encoders
-from titan_data.shards.writer import STAGING, ShardWriter, explain_full_disk, write_manifest, write_whole
+from titan_data.shards.writer import STAGING, ShardWriter, explain_full_disk, write_atomically, write_manifest
 from titan_data.sources.base import RandomAccessSource, Source, StreamSource
 from titan_data.tokenizers.base import Tokenizer
 
@@ -35,15 +35,15 @@ _BATCH_DOCUMENTS = 4096
 
 @dataclass(frozen=True)
 class Progress:
-    """How far `prepare` has come.
+    """The progress of `prepare`.
 
     Attributes:
-        done: documents of a random-access source, or shards of a stream, that are through.
-        total: how many of these there are.
-        documents: that are tokenized, those of earlier runs included.
-        tokens: in these documents.
-        new_tokens: those of this run.
-        shards: that are finished.
+        done: Documents of a random-access source, or shards of a stream, that are finished.
+        total: Total number of these.
+        documents: Documents tokenized, including those of interrupted runs.
+        tokens: Tokens in these documents.
+        new_tokens: Tokens of this run.
+        shards: Finished shards.
     """
 
     done: int
@@ -63,40 +63,50 @@ class _Batch(NamedTuple):
 def prepare(
     source: Source,
     tokenizer: Tokenizer,
-    folder: str | Path,
+    path: str | Path,
     *,
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Tokenize a source into a folder of token shards.
 
-    The documents keep their order and numbers (a document without text is one without tokens); a stream's shards
-    follow one another. What is written depends on source, tokenizer and `shard_tokens` alone. A call that was
-    interrupted in any way is gone on with by the same call: finished shards are kept.
+    Documents keep their order and numbers (a document without text becomes one without tokens); the shards of a stream
+    follow one another. The files depend on source, tokenizer and `shard_tokens` alone. To resume after any
+    interruption, repeat the call: finished shards are kept.
 
-    With workers, a script must call this under `if __name__ == "__main__":`, as with any Python multiprocessing.
+    With workers, a script must call this under `if __name__ == "__main__":`, as always with Python's multiprocessing.
 
     Args:
-        source: of text.
-        tokenizer: gives the ids.
-        folder: where the shards go; made if it is not there.
-        workers: processes that tokenize; as many as there are cores if None, none but this one if 0.
-        shard_tokens: the most tokens of a shard, unless one document has more.
-        report: called after each batch.
+        source: A source of text.
+        tokenizer: Turns texts into ids.
+        path: Folder for the shards; created if missing.
+        workers: Processes that tokenize; None for one per core, 0 to tokenize in this process.
+        shard_tokens: Maximum number of tokens of a shard, unless a single document has more.
+        report: Called with the progress after each batch.
 
     Returns:
-        What the folder now holds; it may have been finished before.
+        The manifest of the folder, which may have been finished before.
 
     Raises:
-        DataError: the source cannot be read, has no documents or is tokens already; the folder holds something else;
-            the disk is full.
+        DataError: If the source cannot be read, has no documents or consists of tokens; the folder contains something
+            else; or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> from titan_data import ByteTokenizer, ListSource, TokenShards
+        >>> path = tempfile.mkdtemp()
+        >>> manifest = prepare(ListSource(["one", "two"]), ByteTokenizer(), path, workers=0)
+        >>> manifest.documents, manifest.tokens
+        (2, 10)
+        >>> TokenShards(path)[0].tolist()
+        [256, 111, 110, 101, 257]
     """
     if not isinstance(source, RandomAccessSource | StreamSource) or hasattr(source, "lengths"):
-        raise DataError(f"source {source.name!r} holds no text: there is nothing to prepare")
+        raise DataError(f"source {source.name!r} contains no text: there is nothing to prepare")
     if shard_tokens < 1:
         raise DataError(f"shard_tokens must be at least 1, not {shard_tokens}")
-    folder = Path(folder).expanduser()
+    folder = Path(path).expanduser()
     job = Job(
         source=source.fingerprint(),
         tokenizer=tokenizer.fingerprint,
@@ -115,7 +125,7 @@ def prepare(
             return manifest
         headers = _begin(folder, job)
         with Encoders(tokenizer, token_dtype(job.vocab_size), _cores() if workers is None else workers) as encoders:
-            _write_shards(source, encoders, folder, job, headers, report)
+            _write_shards(source, encoders, _Shards(folder, job, headers), report)
         if not headers:
             (folder / UNFINISHED).unlink()
             raise DataError(f"source {source.name!r} has no documents")
@@ -125,24 +135,24 @@ def prepare(
 
 
 def _begin(folder: Path, job: Job) -> list[Header]:
-    """Make sure that the folder is this job's, and list the headers of its finished shards."""
+    """Check that the folder is empty or of this job, and list the headers of its finished shards."""
     record = folder / UNFINISHED
     if not record.exists():
-        if strangers := sorted(entry.name for entry in folder.iterdir() if entry.name != record.name + STAGING):
-            raise DataError(f"{folder} is not empty (it holds {strangers[0]}): give another folder, or empty it")
-        write_whole(record, (json.dumps(job.to_json(), indent=1) + "\n").encode())
+        if others := sorted(entry.name for entry in folder.iterdir() if entry.name != record.name + STAGING):
+            raise DataError(f"{folder} is not empty (it contains {others[0]}): choose another folder, or empty it")
+        write_atomically(record, (json.dumps(job.to_json(), indent=1) + "\n").encode())
         return []
     try:
         saved = Job.from_json(json.loads(record.read_bytes()))
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record} is damaged ({error!r}): empty the folder and start again") from None
+        raise DataError(f"{record} is corrupt ({error!r}): empty the folder and start again") from None
     _check_same_job(saved, job, folder)
     headers: list[Header] = []
     while (path := folder / shard_name(len(headers))).exists():
         with path.open("rb") as file:
             header = Header.unpack(file.read(HEADER_SIZE), str(path))
         if path.stat().st_size != shard_size(header.documents, header.tokens, token_dtype(job.vocab_size)):
-            raise DataError(f"{path} is damaged: remove it and all later shards, and run the same command again")
+            raise DataError(f"{path} is corrupt: remove it and all later shards, and run the same command again")
         headers.append(header)
     return headers
 
@@ -150,45 +160,45 @@ def _begin(folder: Path, job: Job) -> list[Header]:
 def _write_shards(
     source: RandomAccessSource | StreamSource,
     encoders: Encoders,
-    folder: Path,
-    job: Job,
-    headers: list[Header],
-    report: Callable[[Progress], None],
+    shards: "_Shards",
+    report: Callable[[Progress], None] | None,
 ) -> None:
-    """Tokenize what is left of the source; `headers` grows with the shards."""
-    shards = _Shards(folder, job, headers)
+    """Tokenize the rest of the source and append it to the shards, in the order of the source."""
     kept_tokens = shards.tokens
 
-    def progress() -> Progress:
+    def report_progress() -> None:
+        if report is None:
+            return
         if isinstance(source, RandomAccessSource):
             done, total = shards.documents, len(source)
         else:
             done, total = shards.source_end[0], source.shards
-        return Progress(done, total, shards.documents, shards.tokens, shards.tokens - kept_tokens, len(headers))
+        new_tokens = shards.tokens - kept_tokens
+        report(Progress(done, total, shards.documents, shards.tokens, new_tokens, shards.finished))
 
-    report(progress())
+    report_progress()
     in_work: deque[_Batch] = deque()
     next_document = shards.documents
     try:
         for batch in _batches(source, shards.source_end):
             while encoders.full:
                 shards.write(in_work.popleft(), encoders.take())
-                report(progress())
+                report_progress()
             encoders.put(batch.texts, next_document)
             in_work.append(batch._replace(texts=[]))
             next_document += len(batch.texts)
         while in_work:
             shards.write(in_work.popleft(), encoders.take())
-            report(progress())
+            report_progress()
         shards.close()
-        report(progress())
+        report_progress()
     except BaseException:
         shards.discard()
         raise
 
 
 class _Shards:
-    """The shards of a folder as one file to write to."""
+    """The shards of a folder, written to like one file; `headers` are those of the finished ones, and grow."""
 
     def __init__(self, folder: Path, job: Job, headers: list[Header]) -> None:
         self._folder, self._job, self._headers = folder, job, headers
@@ -196,6 +206,11 @@ class _Shards:
         self.tokens = sum(header.tokens for header in headers)
         self._writer: ShardWriter | None = None
         self.source_end = headers[-1].source_end if headers else (0, 0)
+
+    @property
+    def finished(self) -> int:
+        """Number of finished shards."""
+        return len(self._headers)
 
     def write(self, batch: _Batch, encoded: Encoded) -> None:
         """Append a batch, and publish the shards that it fills."""
@@ -216,19 +231,19 @@ class _Shards:
                 self.close()
 
     def close(self) -> None:
-        """Publish the shard under way, if there is one."""
+        """Publish the unfinished shard, if there is one."""
         if self._writer is not None:
             self._headers.append(self._writer.publish(self.source_end))
             self._writer = None
 
     def discard(self) -> None:
-        """Throw away the shard under way."""
+        """Delete the unfinished shard, if there is one."""
         if self._writer is not None:
             self._writer.discard()
 
 
 def _batches(source: RandomAccessSource | StreamSource, start: tuple[int, int]) -> Iterator[_Batch]:
-    """Read the source from a place on; a batch holds documents of one shard of a stream."""
+    """Read the source from `(shard, document)` on, in batches; a batch of a stream is of one shard."""
     shard, document = start
     if isinstance(source, RandomAccessSource):
         yield from _cut((source[i] for i in range(document, len(source))), shard, document)
@@ -260,13 +275,13 @@ def _check_same_job(saved: Job, job: Job, folder: Path) -> None:
     ]
     if differences:
         raise DataError(
-            f"{folder} was prepared from something else:\n  " + "\n  ".join(differences) + "\nGive another folder."
+            f"{folder} was prepared from other data:\n  " + "\n  ".join(differences) + "\nChoose another folder."
         )
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second call away from the folder; the system lets go of the lock when this process ends in any way."""
+    """Lock the folder against a second call; the system releases the lock when this process ends in any way."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -277,7 +292,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another titan-data prepare is at work in {folder}: wait for its end") from None
+            raise DataError(f"another titan-data prepare is writing to {folder}: wait until it has finished") from None
         except OSError:
             pass  # some network file systems have no locks
         yield

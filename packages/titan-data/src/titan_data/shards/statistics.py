@@ -1,4 +1,4 @@
-"""How long the documents of a source of tokens are."""
+"""Statistics of the lengths of a token source's documents. Used by `titan-data inspect` and `prepare`."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,20 @@ import numpy as np
 
 from titan_data.sources.base import TokenSource
 
-_CHUNK = 1 << 20  # documents looked at at a time
+_CHUNK = 1 << 20  # documents per call of `lengths`
 
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """Lengths of all documents.
+    """Statistics of the lengths of all documents.
 
     Attributes:
-        documents: number of them.
-        tokens: in all of them.
-        empty: documents without tokens.
-        shortest: tokens of the shortest that has any; 0 if none has.
-        longest: tokens of the longest.
-        counts: entry k is the number of documents of `2**k` to `2**(k + 1) - 1` tokens; none after the longest.
+        documents: Number of documents.
+        tokens: Number of tokens.
+        empty: Number of documents without tokens.
+        shortest: Tokens of the shortest document that is not empty; 0 if all are empty.
+        longest: Tokens of the longest document.
+        counts: Entry k is the number of documents of `2**k` to `2**(k + 1) - 1` tokens, up to the longest.
     """
 
     documents: int
@@ -31,7 +31,7 @@ class LengthStatistics:
 
 
 def count_lengths(source: TokenSource) -> LengthStatistics:
-    """Look at the lengths of all documents, without reading their tokens."""
+    """Compute statistics of all documents' lengths, without reading their tokens."""
     counts = np.zeros(64, dtype=np.int64)
     tokens = empty = longest = 0
     shortest: int | None = None

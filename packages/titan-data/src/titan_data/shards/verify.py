@@ -1,4 +1,4 @@
-"""Checking token shards byte by byte."""
+"""`verify_shards`: check every byte of token shards."""
 
 import hashlib
 import os
@@ -28,70 +28,71 @@ from titan_data.shards.mmap import map_array
 _CHUNK = 1 << 24  # bytes
 
 
-class Damage(NamedTuple):
-    """A file that is not as it was written, and what is wrong with it."""
+class CorruptFile(NamedTuple):
+    """A corrupt file, and what is wrong with it."""
 
     file: str
     what: str
 
 
-def verify(
-    folder: str | Path, *, workers: int | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> list[Damage]:
-    """Read a folder of token shards in full and check all that can be checked.
+def verify_shards(
+    path: str | Path, *, workers: int | None = None, report: Callable[[int, int], None] | None = None
+) -> list[CorruptFile]:
+    """Read all files of a folder of token shards and check them.
 
-    Of every file: that it is there, whole, and has the checksum that was taken when it was written. Of every shard:
-    that its documents cover its tokens and every id is in the vocabulary.
+    Every file must exist, be complete and have the checksum of when it was written. In every shard the documents must
+    cover the tokens, and every id must be in the vocabulary.
 
     Args:
-        folder: with token shards.
-        workers: threads; as many as there are cores if None.
-        report: called with the bytes checked so far and those that there are.
+        path: A folder of token shards.
+        workers: Number of threads; None for one per core.
+        report: Called with the number of bytes checked so far, and in total.
 
     Returns:
-        The damaged files in the order of the manifest; none if all is well.
+        The corrupt files in the order of the manifest; empty if all files are valid.
 
     Raises:
-        DataError: the folder holds no finished token shards.
+        DataError: If the folder contains no finished token shards.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(path).expanduser()
     try:
         manifest = read_manifest(folder)
     except DataError as error:
         if not (folder / MANIFEST).exists():
             raise
-        return [Damage(MANIFEST, str(error))]
+        return [CorruptFile(MANIFEST, str(error))]
     dtype = token_dtype(manifest.job.vocab_size)
     sizes = [shard_size(shard.documents, shard.tokens, dtype) for shard in manifest.shards]
     sizes.append(8 * (manifest.documents + 1))
-    found: dict[int, Damage] = {}
+    found: dict[int, CorruptFile] = {}
     done = 0
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
-        checks: dict[Future[Damage | None], int] = {}
+        checks: dict[Future[CorruptFile | None], int] = {}
         first_document = 0
         for number, shard in enumerate(manifest.shards):
             check = partial(_check_shard, folder, manifest, shard, first_document)
-            checks[threads.submit(_find_damage, shard.name, check)] = number
+            checks[threads.submit(_find_corruption, shard.name, check)] = number
             first_document += shard.documents
-        checks[threads.submit(_find_damage, OFFSETS, partial(_check_offsets, folder, manifest))] = len(sizes) - 1
+        checks[threads.submit(_find_corruption, OFFSETS, partial(_check_offsets, folder, manifest))] = len(sizes) - 1
         try:
             for finished in as_completed(checks):
                 number = checks[finished]
-                if (damage := finished.result()) is not None:
-                    found[number] = damage
+                if (corrupt := finished.result()) is not None:
+                    found[number] = corrupt
                 done += sizes[number]
-                report(done, sum(sizes))
+                if report is not None:
+                    report(done, sum(sizes))
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
     return [found[number] for number in sorted(found)]
 
 
-def _find_damage(name: str, check: Callable[[], None]) -> Damage | None:
+def _find_corruption(name: str, check: Callable[[], None]) -> CorruptFile | None:
     try:
         check()
     except DataError as error:
-        return Damage(name, str(error))
+        return CorruptFile(name, str(error))
     return None
 
 
@@ -100,22 +101,22 @@ def _check_shard(folder: Path, manifest: Manifest, shard: ShardEntry, first_docu
     _check_size(path, shard_size(shard.documents, shard.tokens, dtype))
     check_header(path, shard, first_document)
     if _digest(path, HEADER_SIZE) != shard.sha256:
-        raise DataError("its contents are not what was written: the checksum is wrong")
-    # What follows can only fail if what was written was wrong.
+        raise DataError("the checksum does not match: the contents have changed since they were written")
+    # The checksum matches: what follows only fails if the shard was written incorrectly.
     offsets = map_array(path, "<i8", shard.documents + 1, offsets_start(shard.tokens, dtype))
     if offsets[0] != 0 or offsets[-1] != shard.tokens or (np.diff(offsets) < 0).any():
-        raise DataError("its documents do not cover its tokens")
+        raise DataError("the documents do not cover the tokens")
     tokens = map_array(path, dtype, shard.tokens, HEADER_SIZE)
     for start in range(0, shard.tokens, _CHUNK):
         if (largest := int(tokens[start : start + _CHUNK].max())) >= manifest.job.vocab_size:
-            raise DataError(f"it holds id {largest}, but the vocabulary has {manifest.job.vocab_size} ids")
+            raise DataError(f"contains id {largest}, but the vocabulary has {manifest.job.vocab_size} ids")
 
 
 def _check_offsets(folder: Path, manifest: Manifest) -> None:
     path = folder / OFFSETS
     _check_size(path, 8 * (manifest.documents + 1))
     if _digest(path, 0) != manifest.offsets_sha256:
-        raise DataError("its contents are not what was written: the checksum is wrong")
+        raise DataError("the checksum does not match: the contents have changed since they were written")
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -124,7 +125,7 @@ def _check_size(path: Path, size: int) -> None:
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from None
     if found != size:
-        raise DataError(f"it has {found} bytes, but should have {size}")
+        raise DataError(f"has {found} bytes instead of {size}")
 
 
 def _digest(path: Path, start: int) -> str:

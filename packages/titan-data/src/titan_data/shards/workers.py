@@ -1,4 +1,4 @@
-"""Processes that tokenize: batches of texts go out, their ids come back in the same order."""
+"""Worker processes that tokenize: `prepare` sends batches of texts and receives their ids in the same order."""
 
 import multiprocessing
 import os
@@ -18,17 +18,17 @@ from titan_data.batching.documents import encode_document
 from titan_data.errors import DataError
 from titan_data.tokenizers.base import Tokenizer
 
-_AHEAD = 4  # batches for each worker, results that wait for their turn included: none runs dry while sizes differ
-_CHARACTERS_AHEAD = 1 << 26  # in all of them together: huge documents do not pile up in memory
+_AHEAD = 4  # batches per worker, including results that wait for their turn: keeps workers busy if sizes differ
+_CHARACTERS_AHEAD = 1 << 26  # in all batches together: keeps huge documents from piling up in memory
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch of documents as ids.
+    """A batch of tokenized documents.
 
     Attributes:
-        tokens: `[T]`, of all documents, one after the other.
-        lengths: int64 `[D]`, tokens of each.
+        tokens: `[T]`, the ids of all documents, concatenated.
+        lengths: int64 `[D]`, tokens of each document.
     """
 
     tokens: npt.NDArray[Any]
@@ -36,24 +36,24 @@ class Encoded:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], first: int, dtype: np.dtype[Any]) -> Encoded:
-    """Turn documents into ids, bos and eos included.
+    """Tokenize documents, with bos and eos.
 
     Args:
-        tokenizer: gives the ids.
-        texts: the documents.
-        first: number of the first one, for messages.
-        dtype: of the tokens.
+        tokenizer: Turns texts into ids.
+        texts: The documents.
+        first: Number of the first document, for messages.
+        dtype: Type of the tokens.
 
     Returns:
-        Their ids.
+        The tokenized documents.
 
     Raises:
-        DataError: the tokenizer failed on a document; its number is named.
+        DataError: If the tokenizer failed on a document; the message has its number.
     """
     documents = []
     for number, text in enumerate(texts, start=first):
         try:
-            # One by one, so that this process keeps to one core.
+            # One by one, so that this process uses one core.
             documents.append(encode_document(tokenizer, text))
         except Exception as error:
             raise DataError(f"document {number} cannot be tokenized: {error!r}") from error
@@ -62,12 +62,12 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], first: int, dtype: 
 
 
 class _Worker:
-    """A worker process, as the process sees it that feeds it.
+    """A worker process, as seen by the main process.
 
     Attributes:
-        process: it.
-        connection: to it.
-        given: numbers of the batches whose results have not come from it yet, in their order.
+        process: The process.
+        connection: The pipe to it.
+        given: Numbers of the batches that it has and whose results have not been received, in order.
     """
 
     def __init__(self, process: Any, connection: Connection) -> None:
@@ -76,19 +76,24 @@ class _Worker:
 
 
 class Encoders:
-    """Worker processes, each fed as it gets along; with 0 of them, all is done in this process.
+    """Worker processes, each with its own queue of batches; without workers, this process tokenizes.
+
+    A batch goes to the worker with the fewest batches, so that a slow one does not delay the others; `take` returns
+    results in the order of `put` whichever worker is first.
 
     Args:
-        tokenizer: gives the ids; must be picklable if there are workers.
-        dtype: of the tokens.
-        workers: number of processes.
+        tokenizer: Turns texts into ids; must be picklable if there are workers.
+        dtype: Type of the tokens.
+        workers: Number of processes.
     """
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any], workers: int) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
-        self._results: dict[int, Encoded | str] = {}  # or errors, by number of the batch; they come in any order
+        self._results: dict[
+            int, Encoded | str
+        ] = {}  # results or errors by number of the batch; they arrive in any order
         self._put = self._taken = 0
-        self._sizes: deque[int] = deque()  # characters of the batches that are not taken yet
+        self._sizes: deque[int] = deque()  # characters of each batch that has not been taken
         self._workers = _start_workers(tokenizer, dtype, workers) if workers else []
 
     def __enter__(self) -> Self:
@@ -96,16 +101,16 @@ class Encoders:
 
     def __exit__(self, *exception: object) -> None:
         for worker in self._workers:
-            worker.connection.close()  # at its end a worker ends itself
+            worker.connection.close()  # a worker exits when its pipe is closed
             worker.process.join()
 
     @property
     def full(self) -> bool:
-        """Whether results have to be taken before more texts are given."""
+        """Whether results have to be taken before more texts can be put."""
         return len(self._sizes) >= max(1, _AHEAD * len(self._workers)) or sum(self._sizes) >= _CHARACTERS_AHEAD
 
     def put(self, texts: Sequence[str], first: int) -> None:
-        """Give a batch of texts; `first` is the number of its first document."""
+        """Send a batch of texts; `first` is the number of its first document."""
         if self._workers:
             worker = min(self._workers, key=lambda worker: len(worker.given))
             try:
@@ -119,9 +124,9 @@ class Encoders:
         self._sizes.append(sum(map(len, texts)))
 
     def take(self) -> Encoded:
-        """Take the result of the batch that was given first among those not taken yet; wait for it."""
+        """Wait for the result of the oldest batch that has not been taken, and return it."""
         while self._taken not in self._results:
-            # Whoever has one: a worker whose results nobody takes would soon wait, as a connection holds few.
+            # Receive from every worker that is ready: a pipe holds few results, and its worker would wait.
             busy = [worker for worker in self._workers if worker.given]
             ready = wait([worker.connection for worker in busy])
             for worker in busy:
@@ -142,7 +147,7 @@ class Encoders:
 
 
 def _start_workers(tokenizer: Tokenizer, dtype: np.dtype[Any], count: int) -> list[_Worker]:
-    # Not "fork": this process may have threads that hold locks. A fork server imports what is needed once for all.
+    # Not "fork": this process may have threads that hold locks. A fork server imports the package once for all workers.
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
@@ -158,13 +163,13 @@ def _start_workers(tokenizer: Tokenizer, dtype: np.dtype[Any], count: int) -> li
 
 
 def _work(connection: Connection, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
-    """Serve as a worker until the other end of the connection is closed, be it by the death of its process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one sees to an end
+    """Run a worker until the other end of its pipe is closed, which the death of the main process does too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     batches: queue.Queue[tuple[Sequence[str], int]] = queue.Queue()
 
     def receive() -> None:
-        # In a thread: a worker that only sent, and a sender that only sent, would wait for each other for ever.
+        # In a thread: if both processes were blocked in sending, they would wait for each other forever.
         try:
             while True:
                 batches.put(connection.recv())
@@ -183,8 +188,8 @@ def _work(connection: Connection, tokenizer: Tokenizer, dtype: np.dtype[Any]) ->
 
 
 def _died(process: Any) -> DataError:
-    process.join(timeout=60)  # its end of the connection is closed: it is about to end
+    process.join(timeout=60)  # its end of the pipe is closed, so it is about to exit
     return DataError(
         f"a worker process has died (exit code {process.exitcode}), often for lack of memory: "
-        "run the same command again, perhaps with fewer workers"
+        "run the same command again, with fewer workers if it was memory"
     )

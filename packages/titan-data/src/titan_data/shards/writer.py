@@ -1,4 +1,4 @@
-"""Writing token shards: each file under a staging name, published whole or not at all."""
+"""Writing token shards: each file is written under a temporary name and renamed when it is complete."""
 
 import contextlib
 import errno
@@ -28,18 +28,18 @@ from titan_data.shards.format import (
 from titan_data.shards.mmap import map_array
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SYNC_BYTES = 16 << 20  # written to the disk at a time, so that little is left for the end, when workers would wait
-STAGING = ".part"  # ends the names of files that are not published yet
+_SYNC_BYTES = 16 << 20  # synced to the disk at a time: syncing a complete shard at once would make workers wait
+STAGING = ".part"  # suffix of unfinished files
 
 
 class ShardWriter:
-    """One shard on its way to the disk.
+    """Writes one shard.
 
     Args:
-        folder: where it goes.
-        number: which shard it is.
-        first_document: number of its first document, among all of the folder.
-        job: what it is made of.
+        folder: The folder of the shard.
+        number: Number of the shard.
+        first_document: Number of its first document in the folder.
+        job: What it is made from.
     """
 
     def __init__(self, folder: Path, number: int, first_document: int, job: Job) -> None:
@@ -52,7 +52,7 @@ class ShardWriter:
         self._unsynced = 0
         with explain_full_disk(folder):
             self._file = _staging(self._path).open("wb")
-            self._file.write(bytes(HEADER_SIZE))  # its place; the header is written last
+            self._file.write(bytes(HEADER_SIZE))  # reserved; the header is written last
 
     @property
     def documents(self) -> int:
@@ -65,13 +65,13 @@ class ShardWriter:
         return self._offsets[-1]
 
     def room_for(self, lengths: npt.NDArray[np.int64]) -> int:
-        """Say how many of the next documents belong in this shard: those that fit, or one that is larger than a shard.
+        """Count how many of the next documents belong in this shard: those that fit, or one larger than a shard.
 
         Args:
             lengths: int64 `[D]`, tokens of the next documents.
 
         Returns:
-            Their number. It depends on the documents alone, not on how many of them are asked about at once.
+            Their number. It depends on the documents alone, not on how many of them are passed at once.
         """
         fitting = int(np.searchsorted(self.tokens + np.cumsum(lengths), self._job.shard_tokens, side="right"))
         return fitting if self.tokens > 0 else max(fitting, 1)
@@ -80,8 +80,8 @@ class ShardWriter:
         """Write documents.
 
         Args:
-            tokens: `[T]` of all of them, of the shard's type.
-            lengths: int64 `[D]`, tokens of each.
+            tokens: `[T]`, the ids of all documents, of the shard's type.
+            lengths: int64 `[D]`, tokens of each document.
         """
         assert tokens.dtype == self._dtype
         assert len(tokens) == int(lengths.sum())
@@ -89,10 +89,10 @@ class ShardWriter:
         self._write(np.ascontiguousarray(tokens).view(np.uint8).data)
 
     def publish(self, source_end: tuple[int, int]) -> Header:
-        """Give the shard its header and its name.
+        """Write the header and give the file its final name.
 
         Args:
-            source_end: where in the text source the next shard begins.
+            source_end: Where the next shard begins in the text source.
 
         Returns:
             The header.
@@ -116,7 +116,7 @@ class ShardWriter:
         return header
 
     def discard(self) -> None:
-        """Throw away what has been written, and give its room on the disk back."""
+        """Delete what has been written."""
         with contextlib.suppress(OSError):
             self._file.close()
         _staging(self._path).unlink(missing_ok=True)
@@ -132,9 +132,9 @@ class ShardWriter:
         self._sha.update(data)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file, whole or not at all."""
-    with _whole(path) as file:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file atomically."""
+    with _atomic_file(path) as file:
         file.write(data)
 
 
@@ -142,15 +142,15 @@ def write_manifest(folder: Path, job: Job, headers: Sequence[Header]) -> Manifes
     """Finish a folder: write the offsets of all documents, then the manifest.
 
     Args:
-        folder: with the shards.
-        job: what they were made of.
-        headers: theirs, in order.
+        folder: The folder of the shards.
+        job: What they were made from.
+        headers: Their headers, in order.
 
     Returns:
         The manifest.
     """
     sha = hashlib.sha256()
-    with _whole(folder / OFFSETS) as file:
+    with _atomic_file(folder / OFFSETS) as file:
         for part in _all_offsets(folder, headers):
             file.write(part)
             sha.update(part)
@@ -159,20 +159,20 @@ def write_manifest(folder: Path, job: Job, headers: Sequence[Header]) -> Manifes
         for number, header in enumerate(headers)
     )
     manifest = Manifest(job, tuple(entries), sha.hexdigest())
-    write_whole(folder / MANIFEST, manifest.pack())
+    write_atomically(folder / MANIFEST, manifest.pack())
     return manifest
 
 
 @contextlib.contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn what the system says when nothing more can be written into what to do."""
+    """Turn errors of writing into a DataError that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise DataError(
-                f"no space left for {folder} ({error.strerror}): make room and run the same command again; "
-                "what is finished is kept"
+                f"no space left for {folder} ({error.strerror}): free some space and run the same command again; "
+                "finished shards are kept"
             ) from None
         raise DataError(f"cannot write to {folder}: {error.strerror or error}") from None
 
@@ -192,8 +192,8 @@ def _staging(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to be written, whole or not at all."""
+def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name only when it is complete."""
     with explain_full_disk(path.parent):
         try:
             with _staging(path).open("wb") as file:
@@ -208,9 +208,9 @@ def _publish(file: BinaryIO, path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    os.replace(_staging(path), path)
+    _staging(path).replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too, outlives a power cut
+        os.fsync(folder)  # so that the new name survives a power failure
     finally:
         os.close(folder)

@@ -1,16 +1,15 @@
-"""Where documents come from: the three shapes a source may have, and plain Python lists and iterables as sources.
+"""Where documents come from: the three source protocols, and Python lists and iterables as sources.
 
-What holds for all three:
+Rules for all three protocols:
 
-- The same source gives the same documents in the same order each time it is opened; the fingerprint changes when
-  they change. A loader keeps its place by numbers (document i of the source, or document i of a stream's shard).
-- A document without text (or tokens) is passed over by the loader and counted as skipped. A record that cannot be
-  used (malformed, and the source is told to go on) is therefore given as the empty text: so its number stays taken,
-  and mending the file later moves no other document.
-- Reading raises DataError with file and line where a person can mend it. The loader stays at the step before, and the
-  same step may be tried again; so a source must not be spoilt by a failed read.
-- A loader reads a source from one thread at a time, which may be another one than the thread that made it.
-- One source object may be read by several loaders of a process.
+- A source returns the same documents in the same order each time it is opened; its fingerprint changes when they
+  change. A loader's state refers to documents by number (document i of the source, or of a stream's shard).
+- The loader skips and counts documents without text (or tokens). A malformed record that is not an error is therefore
+  returned as an empty text: it keeps its number, and repairing the file later does not renumber other documents.
+- Reading raises DataError, with file and line, for errors that the user can repair. The loader stays at the step
+  before, and the step may be tried again; so a failed read must leave the source usable.
+- A loader reads a source from one thread at a time, which may not be the thread that created it.
+- Several loaders of a process may read one source object.
 """
 
 import hashlib
@@ -30,15 +29,15 @@ Tokens = npt.NDArray[Any]
 
 @runtime_checkable
 class RandomAccessSource(Protocol):
-    """Texts that can be read one by one in any order; the loader may shuffle them."""
+    """Texts that can be read by index in any order; the loader may shuffle them."""
 
     @property
     def name(self) -> str:
-        """What people call this source; each row of a batch carries it. Unique within a mixture."""
+        """The source's name, unique within a mixture; batches list it for each sequence."""
         ...
 
     def fingerprint(self) -> Fingerprint:
-        """Say what the source is made of; asked for once by each loader."""
+        """Identify the source's contents; called once by each loader."""
         ...
 
     def __len__(self) -> int:
@@ -46,30 +45,30 @@ class RandomAccessSource(Protocol):
         ...
 
     def __getitem__(self, index: int, /) -> str:
-        """Document number `index`, in `range(len(self))`."""
+        """The text of document `index`, in `range(len(self))`."""
         ...
 
 
 @runtime_checkable
 class TokenSource(Protocol):
-    """Ready-made tokens that can be read in any order, such as token shards: nothing is tokenized while training.
+    """Token ids that can be read by index in any order, such as token shards: nothing is tokenized during training.
 
-    The documents are complete: where there is to be a bos before and an eos after each, they are in it (as
-    `titan_data.batching.documents.encode_document` puts them); the loader adds nothing.
+    The documents are complete: bos and eos, if any, are part of them (as in
+    `titan_data.batching.documents.encode_document`); the loader adds nothing.
     """
 
     @property
     def name(self) -> str:
-        """What people call this source; each row of a batch carries it. Unique within a mixture."""
+        """The source's name, unique within a mixture; batches list it for each sequence."""
         ...
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
-        """Fingerprint of the tokenizer that made the tokens (refused if the loader's differs); None if not known."""
+        """Fingerprint of the tokenizer that made the tokens (it must match the loader's); None if unknown."""
         ...
 
     def fingerprint(self) -> Fingerprint:
-        """Say what the source is made of, without reading all of it; asked for once by each loader."""
+        """Identify the source's contents without reading all of them; called once by each loader."""
         ...
 
     def __len__(self) -> int:
@@ -77,10 +76,10 @@ class TokenSource(Protocol):
         ...
 
     def lengths(self, indices: npt.NDArray[np.int64], /) -> npt.NDArray[np.int64]:
-        """Numbers of tokens of some documents.
+        """Return the numbers of tokens of several documents.
 
-        Every rank asks for those of the whole global batch, some thousand at a time: so without reading tokens, and
-        without a Python loop over the documents.
+        Every rank needs those of the complete global batch, about a thousand at a time: this should not read tokens,
+        nor loop over the documents in Python.
 
         Args:
             indices: int64 `[D]`, each in `range(len(self))`, in any order.
@@ -91,45 +90,45 @@ class TokenSource(Protocol):
         ...
 
     def __getitem__(self, index: int, /) -> Tokens:
-        """Tokens of document number `index`, best as a view: the loader often needs but a part of them, and copies it.
+        """The tokens of document `index`, preferably a view: the loader often needs only a part, and copies it.
 
-        A plain `numpy.ndarray` (not a `numpy.memmap`, which is several times slower to slice).
+        A `numpy.ndarray` (not a `numpy.memmap`, which is several times slower to slice).
         """
         ...
 
 
 @runtime_checkable
 class StreamSource(Protocol):
-    """Texts that come only in their own order; how many there are shows when they end.
+    """Texts that can only be read in order; their number is known when they end.
 
-    They are divided among a number of shards that is part of the data's identity (put it into the fingerprint's
-    settings): it depends on the files alone, never on ranks or workers. The loader takes one document of each shard
-    in turn, passing over shards that have ended; when all have, the epoch is over.
+    They are divided among shards, whose number is part of the data's identity (put it into the fingerprint's settings):
+    it depends on the files alone, never on ranks or workers. The loader reads one document of each shard in turn,
+    skipping shards that have ended; when all have ended, the epoch is over.
     """
 
     @property
     def name(self) -> str:
-        """What people call this source; each row of a batch carries it. Unique within a mixture."""
+        """The source's name, unique within a mixture; batches list it for each sequence."""
         ...
 
     @property
     def shards(self) -> int:
-        """Number of shards, at least 1. The loader keeps one iterator of each open, so some dozens at most."""
+        """Number of shards, at least 1. The loader keeps one iterator of each open: a few dozen at most."""
         ...
 
     def fingerprint(self) -> Fingerprint:
-        """Say what the source is made of; asked for once by each loader."""
+        """Identify the source's contents; called once by each loader."""
         ...
 
     def iterate(self, shard: int, start: int, /) -> Iterator[str]:
-        """Read the documents of a shard in order, the same ones each time.
+        """Read the documents of a shard in order, the same each time.
 
-        The loader closes generators that it leaves before their end.
+        The loader closes generators that it does not read to their end.
 
         Args:
-            shard: which one, in `range(shards)`.
-            start: number of documents to leave out at the beginning; may be as large as the number there are. How
-                fast these are passed is how fast a run resumes: go there directly where the format allows it.
+            shard: Number of the shard, in `range(shards)`.
+            start: Number of documents to skip at the beginning; may be as large as their total number. A run resumes as
+                fast as these are skipped: seek if the format allows it.
 
         Returns:
             The shard's documents from number `start` to the end of the epoch.
@@ -141,17 +140,17 @@ Source = RandomAccessSource | TokenSource | StreamSource
 
 
 def check_source(source: object) -> None:
-    """Make sure that something is a source.
+    """Check that an object is a source.
 
     Args:
-        source: what somebody gave as one.
+        source: The object.
 
     Raises:
-        DataError: it has the members of none of the three shapes.
+        DataError: If it does not have the members of one of the three protocols.
     """
     if not isinstance(source, RandomAccessSource | TokenSource | StreamSource):
         raise DataError(
-            f"a {type(source).__name__} is no source: it needs name, fingerprint() and either __len__ and "
+            f"a {type(source).__name__} is not a source: it needs name, fingerprint() and either __len__ and "
             "__getitem__, or shards and iterate(shard, start). For a list of strings use ListSource, for any iterable "
             "IterableSource"
         )
@@ -161,8 +160,8 @@ class ListSource:
     """Any list of strings as a random-access source.
 
     Args:
-        texts: the documents.
-        name: what to call the source.
+        texts: The documents.
+        name: The source's name.
     """
 
     def __init__(self, texts: Sequence[str], name: str = "list") -> None:
@@ -181,15 +180,15 @@ class ListSource:
 
 
 class IterableSource:
-    """Anything that Python can iterate over as a stream source of one shard.
+    """Any Python iterable as a stream source of one shard.
 
     On resume it is iterated from its beginning and the documents already used are dropped: for long streams write a
     class with the members of `StreamSource`.
 
     Args:
-        make: called at the begin of each epoch and on resume; gives the texts, the same ones each time.
-        name: what to call the source.
-        version: change it when the texts change: what is in an iterable cannot be told without reading it.
+        make: Called at the beginning of each epoch and on resume; returns the texts, the same each time.
+        name: The source's name.
+        version: Change it when the texts change: they cannot be fingerprinted without reading them.
     """
 
     shards = 1
@@ -200,7 +199,7 @@ class IterableSource:
         self.name = name
 
     def fingerprint(self) -> Fingerprint:
-        """Name the version that the user gave."""
+        """Return the version that the user gave."""
         return Fingerprint.of("iterable", [], {"version": self._version})
 
     def iterate(self, shard: int, start: int, /) -> Iterator[str]:

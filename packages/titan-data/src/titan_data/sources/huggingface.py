@@ -1,10 +1,11 @@
-"""Documents out of Hugging Face `datasets`: from the Hub or from local files, in memory maps or as a stream.
+"""`load_huggingface_dataset`: datasets of the Hugging Face Hub or of local files, memory-mapped or as a stream.
 
 Needs the extra `titan-data[huggingface]`. Code that comes with a dataset is never run.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +21,67 @@ from titan_data.sources.base import RandomAccessSource, StreamSource
 _KNOWN = {"c4": ("allenai/c4", "en")}
 
 
-def load_huggingface(
+@dataclass(frozen=True)
+class HubOptions:
+    """How `load_huggingface_dataset` gets a dataset from the Hugging Face Hub.
+
+    Attributes:
+        revision: Commit or tag of the dataset; None for the newest.
+        cache_directory: Where `datasets` keeps what it prepares; None for its default.
+        retry: With streaming, how often to retry when the network fails (`datasets` itself retries, too).
+    """
+
+    revision: str | None = None
+    cache_directory: str | Path | None = None
+    retry: Retry = field(default_factory=Retry)
+
+
+def load_huggingface_dataset(
     path: str,
-    *,
     name: str | None = None,
+    *,
     split: str = "train",
     data_files: str | Sequence[str] | None = None,
     text_key: str = "text",
     streaming: bool | None = None,
     shards: int = 32,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
     source_name: str | None = None,
-    retry: Retry | None = None,
+    hub: HubOptions | None = None,
     **options: Any,
 ) -> RandomAccessSource | StreamSource:
-    """Open a dataset as a source.
+    """Open a Hugging Face dataset as a source.
 
-    The fingerprint is made of what is asked for, of the names, sizes and samples of local files (not their folder:
-    they may be moved), of a Hub dataset's commit, and, unless streaming, of the number of rows. A Hub dataset may
-    change under its name: a resume is then refused, and says which commit to give as `revision`.
+    The fingerprint consists of the arguments, of the names, sizes and samples of local files (not of their folder: they
+    may be moved), of a Hub dataset's commit, and, unless streaming, of the number of records. A Hub dataset may change
+    under its name: a resume then fails, with the commit to pass as `revision`.
 
-    A stream is resumed by reading each shard again up to its place. Where that takes too long, read the dataset's
-    files themselves with `load_files("hf://datasets/…", streaming=True, index_folder=…)`, or prepare token shards.
+    A stream resumes by reading each shard again up to its cursor. If that takes too long, read the dataset's files
+    with `load_files("hf://datasets/…", streaming=True, storage=StorageOptions(index_directory=…))`, or prepare token
+    shards.
 
     Args:
-        path: name of a Hub dataset, a local folder, or the format ("json", "parquet", "text", "csv", "arrow") of
+        path: Name of a Hub dataset, a local folder, or the format ("json", "parquet", "text", "csv", "arrow") of
             `data_files`. "c4" is allenai/c4, configuration en, as a stream (unless there is a folder of that name).
-        name: which configuration of the dataset.
-        split: which split; local files without splits are all "train".
-        data_files: paths or glob patterns of files; the documents come in their order.
-        text_key: the column with the text. A record whose text is None is an empty document.
-        streaming: read while training, instead of preparing a copy on disk first. Streams are not shuffled. By
-            default only "c4" is a stream.
-        shards: with streaming, the dataset's files are dealt to so many logical shards, or to one each where there
-            are fewer files. A stream's order depends on it.
-        revision: commit or tag of a Hub dataset.
-        cache_dir: where `datasets` keeps what it prepares; its own default if None.
-        source_name: what to call the source; by default made of `path`, `name` and the first file.
-        retry: with streaming, how often to try again where the network fails (`datasets` itself tries, too).
-        options: further options of the format, such as `sample_by="document"` for "text".
+        name: Configuration of the dataset.
+        split: Split of the dataset; local files without splits are all "train".
+        data_files: Paths or glob patterns of files; documents come in their order.
+        text_key: Column of the text. A record whose text is None is an empty document.
+        streaming: Read during training, instead of preparing a copy on disk first. Streams are not shuffled. None:
+            only for "c4".
+        shards: With streaming, number of logical shards that the dataset's files are distributed over; at most one per
+            file. A stream's order depends on it.
+        source_name: The source's name; by default made of `path`, `name` and the first file.
+        hub: Options for the Hub; `HubOptions()` if None.
+        options: Further options of the format, such as `sample_by="document"` for "text".
 
     Returns:
         A random-access source, or a stream if streaming.
 
     Raises:
-        DataError: `datasets` is not installed, a file is missing, the Hub cannot be reached, there is no column
-            `text_key`, or `datasets` cannot load what is asked for.
+        DataError: If `datasets` is not installed, a file does not exist, the Hub cannot be reached, there is no column
+            `text_key`, or `datasets` cannot load the dataset.
     """
+    hub = hub or HubOptions()
     label = path
     if path in _KNOWN and not is_folder(path):
         path, known_name = _KNOWN[path]
@@ -75,8 +89,8 @@ def load_huggingface(
         streaming = True if streaming is None else streaming
     patterns = [data_files] if isinstance(data_files, str) else data_files
     files = local_files(path, patterns)
-    request = dict(options, name=name, split=split, streaming=bool(streaming), revision=revision)
-    dataset, commit = _open(path, patterns, files, cache_dir, request)
+    request = dict(options, name=name, split=split, streaming=bool(streaming), revision=hub.revision)
+    dataset, commit = _open(path, patterns, files, hub.cache_directory, request)
     _check_column(dataset, text_key, path)
     dataset = dataset.select_columns([text_key])  # the others need not be decoded
     settings = {key: repr(value) for key, value in request.items() if value is not None}
@@ -86,16 +100,16 @@ def load_huggingface(
     source_name = source_name or _source_name(path, label, name, files)
     if not streaming:
         fingerprint = _fingerprint(files, patterns, {**settings, "rows": len(dataset)})
-        return HuggingFaceRows(dataset, text_key, source_name, fingerprint)
+        return HuggingFaceRecords(dataset, text_key, source_name, fingerprint)
     if shards < 1:
         raise DataError(f"a stream needs at least 1 shard, not {shards}")
     shards = min(shards, dataset.num_shards)
     fingerprint = _fingerprint(files, patterns, {**settings, "shards": shards})
-    return HuggingFaceStream(dataset, text_key, source_name, fingerprint, shards, retry or Retry())
+    return HuggingFaceStream(dataset, text_key, fingerprint, name=source_name, shards=shards, retry=hub.retry)
 
 
-class HuggingFaceRows:
-    """The rows of a `datasets.Dataset` as a random-access source; made by `load_huggingface`."""
+class HuggingFaceRecords:
+    """The records of a `datasets.Dataset` as a random-access source; made by `load_huggingface_dataset`."""
 
     def __init__(self, dataset: Any, text_key: str, name: str, fingerprint: Fingerprint) -> None:
         self._dataset = dataset
@@ -104,7 +118,7 @@ class HuggingFaceRows:
         self.name = name
 
     def fingerprint(self) -> Fingerprint:
-        """Return the files' names and digests and what was asked for."""
+        """Return the names and digests of the files, and the arguments."""
         return self._fingerprint
 
     def __len__(self) -> int:
@@ -115,10 +129,10 @@ class HuggingFaceRows:
 
 
 class HuggingFaceStream:
-    """The records of a `datasets.IterableDataset` as a stream source; made by `load_huggingface`."""
+    """The records of a `datasets.IterableDataset` as a stream source; made by `load_huggingface_dataset`."""
 
     def __init__(
-        self, dataset: Any, text_key: str, name: str, fingerprint: Fingerprint, shards: int, retry: Retry
+        self, dataset: Any, text_key: str, fingerprint: Fingerprint, *, name: str, shards: int, retry: Retry
     ) -> None:
         self._dataset = dataset
         self._text_key = text_key
@@ -128,12 +142,12 @@ class HuggingFaceStream:
         self.shards = shards
 
     def fingerprint(self) -> Fingerprint:
-        """Return the files' names and digests and what was asked for."""
+        """Return the names and digests of the files, and the arguments."""
         return self._fingerprint
 
     def iterate(self, shard: int, start: int, /) -> Iterator[str]:
-        """Read a shard's texts from number `start` to the end; go on where reading failed for a moment."""
-        # Not contiguous: the order of the files stays as it is when others are added behind.
+        """Read a shard's texts from number `start` to the end; continue after temporary errors."""
+        # Not contiguous: files added at the end leave the order of the others unchanged.
         dataset = self._dataset.shard(num_shards=self.shards, index=shard, contiguous=False)
         failures, number = 0, start
         while True:
@@ -158,8 +172,8 @@ class HuggingFaceStream:
 
 
 def _is_of_network(error: Exception) -> bool:
-    """Whether trying again may help; damaged data stay damaged."""
-    # Errors of parsing are ValueErrors, or have one as their cause; an end too early is an EOFError.
+    """Whether a retry may help; it does not if the data are corrupt."""
+    # Parse errors are ValueErrors, or have one as their cause; truncated files are EOFErrors.
     chain = (error, error.__cause__)
     return may_pass(error) and not any(isinstance(e, ValueError | TypeError | KeyError | EOFError) for e in chain)
 
@@ -168,29 +182,31 @@ def _open(
     path: str,
     patterns: Sequence[str] | None,
     files: Sequence[Path] | None,
-    cache_dir: str | Path | None,
+    cache_directory: str | Path | None,
     request: Mapping[str, Any],
 ) -> tuple[Any, str | None]:
-    """Open a dataset; give it, and a Hub dataset's commit if that can be told."""
+    """Open a dataset; return it, and a Hub dataset's commit if that is known."""
     if path in FILE_FORMATS or is_folder(path):
         # Absolute paths: `datasets` would look for relative ones inside of a folder given as `path`.
         named = patterns if files is None or patterns is None else [str(file.absolute()) for file in files]
         path = str(Path(path).expanduser()) if is_folder(path) else path
-        return _load(path, cache_dir, data_files=named, **request), None
-    commit = _ask_hub(path, request["revision"], request["streaming"], cache_dir)
-    dataset = _load(path, cache_dir, **{"data_files": patterns, **request, "revision": commit or request["revision"]})
+        return _load(path, cache_directory, data_files=named, **request), None
+    commit = _ask_hub(path, request["revision"], cache_directory, streaming=request["streaming"])
+    dataset = _load(
+        path, cache_directory, **{"data_files": patterns, **request, "revision": commit or request["revision"]}
+    )
     if commit is None and not request["streaming"]:
         commit = _cached_commit(dataset)
     return dataset, commit
 
 
-def _ask_hub(path: str, revision: str | None, streaming: bool, cache_dir: str | Path | None) -> str | None:
-    """Ask the Hub which commit of the dataset is meant; None if it does not say.
+def _ask_hub(path: str, revision: str | None, cache_directory: str | Path | None, *, streaming: bool) -> str | None:
+    """Ask the Hub for the commit of a revision; None if it has no answer.
 
-    Once: `datasets` itself would take half a minute to say that there is no network.
+    One request: `datasets` itself would take half a minute to report that there is no network.
 
     Raises:
-        DataError: no answer, and what is asked for is not in the cache either.
+        DataError: If the Hub cannot be reached, and the dataset is not in the cache.
     """
     datasets = _import_datasets()
     import huggingface_hub
@@ -198,30 +214,30 @@ def _ask_hub(path: str, revision: str | None, streaming: bool, cache_dir: str | 
     try:
         info = huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=10)
     except (huggingface_hub.errors.HfHubHTTPError, ValueError):
-        return None  # it answered, or the name is wrong: `datasets` says it better
+        return None  # an error of the Hub, or an invalid name: `datasets` reports it better
     except Exception as error:
-        cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
+        cache = Path(cache_directory or datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
         if streaming or not cache.is_dir():
             raise DataError(
                 f"the Hugging Face Hub cannot be reached for dataset {path!r} ({describe_error(error)}): connect to "
-                "the network, or read local files instead, such as those of a download of the dataset"
+                "the network, or read local files instead, such as a download of the dataset"
             ) from error
         return None
     return info.sha
 
 
 def _cached_commit(dataset: Any) -> str | None:
-    """Tell by where `datasets` keeps a prepared dataset which commit it was made of."""
+    """Return the commit of a prepared dataset, which `datasets` makes part of its cache path."""
     folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
     return next((folder for folder in folders if re.fullmatch("[0-9a-f]{40}", folder)), None)
 
 
-def _load(path: str, cache_dir: str | Path | None, **request: Any) -> Any:
-    """Call `datasets.load_dataset`; what it raises becomes a DataError."""
+def _load(path: str, cache_directory: str | Path | None, **request: Any) -> Any:
+    """Call `datasets.load_dataset`; its errors become DataErrors."""
     datasets = _import_datasets()
     try:
-        # trust_remote_code is said aloud, as `datasets` 3 would otherwise ask for leave on the terminal.
-        cache = None if cache_dir is None else str(cache_dir)
+        # Explicit trust_remote_code: `datasets` 3 would otherwise ask for permission on the terminal.
+        cache = None if cache_directory is None else str(cache_directory)
         return datasets.load_dataset(path, trust_remote_code=False, cache_dir=cache, **request)
     except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"datasets could not load {path!r}, split {request['split']!r}: {error}") from error
@@ -229,7 +245,7 @@ def _load(path: str, cache_dir: str | Path | None, **request: Any) -> Any:
 
 def _import_datasets() -> Any:
     try:
-        import datasets  # late: an optional extra, and slow to import
+        import datasets  # here: an optional extra, and slow to import
     except ImportError:
         raise DataError("Hugging Face datasets need an extra: pip install 'titan-data[huggingface]'") from None
     return datasets
@@ -253,12 +269,12 @@ def _source_name(path: str, label: str, name: str | None, files: Sequence[Path] 
 
 
 def _check_column(dataset: Any, text_key: str, path: str) -> None:
-    """Make sure that the records have the text; some streams show their columns only in the first record."""
+    """Check that the records have the text column; some streams show their columns only in the first record."""
     columns = dataset.column_names
     if columns is None:
         first: Mapping[str, Any] | None = next(iter(dataset), None)
         if first is None:
-            return  # an empty stream: the loader will say so
+            return  # an empty stream: the loader reports it
         columns = list(first)
     if text_key not in columns:
         raise DataError(f"{path!r} has no column {text_key!r}; set text_key to one of: {', '.join(sorted(columns))}")
@@ -270,5 +286,5 @@ def _text(record: Mapping[str, Any], text_key: str) -> str:
         return ""
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise DataError(f"column {text_key!r} holds {kind}, not text: set text_key to a column of strings")
+        raise DataError(f"column {text_key!r} is of type {kind}, not text: set text_key to a column of strings")
     return value

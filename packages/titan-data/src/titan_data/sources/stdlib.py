@@ -1,15 +1,15 @@
-"""A corpus that is on every machine: the source files of Python's standard library."""
+"""`StdlibSource`: a corpus that exists on every machine, the source files of Python's standard library."""
 
 import os
 import sysconfig
 from pathlib import Path
 
 from titan_data.errors import DataError
+from titan_data.files.reading import reading
 from titan_data.fingerprint import Fingerprint
 
-# Installed packages are not the library. The others are the parts that many distributions split off or leave out (so
-# the corpus would differ from machine to machine for no good reason), and the tests are data and edge cases more
-# than code that somebody would read.
+# Installed packages are not part of the library. Many distributions leave out some of the other folders, so that the
+# corpus would differ from machine to machine; and tests are data and edge cases rather than readable code.
 _EXCLUDED_FOLDERS = frozenset(
     {
         "site-packages",
@@ -28,14 +28,14 @@ _EXCLUDED_FOLDERS = frozenset(
 class StdlibSource:
     """The `.py` files of the running Python's standard library, one document per file, in the order of their paths.
 
-    Some 10 MB of text with no download: for first runs, benchmarks and tests. Another Python version has other
-    files; the fingerprint tells them apart. Empty files are no documents; bytes that are not UTF-8 show as U+FFFD.
+    About 10 MB of text without a download: for first runs, benchmarks and tests. Python versions have different files
+    and therefore different fingerprints. Empty files are left out; invalid UTF-8 becomes U+FFFD.
 
     Args:
-        name: what to call the source.
+        name: The source's name.
 
     Raises:
-        DataError: this Python has no source files on disk.
+        DataError: If this Python has no source files on disk.
     """
 
     def __init__(self, name: str = "stdlib") -> None:
@@ -45,7 +45,7 @@ class StdlibSource:
         if not self._files:
             raise DataError(
                 f"the standard library of this Python has no .py files in {self._root} (it may be zipped or compiled): "
-                "use another data source, such as ListSource or load_files with files of your own"
+                "use another data source, such as ListSource or load_files with your own files"
             )
 
     def fingerprint(self) -> Fingerprint:
@@ -58,7 +58,8 @@ class StdlibSource:
     def __getitem__(self, index: int, /) -> str:
         path = self._root / self._files[index][0]
         try:
-            return path.read_text(encoding="utf-8", errors="replace")
+            with reading(str(path)):
+                return path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -69,10 +70,10 @@ class StdlibSource:
 
 
 def _list_files(root: Path) -> list[tuple[str, int]]:
-    """List the (relative POSIX path, size in bytes) of every file that is a document, sorted by path."""
+    """List the (relative POSIX path, size in bytes) of every document, sorted by path."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        # In place: os.walk goes only into the folders that are left.
+        # In place: os.walk only visits the folders that are left.
         subfolders[:] = [name for name in subfolders if name not in _EXCLUDED_FOLDERS]
         for name in names:
             path = Path(folder, name)

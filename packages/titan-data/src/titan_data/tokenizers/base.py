@@ -1,4 +1,4 @@
-"""What titan-data asks of a tokenizer, and the one that needs no vocabulary file: bytes."""
+"""The `Tokenizer` protocol, and `ByteTokenizer`, which needs no vocabulary file."""
 
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
@@ -7,48 +7,47 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
-"""The ids of one text: a list, or (quicker, where a library has no need of Python's own numbers) an array `[T]`."""
+"""The ids of one text: a list, or an array `[T]` (faster, for libraries that need no Python integers)."""
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Any object of this shape will do; nothing has to be inherited.
+    """Text to token ids and back. Any object with these members is a tokenizer; nothing has to be inherited.
 
-    One that is to be used by several processes (`prepare`, or a loader with workers) must be picklable; those of
-    this package are.
+    For `prepare` with workers a tokenizer must be picklable; those of this package are.
     """
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: every id lies in `range(vocab_size)`, the special ones included."""
+        """Number of ids, special tokens included: every id is in `range(vocab_size)`."""
         ...
 
     @property
     def bos_id(self) -> int | None:
-        """The id put before each document, or None to put nothing there."""
+        """The id before each document, or None for nothing."""
         ...
 
     @property
     def eos_id(self) -> int | None:
-        """The id put after each document, or None to put nothing there."""
+        """The id after each document, or None for nothing."""
         ...
 
     @property
     def pad_id(self) -> int | None:
-        """The id that fills rows up, or None where the vocabulary has none for it. Its labels are never scored."""
+        """The padding id, or None if the vocabulary has none. Its labels are never scored."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two tokenizers exactly if they give equal ids for every text, bos, eos and pad included."""
+        """Equal for two tokenizers exactly if they return equal ids for every text, bos, eos and pad included."""
         ...
 
     def encode(self, text: str) -> list[int]:
         """Turn text into ids, without bos and eos.
 
-        Text that looks like a special token ("<s>") is text like any other: it never becomes the special id.
+        Text that looks like a special token ("<s>") is ordinary text: it never becomes the special id.
 
         Args:
-            text: one whole document.
+            text: One complete document.
 
         Returns:
             The ids; `[]` for the empty text.
@@ -59,18 +58,18 @@ class Tokenizer(Protocol):
         """Turn several texts into ids, in parallel threads where the library can.
 
         Args:
-            texts: whole documents.
+            texts: Complete documents.
 
         Returns:
-            The ids that `encode` gives for each of them, in their order, as lists or as arrays.
+            The ids that `encode` returns for each, in order, as lists or arrays.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn ids back into text; special ids give no text.
+        """Turn ids back into text, without special tokens.
 
         Args:
-            ids: token ids, special ones allowed.
+            ids: Token ids, which may include special ones.
 
         Returns:
             The text.
@@ -81,7 +80,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """One token per UTF-8 byte: ids 0 to 255 are the bytes, 256 is bos, 257 is eos.
 
-    For tests, for first runs and for models of bytes: there is nothing to download and nothing to train.
+    For tests, first runs and byte models: nothing to download, nothing to train.
     """
 
     vocab_size: Final[int] = 258
@@ -94,8 +93,8 @@ class ByteTokenizer:
         """Turn text into its UTF-8 bytes.
 
         Args:
-            text: any string. A lone surrogate (half of a character, which UTF-8 cannot express) becomes "?", so
-                that what a model sees is valid UTF-8 throughout.
+            text: Any string. A lone surrogate (half of a character, which UTF-8 cannot encode) becomes "?", so that a
+                model only sees valid UTF-8.
 
         Returns:
             One id in 0..255 per byte.
@@ -110,22 +109,22 @@ class ByteTokenizer:
         """Turn bytes back into text.
 
         Args:
-            ids: token ids. Those that are no byte (bos, eos, ids that pad a vocabulary) are dropped.
+            ids: Token ids. Those that are not a byte (bos, eos, unused ids of a padded vocabulary) are dropped.
 
         Returns:
-            The text; bytes that are not valid UTF-8 show as U+FFFD.
+            The text; invalid UTF-8 becomes U+FFFD.
         """
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
 def replace_surrogates(text: str) -> str:
-    """Make text that UTF-8 can express, as the libraries behind tokenizers want it.
+    """Replace lone surrogates, which UTF-8 cannot encode, as the tokenizer libraries require.
 
     Args:
-        text: any string.
+        text: Any string.
 
     Returns:
-        The text; in place of each lone surrogate (half of a character) U+FFFD.
+        The text, with U+FFFD in place of each lone surrogate (half of a character).
     """
     try:
         text.encode("utf-8")

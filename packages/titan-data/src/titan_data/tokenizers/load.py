@@ -1,4 +1,4 @@
-"""A tokenizer from a file or folder: what kind it is shows in its contents."""
+"""`load_tokenizer`: a tokenizer from a file or folder, its kind recognized by its contents."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from titan_data.tokenizers.huggingface import HuggingFaceTokenizer
 from titan_data.tokenizers.sentencepiece import SentencePieceTokenizer
 from titan_data.tokenizers.tiktoken import TiktokenTokenizer
 
-# In a folder that holds several, the first of these is taken: what needs no extra comes first.
+# In a folder with several files, the first of these is loaded: the one that needs no extra comes first.
 _NAMES = ("tokenizer.model", "tokenizer.json")
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s")
 
@@ -25,7 +25,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         The tokenizer.
 
     Raises:
-        DataError: there is no such file, it is no tokenizer, it is damaged, or it needs an extra.
+        DataError: If the file does not exist, is not a tokenizer, is corrupt, or needs an extra.
+
+    Example:
+        >>> tokenizer = load_tokenizer("bytes")
+        >>> tokenizer.encode("hi"), tokenizer.vocab_size, tokenizer.eos_id
+        ([104, 105], 258, 257)
     """
     if path == "bytes":
         return ByteTokenizer()
@@ -41,7 +46,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return TiktokenTokenizer(data, str(file))
     if data[:1] == b"\n":  # field 1 of a protocol-buffers message
         return SentencePieceTokenizer(data, str(file))
-    raise DataError(f"{file} is no tokenizer: {_what_it_is(data)}")
+    raise DataError(f"{file} is not a tokenizer: {_what_it_is(data)}")
 
 
 def _find(path: Path) -> Path:
@@ -49,9 +54,9 @@ def _find(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise DataError(
-            f"there is no tokenizer {path}: give a file, a folder with {' or '.join(_NAMES)}, or 'bytes'; "
-            "`titan-data download-tokenizer` fetches one from the Hugging Face Hub, "
-            "`titan-data train-tokenizer` makes one"
+            f"tokenizer {path} does not exist: give a file, a folder with {' or '.join(_NAMES)}, or 'bytes'; "
+            "`titan-data download-tokenizer` downloads one from the Hugging Face Hub, "
+            "`titan-data train-tokenizer` trains one"
         )
     for name in _NAMES:
         if (path / name).is_file():
@@ -63,9 +68,9 @@ def _find(path: Path) -> Path:
 
 def _what_it_is(data: bytes) -> str:
     if not data:
-        return "it is empty; fetch it again"
+        return "it is empty; download it again"
     if data.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer that stands for the file; run `git lfs pull` where it was cloned"
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
     if data.lstrip()[:1] == b"<":
-        return "it is an HTML or XML page, so a download has failed; fetch it again"
-    return "neither tiktoken ranks, nor a SentencePiece model, nor a Hugging Face tokenizer.json"
+        return "it is an HTML or XML page, so a download has failed; download it again"
+    return "it is neither tiktoken ranks, nor a SentencePiece model, nor a Hugging Face tokenizer.json"

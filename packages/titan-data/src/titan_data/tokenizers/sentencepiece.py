@@ -9,39 +9,39 @@ from typing import Any
 from titan_data.errors import DataError
 from titan_data.tokenizers.base import replace_surrogates
 
-# The library's time grows faster than the text: it took minutes for 50 MB. So long texts are cut in front of words.
-_CUT_FROM = 20_000  # characters
+# The library's time grows faster than linearly: it took minutes for 50 MB. So long texts are split before words.
+_CUT_FROM = 20_000  # characters after which the next cut is made
 _BORDER = re.compile("(?<=[0-9A-Za-z]) (?=[0-9A-Za-z])")
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model; bos, eos and pad are those of the model.
 
-    Text comes back unchanged if the model's own normalization changes nothing (as in Llama 2), but for U+2581, which
-    SentencePiece itself uses for spaces.
+    Decoding returns the original text if the model's normalization changes nothing (as in Llama 2), except for U+2581,
+    which SentencePiece uses for spaces.
 
     Args:
-        data: contents of the model file.
-        name: of the file, for messages.
+        data: Contents of the model file.
+        name: The file's name, for messages.
 
     Raises:
-        DataError: the contents are no SentencePiece model, or damaged.
+        DataError: If the contents are not a SentencePiece model, or corrupt.
     """
 
     def __init__(self, data: bytes, name: str = "tokenizer.model") -> None:
-        import sentencepiece  # late: `import titan_data` stays light
+        import sentencepiece  # here: keeps `import titan_data` fast
 
         self._data, self._name = data, name
         missing = {1: "pieces", 2: "trainer settings", 3: "normalizer settings"}
         for field in _top_level_fields(data):
             missing.pop(field, None)
         if missing:
-            # The library itself takes a file that was cut off between two of these.
-            raise _damaged(name, f"it has no {' and no '.join(missing.values())}")
+            # The library accepts a file that is truncated between two of these.
+            raise _corrupt(name, f"it has no {' and no '.join(missing.values())}")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, OSError) as error:
-            raise _damaged(name, str(error)) from None
+            raise _corrupt(name, str(error)) from None
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int | None = _id_or_none(self._processor.bos_id())
         self.eos_id: int | None = _id_or_none(self._processor.eos_id())
@@ -53,7 +53,7 @@ class SentencePieceTokenizer:
         return type(self), (self._data, self._name)
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into ids; lone surrogates become U+FFFD, and names of control tokens are ordinary text."""
+        """Turn text into ids; lone surrogates become U+FFFD, names of control tokens are ordinary text."""
         text = replace_surrogates(text)
         if self._may_cut and len(text) > _CUT_FROM:
             return [i for part in self._processor.encode(_cut(text), num_threads=1) for i in part]
@@ -61,22 +61,22 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Turn several texts into ids in as many threads as there are cores."""
+        """Turn several texts into ids, with one thread per core."""
         parts = [_cut(replace_surrogates(text)) if self._may_cut else [replace_surrogates(text)] for text in texts]
         flat = [part for text in parts for part in text]
         encoded = iter(self._processor.encode(flat, num_threads=max(1, min(len(flat), os.cpu_count() or 1))))
         return [[i for _ in text for i in next(encoded)] for text in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn ids back into text; ids that are not in the vocabulary are dropped, control ids give no text."""
+        """Turn ids back into text, without control tokens; ids outside the vocabulary are dropped."""
         text: str = self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
         return text
 
 
 def _pieces_begin_words(processor: Any) -> bool:
-    """Whether a text's ids are those of its parts when it is cut in front of a word and the space is left out.
+    """Whether a text can be split before words without changing its ids, if the space at each split is left out.
 
-    They are if no piece goes on beyond a space (U+2581), and if the library puts a space in front of each text.
+    It can if no piece continues beyond a space (U+2581), and if the library adds a space before each text.
     """
     pieces = processor.id_to_piece(list(range(processor.vocab_size())))
     inside = any("\u2581" in piece.lstrip("\u2581") for piece in pieces)
@@ -92,32 +92,32 @@ def _cut(text: str) -> list[str]:
 
 
 def _top_level_fields(data: bytes) -> set[int]:
-    """List the field numbers of a protocol-buffers message; those before the damage if it is damaged."""
-    fields, place = set(), 0
-    while place < len(data):
-        tag, place = _varint(data, place)
-        if tag & 7 != 2:  # all that matters here is length-delimited; the rest is left to the library
+    """List the field numbers of a protocol-buffers message; of a corrupt one, those before the error."""
+    fields, at = set(), 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        if tag & 7 != 2:  # the fields of interest are length-delimited; the rest is left to the library
             break
-        length, place = _varint(data, place)
+        length, at = _varint(data, at)
         fields.add(tag >> 3)
-        place += length
+        at += length
     return fields
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
-    for byte in data[place : place + 10]:
+    for byte in data[at : at + 10]:
         value |= (byte & 127) << shift
         shift += 7
-        place += 1
+        at += 1
         if byte < 128:
             break
-    return value, place
+    return value, at
 
 
 def _id_or_none(value: int) -> int | None:
     return value if value >= 0 else None
 
 
-def _damaged(name: str, what: str) -> DataError:
-    return DataError(f"{name} is no SentencePiece model, or is damaged: {what}; fetch it again")
+def _corrupt(name: str, what: str) -> DataError:
+    return DataError(f"{name} is not a SentencePiece model, or is corrupt: {what}; download it again")

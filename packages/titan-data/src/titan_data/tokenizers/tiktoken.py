@@ -15,7 +15,7 @@ import numpy.typing as npt
 from titan_data.errors import DataError
 from titan_data.tokenizers.base import replace_surrogates
 
-# How Llama 3 cuts text into the pieces that are then merged, each by itself.
+# How Llama 3 splits text into the pieces in which bytes are then merged.
 # Source: Meta's llama3 repository, llama/tokenizer.py (the same pattern as in tiktoken's cl100k_base).
 SPLIT_PATTERN: Final = "|".join(
     [
@@ -29,12 +29,12 @@ SPLIT_PATTERN: Final = "|".join(
     ]
 )
 
-SPECIAL_TOKENS: Final = 256  # they follow the ranks: 128000 to 128255 in Llama 3
+SPECIAL_TOKENS: Final = 256  # their ids follow the ranks: 128000 to 128255 in Llama 3
 _BOS, _EOS, _PAD = 0, 1, 4  # among the special tokens; Llama 3.1 names number 4 "<|finetune_right_pad_id|>"
 
-# Longer texts are cut as Meta's reference does, so that the ids are the same: every so many characters, and where that
-# many characters in a row are all white space or all not. tiktoken's regex engine gives up (with a panic, which no
-# `except Exception` catches) on longer runs of spaces, and older versions are slow on other long runs.
+# Longer texts are split as in Meta's reference, so that the ids are the same: every _MAX_CHARACTERS, and within runs of
+# more than _MAX_RUN characters that are all whitespace or all not. tiktoken's regex engine panics (which no `except
+# Exception` catches) on longer runs of spaces, and older versions are slow on other long runs.
 _MAX_CHARACTERS = 400_000
 _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
@@ -50,15 +50,15 @@ class TiktokenTokenizer:
     Ids `0..R-1` are the ranks of the file (R = 128,000 in Llama 3's), `R..R+255` the special tokens.
 
     Args:
-        data: contents of the rank file: on each line a token in base64 and its rank.
-        name: of the file, for messages.
+        data: Contents of the rank file: on each line a token in base64 and its rank.
+        name: The file's name, for messages.
 
     Raises:
-        DataError: the contents are no rank file, or damaged.
+        DataError: If the contents are not a rank file, or corrupt.
     """
 
     def __init__(self, data: bytes, name: str = "tokenizer.model") -> None:
-        import tiktoken  # late: `import titan_data` stays light
+        import tiktoken  # here: keeps `import titan_data` fast
 
         ranks = parse_ranks(data, name)
         self._data, self._name = data, name
@@ -80,7 +80,7 @@ class TiktokenTokenizer:
         return type(self), (self._data, self._name)
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into ids; lone surrogates become U+FFFD, and names of special tokens are ordinary text."""
+        """Turn text into ids; lone surrogates become U+FFFD, names of special tokens are ordinary text."""
         if len(text) <= _MAX_RUN:
             return self._encoding.encode_ordinary(text)
         ids: list[int] = []
@@ -89,18 +89,18 @@ class TiktokenTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Turn several texts into ids in as many threads as there are cores (tiktoken works without the GIL)."""
+        """Turn several texts into ids, with one thread per core (tiktoken releases the GIL)."""
         if len(texts) < 2 or sum(map(len, texts)) < _PARALLEL_FROM:
             return [self._encode_to_array(text) for text in texts]
         with ThreadPoolExecutor(min(len(texts), os.cpu_count() or 1)) as threads:
             return list(threads.map(self._encode_to_array, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn ids back into text; bytes that are not valid UTF-8 show as U+FFFD, special ids give no text."""
+        """Turn ids back into text, without special tokens; invalid UTF-8 becomes U+FFFD."""
         return self._encoding.decode([int(i) for i in ids if 0 <= i < self._ranks], errors="replace")
 
     def _encode_to_array(self, text: str) -> npt.NDArray[np.uint32]:
-        """Do what `encode` does, without a Python list: making one costs a sixth of what the encoding itself does."""
+        """Do what `encode` does, without a Python list, which would take a sixth longer."""
         if len(text) <= _MAX_RUN:
             return self._to_numpy(text)
         return np.concatenate([self._to_numpy(piece) for piece in cut_long_text(text)])
@@ -108,24 +108,24 @@ class TiktokenTokenizer:
     def _to_numpy(self, text: str) -> npt.NDArray[np.uint32]:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # `encode_ordinary` sees to it by itself
+        except UnicodeEncodeError:  # lone surrogates; `encode_ordinary` replaces them by itself
             return self._encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())
 
 
 def parse_ranks(data: bytes, name: str) -> dict[bytes, int]:
     """Read a rank file.
 
-    tiktoken's own reader keeps a copy of each file by its path, so it would not see that one has changed.
+    tiktoken's own reader caches files by path, so it would not notice that one has changed.
 
     Args:
-        data: contents of the file.
-        name: of the file, for messages.
+        data: Contents of the file.
+        name: The file's name, for messages.
 
     Returns:
         The tokens in the order of their ranks, which count from 0.
 
     Raises:
-        DataError: a line that is none, a rank out of order, a token twice, or a byte without a token.
+        DataError: If a line is invalid, a rank is out of order, a token is repeated, or a byte has no token.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
@@ -133,23 +133,23 @@ def parse_ranks(data: bytes, name: str) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise _damaged(name, f"line {number} is not a token in base64 and its rank: {line[:60]!r}") from None
+            raise _corrupt(name, f"line {number} is not a token in base64 and its rank: {line[:60]!r}") from None
         if int(rank) != number - 1 or len(ranks) != number:
-            raise _damaged(name, f"line {number} should have a new token and rank {number - 1}, but is {line[:60]!r}")
+            raise _corrupt(name, f"line {number} must have a new token and rank {number - 1}, but is {line[:60]!r}")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise _damaged(name, f"{len(missing)} of the 256 single bytes have no token (the first is {missing[0]})")
+        raise _corrupt(name, f"{len(missing)} of the 256 single bytes have no token (the first is {missing[0]})")
     return ranks
 
 
 def cut_long_text(text: str) -> list[str]:
-    """Cut text where Meta's reference does.
+    """Split text where Meta's reference does.
 
     Args:
-        text: of any length.
+        text: A text of any length.
 
     Returns:
-        Pieces of at most 400,000 characters, with at most 25,000 white-space or other characters in a row; together
+        Parts of at most 400,000 characters, with at most 25,000 whitespace or other characters in a row; concatenated
         they are the text.
     """
     pieces = []
@@ -162,7 +162,7 @@ def cut_long_text(text: str) -> list[str]:
 
 
 def _may_have_long_run(part: str) -> bool:
-    """Tell cheaply that most texts have no long run: one of more than `_MAX_RUN` spans two of these checkpoints."""
+    """Rule out long runs cheaply: one of more than `_MAX_RUN` characters spans two of the points checked here."""
     half = _MAX_RUN // 2
     for point in range(0, len(part) - half, half):
         other = _NOT_SPACE if part[point].isspace() else _SPACE
@@ -185,5 +185,5 @@ def _special_token_names() -> list[str]:
     ]
 
 
-def _damaged(name: str, what: str) -> DataError:
-    return DataError(f"{name} is no tiktoken rank file, or is damaged: {what}; fetch it again")
+def _corrupt(name: str, what: str) -> DataError:
+    return DataError(f"{name} is not a tiktoken rank file, or is corrupt: {what}; download it again")

@@ -1,4 +1,4 @@
-"""Small tokenizers trained on any texts, offline and reproducibly."""
+"""`train_tokenizer`: small tokenizers trained on any texts, offline and reproducibly."""
 
 import base64
 import io
@@ -11,23 +11,23 @@ from titan_data.tokenizers.base import replace_surrogates
 from titan_data.tokenizers.tiktoken import SPECIAL_TOKENS, SPLIT_PATTERN
 
 Kind = Literal["bpe", "sentencepiece"]
-_MAX_LINE = 4000  # bytes; SentencePiece's trainer passes over longer lines
+_MAX_LINE = 4000  # bytes; SentencePiece's trainer skips longer lines
 
 
 def train_tokenizer(texts: Iterable[str], *, kind: Kind, vocab_size: int) -> bytes:
     """Train a tokenizer; the same texts in the same order give the same bytes.
 
     Args:
-        texts: what to train on.
-        kind: "bpe" gives tiktoken ranks for Llama 3's split pattern; "sentencepiece" gives a byte-pair SentencePiece
-            model with Llama 2's settings (no normalization, digits one by one, unknown characters as bytes).
-        vocab_size: number of ids, special tokens included: of "bpe", 256 are single bytes and 256 special tokens.
+        texts: The training texts.
+        kind: "bpe" for tiktoken ranks with Llama 3's split pattern; "sentencepiece" for a byte-pair SentencePiece model
+            with Llama 2's settings (no normalization, single digits, unknown characters as bytes).
+        vocab_size: Number of ids, special tokens included; in "bpe", 256 are single bytes and 256 special tokens.
 
     Returns:
-        Contents of the file, which `load_tokenizer` reads.
+        The contents of a file for `load_tokenizer`.
 
     Raises:
-        DataError: `tokenizers` is not installed (for "bpe"), there is no text, or too little for so many tokens.
+        DataError: If `tokenizers` is not installed (for "bpe"), or there is no text, or too little for `vocab_size`.
     """
     rest = iter(texts)
     first = next((text for text in rest if text.strip()), None)
@@ -39,13 +39,13 @@ def train_tokenizer(texts: Iterable[str], *, kind: Kind, vocab_size: int) -> byt
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     try:
-        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # late: an optional extra
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # here: an optional extra
     except ImportError:
         raise DataError("training BPE needs an extra: pip install 'titan-data[huggingface]'") from None
     count = vocab_size - SPECIAL_TOKENS
     if count < 256:
         raise DataError(
-            f"a BPE vocabulary has at least {256 + SPECIAL_TOKENS} ids "
+            f"a BPE vocabulary must have at least {256 + SPECIAL_TOKENS} ids "
             f"(256 bytes and {SPECIAL_TOKENS} special tokens), not {vocab_size}"
         )
     bytes_of = _bytes_of_letters()
@@ -61,8 +61,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if len(vocabulary) < count:
         raise DataError(
-            f"these texts give no more than {len(vocabulary) + SPECIAL_TOKENS} ids (special tokens included), "
-            f"not {vocab_size}: ask for fewer, or take more text"
+            f"these texts are enough for {len(vocabulary) + SPECIAL_TOKENS} ids (special tokens included), "
+            f"not {vocab_size}: lower vocab_size, or use more text"
         )
     lines = []
     for rank, (letters, _) in enumerate(vocabulary):
@@ -72,9 +72,9 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _bytes_of_letters() -> dict[str, bytes]:
-    """Map the letters that stand for bytes in byte-level BPE back to them (GPT-2's scheme).
+    """Map the characters that represent bytes in byte-level BPE back to the bytes (GPT-2's scheme).
 
-    Printable characters of Latin-1 stand for themselves; the other bytes, in order, for U+0100, U+0101 and so on.
+    Printable Latin-1 characters represent themselves; U+0100, U+0101 and so on represent the other bytes in order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
@@ -82,7 +82,7 @@ def _bytes_of_letters() -> dict[str, bytes]:
 
 
 def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
-    import sentencepiece  # late: `import titan_data` stays light
+    import sentencepiece  # here: keeps `import titan_data` fast
 
     model = io.BytesIO()
     try:
@@ -98,17 +98,17 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             max_sentence_length=_MAX_LINE + 100,
-            num_threads=1,  # so that the model does not depend on the machine
+            num_threads=1,  # makes the model independent of the machine
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).rpartition("] ")[2] or error  # after the place in the library's own sources
-        raise DataError(f"SentencePiece could not make {vocab_size} ids of these texts: {reason}") from None
+        reason = str(error).rpartition("] ")[2] or error  # drops the source line of the library
+        raise DataError(f"SentencePiece cannot train {vocab_size} ids on these texts: {reason}") from None
     return model.getvalue()
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Give the texts' lines, long ones in parts: a newline is a byte to the model, and long lines would be lost."""
+    """Split texts into lines, and long lines into parts: the trainer skips long lines and knows newlines as a byte."""
     for text in texts:
         for line in replace_surrogates(text).split("\n"):
             while len(line) > _MAX_LINE // 4:  # a character has up to four bytes
