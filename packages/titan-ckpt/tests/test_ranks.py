@@ -23,7 +23,7 @@ def load_on_one(folder: Path) -> dict[str, Any]:
     model = make_model(3)
     state = {"model": ModelState(model), "optimizer": OptimizerState(model, torch.optim.AdamW(model.parameters()))}
     assert Checkpointer(folder).load(state) is not None
-    return ckpt_cases.whole(state)
+    return ckpt_cases.full(state)
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_saved_on_one_loaded_on_four(ranks4: Ranks, tmp_path: Path) -> None:
     ckpt_cases.train(model, optimizer)
     state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
     Checkpointer(tmp_path).save(1, state)
-    assert same(ranks4.run(ckpt_cases.load_laid_out, tmp_path, "fsdp x tp")[0], ckpt_cases.whole(state))
+    assert same(ranks4.run(ckpt_cases.load_laid_out, tmp_path, "fsdp x tp")[0], ckpt_cases.full(state))
 
 
 def test_each_rank_may_own_weights(ranks2: Ranks, tmp_path: Path) -> None:
-    told = ranks2.run(ckpt_cases.own_weights_per_rank, tmp_path)
-    assert told[0] == told[1]
-    assert "unexpected, in the checkpoint but not asked for (1):\n    model/layer1/w" in told[0][0]
+    message = ranks2.run(ckpt_cases.own_weights_per_rank, tmp_path)
+    assert message[0] == message[1]
+    assert "unexpected, in the checkpoint but not asked for (1):\n    model/layer1/w" in message[0][0]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -60,8 +60,8 @@ def test_each_rank_may_own_weights(ranks2: Ranks, tmp_path: Path) -> None:
     ("where", "rank"),
     [
         ("collect", 1),
-        ("divide", 0),
-        ("stage", 0),
+        ("assign_writes", 0),
+        ("begin", 0),
         ("create", 1),
         ("write", 0),
         ("write", 1),
@@ -70,42 +70,40 @@ def test_each_rank_may_own_weights(ranks2: Ranks, tmp_path: Path) -> None:
         ("rename", 0),
     ],
 )
-def test_one_rank_fails_and_all_are_told(
-    ranks2: Ranks, tmp_path: Path, where: str, rank: int, asynchronous: bool
-) -> None:
+def test_one_rank_fails_and_all_raise(ranks2: Ranks, tmp_path: Path, where: str, rank: int, asynchronous: bool) -> None:
     first, second = ranks2.run(ckpt_cases.one_rank_fails, tmp_path, where, rank, asynchronous)
     assert first == second
-    told, *names = first
-    assert f"No space in {where}" in told
-    assert "could not " in told
-    assert (f"rank {rank}: " in told) == (where in ("collect", "create", "write", "sync"))
+    message, *names = first
+    assert f"No space in {where}" in message
+    assert "could not " in message
+    assert (f"rank {rank}: " in message) == (where in ("collect", "create", "write", "sync"))
     assert names == [".lock", "latest", "step-00000001"]
 
 
 def test_states_that_differ_are_refused(ranks2: Ranks, tmp_path: Path) -> None:
     first, second = ranks2.run(ckpt_cases.states_that_differ, tmp_path)
     assert first == second
-    assert 'state["data"] is not the same on all ranks' in first["json"]
-    assert 'state["data"] is not the same on all ranks' in first["float"]
-    assert "rank 1 saves the entries ['a', 'b1'] where rank 0 saves ['a', 'b0']" in first["names"]
+    assert 'state["data"]: values that are not tensors differ between rank 1 and rank 0' in first["json"]
+    assert 'state["data"]: values that are not tensors differ between rank 1 and rank 0' in first["float"]
+    assert "rank 1 saves the entries ['a', 'b1'] but rank 0 saves ['a', 'b0']" in first["names"]
     assert 'rank 1: state["a"]["x"] is a object' in first["leaf"]
-    assert "a/x is a DTensor with partial sums" in first["partial"]
-    assert "the tensor a/x is torch.float32 [3] on rank 1 and torch.float32 [2] on rank 0" in first["shape"]
-    assert "make up the tensor a/x, which is not covered by its chunks: they hold 4 of 8 elements" in first["hole"]
-    assert "make up the tensor a/x, which is covered twice at [0]" in first["twice"]
-    assert "rank 1 saves step 1 where rank 0 saves step 0" in first["step"]
+    assert "a/x is a DTensor with a Partial placement" in first["partial"]
+    assert "tensor a/x is torch.float32 [3] on rank 1 but torch.float32 [2] on rank 0" in first["shape"]
+    assert "make up tensor a/x, which is not covered by its chunks: they hold 4 of 8 elements" in first["hole"]
+    assert "make up tensor a/x, which is covered twice at [0]" in first["twice"]
+    assert "rank 1 saves step 1 but rank 0 saves step 0" in first["step"]
     assert [info.step for info in list_checkpoints(tmp_path)] == [1]
 
 
-def test_all_ranks_agree_on_what_is_damaged(ranks2: Ranks, tmp_path: Path) -> None:
-    assert ranks2.run(ckpt_cases.load_what_may_be_damaged, tmp_path) == [None, None]
+def test_all_ranks_agree_on_what_is_corrupt(ranks2: Ranks, tmp_path: Path) -> None:
+    assert ranks2.run(ckpt_cases.load_what_may_be_corrupt, tmp_path) == [None, None]
     ckpt = Checkpointer(tmp_path)
     for step in (1, 2, 3):
         ckpt.save(step, make_state(step))
     # One file of each size: each falls to another rank.
     flip_bit(tmp_path / "step-00000003" / "tensors-00000-of-00001.safetensors")
     flip_bit(tmp_path / "step-00000002" / "state.json")
-    assert ranks2.run(ckpt_cases.load_what_may_be_damaged, tmp_path) == [1, 1]
+    assert ranks2.run(ckpt_cases.load_what_may_be_corrupt, tmp_path) == [1, 1]
 
 
 def test_loading_fails_on_one_rank(ranks2: Ranks, tmp_path: Path) -> None:
@@ -114,7 +112,7 @@ def test_loading_fails_on_one_rank(ranks2: Ranks, tmp_path: Path) -> None:
     assert "rank 1: KeyError: 'no such thing'" in first
 
 
-def test_a_mismatch_on_one_rank_is_told_to_all(ranks2: Ranks, tmp_path: Path) -> None:
+def test_a_mismatch_on_one_rank_is_reported_to_all(ranks2: Ranks, tmp_path: Path) -> None:
     first, second = ranks2.run(ckpt_cases.mismatch_on_one_rank, tmp_path)
     assert first == second
     assert "model/w: float32 [10] in the checkpoint, float32 [11] asked for" in first
@@ -130,8 +128,8 @@ def test_many_checkpointers_in_a_row(ranks4: Ranks, tmp_path: Path) -> None:
     assert [info.step for info in list_checkpoints(tmp_path)] == [6, 7]
 
 
-def test_one_rank_dies_and_the_other_is_told(ranks2: Ranks, tmp_path: Path) -> None:
+def test_one_rank_dies_and_the_other_raises(ranks2: Ranks, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="of one_rank_dies:\nthe process died"):
         ranks2.run(ckpt_cases.one_rank_dies, tmp_path / "checkpoints", tmp_path / "tale")
-    assert "the ranks lost one another while saving or loading; has one died?" in (tmp_path / "tale").read_text()
+    assert "a collective failed while saving or loading (did a rank exit?)" in (tmp_path / "tale").read_text()
     assert [info.step for info in list_checkpoints(tmp_path / "checkpoints")] == [1]

@@ -15,8 +15,8 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert len(blocks) >= 2
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), names)  # one after the other, as one reads them
-    assert "the loss goes on as if nothing had happened" in capsys.readouterr().out
+        exec(compile(block, str(README), "exec"), names)  # in the order of the README
+    assert "the resumed run has the same losses" in capsys.readouterr().out
     (commands,) = re.findall(r"```console\n(.*?)```", README.read_text(), flags=re.DOTALL)
     for command in commands.splitlines():
         program, *arguments = shlex.split(command.removeprefix("$ "))

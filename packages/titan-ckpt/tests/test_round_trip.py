@@ -36,7 +36,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, asynchronous: bool) -> None:
         assert (found.step, Path(found.path).name) == (step, f"step-{step:08d}")
         assert found.metadata == {"config_digest": f"d{step}", "betas": (0.9, 0.95)}
         assert holds_step(state, step)
-    assert [info.step for info in list_checkpoints(ckpt.folder)] == [10, 20]
+    assert [info.step for info in list_checkpoints(ckpt.directory)] == [10, 20]
     ckpt.close()
     ckpt.close()
 
@@ -115,7 +115,7 @@ def test_entries_not_asked_for_stay_behind(tmp_path: Path) -> None:
     assert data.state == {"position": 1, "fraction": 1 / 3}
 
 
-def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_empty_directory_is_not_a_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path / "absent", tmp_path):
         assert Checkpointer(folder).load(blank_state()) is None
         assert list_checkpoints(folder) == []
@@ -160,15 +160,15 @@ def test_the_checksums_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def test_lineage_tells_where_it_comes_from(tmp_path: Path) -> None:
-    told = {"tokens_seen": 4096, "config_digest": "c0", "data_fingerprint": "d1", "layout": {"dp_shard": 2}}
+    metadata = {"tokens_seen": 4096, "config_digest": "c0", "data_fingerprint": "d1", "layout": {"dp_shard": 2}}
     ckpt = Checkpointer(tmp_path)
     ckpt.save(1, make_state(1))
-    ckpt.save(2, make_state(2), {**told, "note": "x"})
+    ckpt.save(2, make_state(2), {**metadata, "note": "x"})
     ckpt.close()
     first, second = (info.manifest for info in list_checkpoints(tmp_path))
     assert first.lineage["parent"] is None
     assert first.lineage["tokens_seen"] is None
-    assert {key: second.lineage[key] for key in told} == told
+    assert {key: second.lineage[key] for key in metadata} == metadata
     assert second.lineage["parent"] == {"step": 1, "digest": first.digest}
     ckpt = Checkpointer(tmp_path)
     ckpt.load(blank_state(), step=1)
@@ -178,7 +178,7 @@ def test_lineage_tells_where_it_comes_from(tmp_path: Path) -> None:
 
 def test_large_tensors_take_several_pieces_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"w{place}": torch.randn(1000 + place, 1100) for place in range(3)} | {"odd": torch.ones(7).bool()}
-    monkeypatch.setattr(snapshot, "divide", lambda held, _: plan.divide(held, 5_000_000))
+    monkeypatch.setattr(snapshot, "assign_writes", lambda held, _: plan.assign_writes(held, 5_000_000))
     monkeypatch.setattr(file_writer, "PIECE_BYTES", 1 << 20)
     monkeypatch.setattr(writer, "PIECE_BYTES", 1 << 20)
     for asynchronous in (False, True):

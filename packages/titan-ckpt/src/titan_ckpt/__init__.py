@@ -1,4 +1,29 @@
-"""Checkpoints that cannot be half there, hide no damage, run no code, and load on any layout."""
+"""Atomic, checksummed, pickle-free checkpoints that reshard on load.
+
+```
+Checkpointer.save                               Checkpointer.load, open_checkpoint
+      |                                                   ^
+      v                                                   |
+   state    state dicts -> names, local shards         state    values merged into state dicts
+      |                                                   ^
+      v                                                   |
+   save     snapshot, who writes what, files           load     choose, compare, read with checksums
+      |                                                   ^
+      v                                                   |
+   format   safetensors files, state.json, manifest    format   parsed and checked against one another
+      |                                                   ^
+      v                                                   |
+   storage  publish: from here on it is valid   --->   storage  directory or object store
+      |
+      v
+   manage   list, pin, verify, prune
+
+   convert  Hugging Face, DCP, torch.save, Meta  <-> TensorSource <->  a checkpoint
+   cli      the command `titan-ckpt`
+```
+
+`collective` lets the ranks do each step together: an error on one rank becomes a CheckpointError on all.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -53,9 +78,8 @@ __all__ = [
     "verify",
 ]
 
-# Where each name is at home. It is imported when it is first asked for: torch takes seconds to import, and who only
-# lists checkpoints, or clears them away, does without.
-_HOMES = {
+# Lazy exports: importing torch takes seconds and is not needed to list or prune checkpoints.
+_MODULES = {
     "CheckpointInfo": "titan_ckpt.manage.listing",
     "list_checkpoints": "titan_ckpt.manage.listing",
     "pin": "titan_ckpt.manage.listing",
@@ -86,12 +110,12 @@ _HOMES = {
     "WeightMap": "titan_ckpt.convert.weight_map",
 }
 
-if not TYPE_CHECKING:  # or type checkers would take every name for one of this package
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name of this package
 
     def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -1,7 +1,11 @@
-"""The Checkpointer: save now and then, load at the start."""
+"""The Checkpointer: what a training loop calls to save at intervals and to load at the start.
+
+It combines the other modules: `save.snapshot` collects the state, `save.host_buffer` copies it for asynchronous saves,
+`save.writer` writes and publishes, `load.loading` loads, `manage.retention` removes old checkpoints.
+"""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,119 +15,120 @@ import torch.distributed as dist
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.safetensors_header import bytes_of
-from titan_ckpt.load.loading import Loaded, OnDamage, Request, load
+from titan_ckpt.load.loading import Loaded, OnCorruption, Request, load
 from titan_ckpt.load.selection import Selection
 from titan_ckpt.manage.retention import KeepBest, Retention
 from titan_ckpt.save.file_writer import WrittenFile, write_file
 from titan_ckpt.save.host_buffer import HostBuffer
 from titan_ckpt.save.snapshot import Planner, Snapshot
-from titan_ckpt.save.writer import Order, Origin, tidy, write_checkpoint
-from titan_ckpt.save.writer_process import WriterProcess
+from titan_ckpt.save.writer import Origin, WriteJob, prune_old, write_checkpoint
 from titan_ckpt.state.tree import Stateful
-from titan_ckpt.storage.lock import FolderLock
+from titan_ckpt.storage.lock import DirectoryLock
 from titan_ckpt.storage.open import open_storage
 
 logger = logging.getLogger(__name__)
 
+# Writes one of this rank's files: its index in the plan, its path, its header.
+WriteFile = Callable[[int, str, bytes], WrittenFile]
+
 
 class Exporter(Protocol):
-    """What is done with each checkpoint once it is published, e.g. to write its weights in another format."""
+    """Called with each published checkpoint, e.g. to write its weights in another format."""
 
     def __call__(self, path: str, /) -> Any:
-        """Take the checkpoint's path or URL; called on rank 0 alone, never for two checkpoints at once."""
+        """Process the checkpoint at a path or URL; called on rank 0 only, never for two checkpoints at once."""
         ...
 
 
 class Checkpointer:
-    """Saves a training state to a folder and loads it back.
+    """Save a training state to a directory and load it back.
 
-    With torch.distributed initialised, all ranks must make one and call its methods together, with the same arguments
-    (their state's tensors apart), and see the same folder. Without it, it works for the one process.
+    If torch.distributed is initialized, all ranks must create one and call its methods together, with the same
+    arguments (except for the tensors of their state), and see the same directory. Otherwise it works for the one
+    process.
 
     Example:
         >>> ckpt = Checkpointer("runs/x/checkpoints", keep_last=3, asynchronous=True)
-        >>> found = ckpt.load(state)
-        >>> ckpt.save(step=100, state=state, metadata={"config_digest": "1f2e"})
-        >>> ckpt.close()
+        >>> found = ckpt.load(state)  # None: the directory holds no checkpoint yet
+        >>> ckpt.save(100, state, metadata={"tokens_seen": 4096})
+        >>> ckpt.close()  # waits until the save is published
+        >>> Checkpointer("runs/x/checkpoints").load(state).step
+        100
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        directory: str | Path,
         *,
         keep_last: int | None = None,
         keep_every: int | None = None,
         keep_best: KeepBest | None = None,
-        asynchronous: bool | Literal["thread", "process"] = False,
+        asynchronous: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
-        also: Sequence[Exporter] = (),
+        exporters: Sequence[Exporter] = (),
         process_group: dist.ProcessGroup | None = None,
         timeout: float = 1800.0,
     ) -> None:
-        """Prepare to save to and load from a folder; makes a gloo group where there are several ranks.
+        """Prepare to save to and load from a directory; create a gloo group if there are several ranks.
 
         Args:
-            folder: where the checkpoints are: a path, or a URL that fsspec knows, e.g. `s3://bucket/run`; made at the
-                first save.
-            keep_last: keep the newest so many checkpoints; None for all, unless `keep_best` is given.
-            keep_every: keep those whose step is a multiple of this for good.
-            keep_best: keep the best by a number that is given at save.
-            asynchronous: whether `save` returns as soon as the state is copied to host memory. True or "thread" writes
-                in a thread, with pinned memory for a GPU's tensors; "process" in a process of its own, which training's
-                Python code does not hold up. Each rank holds one copy of what it writes from the first save to `close`.
-            on_save_error: "raise", or "warn" to go on training when a save could not be written.
-            also: what to do with each checkpoint once it is published; the next save waits for it, and the other ranks
-                do, so it must be done within `timeout`.
-            process_group: a group to talk over instead, when only some ranks save together: one made by
-                `dist.new_group(ranks, backend="gloo")` and used for nothing else. It is left open by `close`.
-            timeout: how long a rank waits for the others, in seconds.
+            directory: The directory of checkpoints: a path, or an fsspec URL such as `s3://bucket/run`. It is created
+                by the first save.
+            keep_last: How many of the newest checkpoints to keep; None keeps all, unless `keep_best` is given.
+            keep_every: Keep each checkpoint whose step is a multiple of this, permanently.
+            keep_best: Keep the best checkpoints by a metric given to `save`.
+            asynchronous: Whether `save` returns as soon as the state is copied to host memory (pinned for tensors on a
+                GPU), and a thread writes it. Each rank holds one copy of what it writes from the first save to `close`.
+            on_save_error: "raise", or "warn" to continue training if a save could not be written.
+            exporters: Called with each published checkpoint. The next save and the other ranks wait for them, so they
+                must finish within `timeout`.
+            process_group: The group to communicate over if only some ranks save together: one created by
+                `dist.new_group(ranks, backend="gloo")` and used for nothing else. `close` leaves it open.
+            timeout: Seconds that a rank waits for the others.
 
         Raises:
-            CheckpointError: when a setting makes no sense.
+            CheckpointError: If a setting is invalid.
         """
         self._retention = Retention(keep_last, keep_every, keep_best)
-        if asynchronous not in (False, True, "thread", "process"):
-            raise CheckpointError(f'asynchronous must be False, True, "thread" or "process", not {asynchronous!r}')
+        if not isinstance(asynchronous, bool):
+            raise CheckpointError(f"asynchronous must be True or False, not {asynchronous!r}")
         if on_save_error not in ("raise", "warn"):
             raise CheckpointError(f'on_save_error must be "raise" or "warn", not {on_save_error!r}')
-        self._storage = open_storage(str(folder))
-        self._on_save_error, self._also = on_save_error, tuple(also)
+        self._storage = open_storage(str(directory))
+        self._on_save_error, self._exporters = on_save_error, tuple(exporters)
         self._ranks = Ranks(process_group, timeout)
         self._planner = Planner(self._ranks)
-        self._lock: FolderLock | None = None
-        self._claimed = False
+        self._lock: DirectoryLock | None = None
+        self._lock_acquired = False
         self._parent: Mapping[str, Any] | None = None
-        # One thread, joined when the interpreter ends, so that a program that just ends loses no save.
+        # One thread, joined when the interpreter exits, so that a program that just ends loses no save.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="titan-ckpt") if asynchronous else None
-        self._buffer = HostBuffer(shared=asynchronous == "process") if asynchronous else None
-        self._process: WriterProcess | None = None
-        if self._buffer is not None and self._buffer.handle is not None:
-            self._process = WriterProcess(self._storage.url, self._buffer.handle)
+        self._buffer = HostBuffer()
         self._in_flight: Future[None] | None = None
         self._closed = False
 
     @property
-    def folder(self) -> str:
-        """Where the checkpoints are, as a path or URL."""
+    def directory(self) -> str:
+        """The directory of checkpoints, as a path or URL."""
         return self._storage.url
 
-    def claim(self) -> None:
-        """Take the right to write to the folder, which the first `save` does else; a second call does nothing.
+    def acquire_lock(self) -> None:
+        """Acquire the directory's lock now. Otherwise the first `save` acquires it. A second call does nothing.
 
-        Called at the start of a job, it tells at once that another job writes there, rather than at the first save.
+        Call it at the start of a job to find out at once, not at the first save, that another job writes there.
 
         Raises:
-            CheckpointError: on all ranks, when another live job holds it.
+            CheckpointError: On all ranks, if another live job holds the lock.
         """
-        self._refuse_closed()
-        if self._claimed:
+        self._check_open()
+        if self._lock_acquired:
             return
 
-        def take() -> None:
-            self._lock = FolderLock(self._storage)
+        def acquire() -> None:
+            self._lock = DirectoryLock(self._storage)
 
-        self._ranks.on_first(f"claim {self._storage.url}", take)
-        self._claimed = True
+        self._ranks.run_on_rank_0(f"lock {self._storage.url}", acquire)
+        self._lock_acquired = True
 
     def save(
         self,
@@ -134,44 +139,40 @@ class Checkpointer:
     ) -> None:
         """Save a state as the checkpoint of a step.
 
-        A step that is there already and sound is not written again; a warning in the log says so. When asynchronous,
-        a save still in flight is waited for first, and this one's failure is raised by the next call.
+        A step that exists already and is valid is not written again; a warning is logged. An asynchronous save first
+        waits for the one in flight; its own failure is raised by the next call.
 
         Args:
-            step: the step.
-            state: what to save, by name.
-            metadata: what else to keep with it, in JSON values; given back by `load` and `list_checkpoints`. The
-                entries tokens_seen, config_digest, data_fingerprint and layout also go into the manifest's lineage.
-            metrics: numbers by which to compare checkpoints, for `keep_best`.
+            step: The step.
+            state: What to save, by name.
+            metadata: JSON values to keep with it; returned by `load` and `list_checkpoints`. The entries tokens_seen,
+                config_digest, data_fingerprint and layout are also copied to the manifest's lineage.
+            metrics: Numbers by which to compare checkpoints, for `keep_best`.
 
         Raises:
-            CheckpointError: on all ranks, when this save or the one in flight failed; former checkpoints are untouched.
-                With `on_save_error="warn"` only for what cannot be saved at all, or when another job holds the folder.
+            CheckpointError: On all ranks, if this save or the one in flight failed; existing checkpoints are untouched.
+                With `on_save_error="warn"` only if the state cannot be saved at all, or another job holds the lock.
         """
         self.wait()
-        self.claim()
+        self.acquire_lock()
         snapshot = self._planner.take(step, state, metadata or {}, metrics or {})
-        if self._thread is None or self._buffer is None:
-            self._write_or_warn(step, snapshot, self._write_from_state)
+        if self._thread is None:
+            self._write_or_warn(step, snapshot, self._writer_from_state(snapshot))
             return
-        buffer = self._buffer
-        extents = self._ranks.together(
-            "copy the state to host memory", lambda: buffer.copy(snapshot.own, snapshot.tensors)
+        extents = self._ranks.run_on_all(
+            "copy the state to host memory", lambda: self._buffer.copy(snapshot.own, snapshot.tensors)
         )
-        snapshot.tensors.clear()  # the live tensors are training's again
-
-        def write_from_buffer(snapshot: Snapshot, place: int, path: str, header: bytes) -> WrittenFile:
-            return self._write_from_buffer(snapshot, extents[place], place, path, header)
-
-        self._in_flight = self._thread.submit(self._write_or_warn, step, snapshot, write_from_buffer)
+        snapshot.tensors.clear()  # training may change the live tensors from here on
+        write_file = self._writer_from_buffer(snapshot, extents)
+        self._in_flight = self._thread.submit(self._write_or_warn, step, snapshot, write_file)
 
     def wait(self) -> None:
-        """Wait until what was saved is published.
+        """Wait until the save in flight is published.
 
         Raises:
-            CheckpointError: on all ranks, when that save failed; it is told once.
+            CheckpointError: On all ranks, if that save failed; each failure is raised once.
         """
-        self._refuse_closed()
+        self._check_open()
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is not None:
             in_flight.result()
@@ -182,7 +183,7 @@ class Checkpointer:
         step: int | None = None,
         *,
         required: bool = False,
-        on_damage: OnDamage = "previous",
+        on_corruption: OnCorruption = "previous",
         only: Sequence[str] | None = None,
         frozen: Sequence[str] = (),
         strict: bool = True,
@@ -190,43 +191,44 @@ class Checkpointer:
     ) -> Loaded | None:
         """Load a checkpoint into `state`.
 
-        No byte is used before it is checked. The tensors of each `state_dict()` are filled in place, whatever their
-        sharding; then `load_state_dict` gets them together with the rest.
+        Every byte is verified before it is used. The tensors of each `state_dict()` are filled in place, however they
+        are sharded; then `load_state_dict` is called with them and the other values.
 
         Args:
-            state: what to fill, by the names it was saved under; names left out are not loaded.
-            step: the step to load, and no other; None for the newest sound one.
-            required: whether it is an error when the folder holds no checkpoint at all.
-            on_damage: what to do when no step was asked for and the newest is damaged: take the one before, with a
-                warning in the log, or raise.
-            only: shell patterns of the names to load, e.g. `["model/layers.*"]`; what matches none keeps its value.
-            frozen: shell patterns of the names that keep their values.
-            strict: whether it is an error when the checkpoint lacks a name that is asked for, or has one within the
-                entries of `state` that is not. If not, what fits is loaded, and the result lists the rest.
-            cast: whether tensors may be of another dtype than in the checkpoint; they are cast as torch would.
+            state: The objects to fill, by the names they were saved under; names left out are not loaded.
+            step: The step to load; None for the newest valid checkpoint.
+            required: Whether it is an error if the directory holds no checkpoint at all.
+            on_corruption: What to do if no step was asked for and the newest checkpoint is corrupt: "previous" loads
+                the one before it and logs a warning, "raise" raises.
+            only: Shell patterns of the names to load, e.g. `["model/layers.*"]`; other names keep their values.
+            frozen: Shell patterns of names that keep their values.
+            strict: Whether it is an error if the checkpoint lacks a selected name, or holds one within the entries of
+                `state` that the state lacks. If False, what matches is loaded, and the result lists the rest.
+            cast: Whether tensors may have another dtype than in the checkpoint; they are cast as torch does.
 
         Returns:
-            What was loaded; None when nothing is required and the folder holds no checkpoint at all.
+            What was loaded; None if none is required and the directory holds no checkpoint at all.
 
         Raises:
-            CheckpointError: on all ranks: when the step asked for is absent or damaged; when there are checkpoints but
-                none is sound; when it does not fit `state`, which is unchanged then. When damage is met amid the
-                tensors, those filled before it stay filled, with what is sound; the message says so.
+            CheckpointError: On all ranks: if the step asked for is absent or corrupt; if there are checkpoints but none
+                is valid; if the checkpoint does not match `state`, which is unchanged then. If corruption is detected
+                while tensors are filled and no other checkpoint can be loaded, the state is partially overwritten (with
+                verified data only), and the message says so.
         """
         self.wait()
-        request = Request(step, required, on_damage, Selection(only, frozen), strict, cast)
+        request = Request(step, required, on_corruption, Selection(only, frozen), strict, cast)
         loaded = load(self._ranks, self._storage, state, request)
         if loaded is not None:
             self._parent = {"step": loaded.step, "digest": loaded.manifest.digest}
         return loaded
 
     def close(self) -> None:
-        """Wait for the save in flight, then give back the folder, the memory, the thread or process and the group.
+        """Wait for the save in flight, then release the lock, the memory, the thread and the process group.
 
         A second call does nothing.
 
         Raises:
-            CheckpointError: when that save failed.
+            CheckpointError: If that save failed.
         """
         if self._closed:
             return
@@ -236,63 +238,59 @@ class Checkpointer:
             self._closed = True
             if self._thread is not None:
                 self._thread.shutdown()
-            if self._process is not None:
-                self._process.close()
-            if self._buffer is not None:
-                self._buffer.close()
+            self._buffer.close()
             if self._lock is not None:
                 self._lock.release()
             self._ranks.close()
 
-    def _refuse_closed(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
-            raise CheckpointError(f"the Checkpointer of {self.folder} is closed")
+            raise CheckpointError(f"the Checkpointer of {self.directory} is closed")
 
-    def _write_from_state(self, snapshot: Snapshot, place: int, path: str, header: bytes) -> WrittenFile:
-        runs = ((bytes_of(snapshot.tensors[part]), [part.nbytes]) for part in snapshot.own[place].parts)
-        return write_file(self._storage, path, header, runs)
+    def _writer_from_state(self, snapshot: Snapshot) -> WriteFile:
+        """Return the function that writes a file directly from the live tensors."""
 
-    def _write_from_buffer(
-        self, snapshot: Snapshot, extent: tuple[int, int], place: int, path: str, header: bytes
-    ) -> WrittenFile:
-        assert self._buffer is not None
-        lengths = [part.nbytes for part in snapshot.own[place].parts]
-        if self._process is not None:
-            return self._process.write(path, header, extent[0], lengths)
-        return write_file(self._storage, path, header, [(self._buffer.bytes_at(*extent), lengths)])
+        def write(place: int, path: str, header: bytes) -> WrittenFile:
+            runs = ((bytes_of(snapshot.tensors[part]), [part.nbytes]) for part in snapshot.own[place].parts)
+            return write_file(self._storage, path, header, runs)
 
-    def _write_or_warn(self, step: int, snapshot: Snapshot, write: Any) -> None:
+        return write
+
+    def _writer_from_buffer(self, snapshot: Snapshot, extents: Sequence[tuple[int, int]]) -> WriteFile:
+        """Return the function that writes a file from the host buffer, where each file's data is contiguous."""
+
+        def write(place: int, path: str, header: bytes) -> WrittenFile:
+            lengths = [part.nbytes for part in snapshot.own[place].parts]
+            return write_file(self._storage, path, header, [(self._buffer.bytes_at(*extents[place]), lengths)])
+
+        return write
+
+    def _write_or_warn(self, step: int, snapshot: Snapshot, write_file: WriteFile) -> None:
         try:
-            self._write(step, snapshot, write)
+            self._write(step, snapshot, write_file)
         except CheckpointError as error:
             if self._on_save_error == "raise":
                 raise
-            logger.warning("%s; training goes on", error)
+            logger.warning("%s; training continues", error)
 
-    def _write(self, step: int, snapshot: Snapshot, write: Any) -> None:
+    def _write(self, step: int, snapshot: Snapshot, write_file: WriteFile) -> None:
         origin = Origin(step, snapshot.metadata, snapshot.metrics, self._parent)
-        order = Order(
-            origin,
-            snapshot.values,
-            snapshot.own,
-            snapshot.all_files,
-            lambda place, path, header: write(snapshot, place, path, header),
-        )
+        job = WriteJob(origin, snapshot.values, snapshot.own, snapshot.all_files, write_file)
         try:
-            digest = write_checkpoint(self._ranks, self._storage, self._lock, order)
+            digest = write_checkpoint(self._ranks, self._storage, self._lock, job)
         except Exception as error:
             raise CheckpointError(f"step {step} was not saved: {error}") from error
         if digest is None:
             return
         self._parent = {"step": step, "digest": digest}
-        self._ranks.on_first(f"finish with step {step}, which is saved", lambda: self._follow_up(step))
+        self._ranks.run_on_rank_0(f"finish after saving step {step}", lambda: self._follow_up(step))
 
     def _follow_up(self, step: int) -> None:
-        """Run on rank 0 once a step is published."""
+        """Run the exporters and the retention policy; on rank 0, once a step is published."""
         assert self._lock is not None
         path = f"{self._storage.url.rstrip('/')}/step-{step:08d}"
         try:
-            for export in self._also:
+            for export in self._exporters:
                 export(path)
         finally:
-            tidy(self._storage, self._lock, self._retention, step)
+            prune_old(self._storage, self._lock, self._retention, step)

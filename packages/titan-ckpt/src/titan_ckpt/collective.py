@@ -1,212 +1,242 @@
-"""What the ranks of one checkpoint do together: share results, and fail as one."""
+"""The ranks that save and load together: exchange results, and turn one rank's error into an error on all ranks.
 
-from collections.abc import Callable
+Called by the checkpointer, `save` and `load`; nothing else in the package talks to other ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
 from titan_ckpt.errors import CheckpointError
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class Ranks:
     """The ranks that save and load together; without torch.distributed, this process alone.
 
-    They talk over a gloo group that nobody else uses, so that a save running in a thread never mixes its messages
-    with those of training. Every method that takes `work` runs it so that an error on one rank becomes a
-    CheckpointError on all of them: whoever raised alone would leave the others waiting.
+    They communicate over a gloo group of their own, so that messages of a save running in a thread never mix with those
+    of training. Every method with a `work` argument runs it so that an error on one rank becomes a CheckpointError on
+    all ranks: a rank that raised alone would leave the others waiting.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None, timeout: float = 1800.0) -> None:
-        """Make the gloo group; a collective call when torch.distributed runs with several ranks.
+        """Create the gloo group; a collective call if torch.distributed runs with several ranks.
 
         Args:
-            process_group: a group to use instead, one that can send CPU tensors.
-            timeout: how long a rank waits for the others, in seconds.
+            process_group: An existing group to use instead, one that can send CPU tensors.
+            timeout: Seconds to wait for the other ranks.
         """
         self._owned = process_group is None
         self._group = _group_of(process_group, timeout)
         self.rank = 0 if self._group is None else dist.get_rank(self._group)
-        self.world = 1 if self._group is None else dist.get_world_size(self._group)
+        self.world_size = 1 if self._group is None else dist.get_world_size(self._group)
 
     def close(self) -> None:
-        """Give the group back; not collective."""
+        """Destroy the group; not collective."""
         if self._owned and self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
 
-    def together(self, what: str, work: Callable[[], T]) -> T:
+    def run_on_all(self, what: str, work: Callable[[], T]) -> T:
         """Run `work` on every rank and return this rank's own result.
 
         Args:
-            what: what the work does, in the infinitive, for the message ("write the tensors").
-            work: what to run; it may raise anything.
+            what: What the work does, as an infinitive for the message, e.g. "write the tensors".
+            work: The work; it may raise anything.
 
         Returns:
-            What `work` returned here.
+            The result of `work` on this rank.
 
         Raises:
-            CheckpointError: on all ranks, when it raised on any.
+            CheckpointError: On all ranks, if it raised on any.
         """
-        mine = _Outcome.of(work)
-        self._raise_any(what, self.all_gather(mine.failure), mine.error)
-        return mine.value
+        own, _ = self.run_and_share(what, lambda: (work(), None))
+        return own
 
-    def share(self, what: str, work: Callable[[], T]) -> list[T]:
-        """Run `work` on every rank and return every rank's result, at the cost of one exchange.
+    def gather_from_all(self, what: str, work: Callable[[], S]) -> list[S]:
+        """Run `work` on every rank and return every rank's result on all ranks.
 
         Args:
-            what: what the work does, in the infinitive, for the message.
-            work: what to run; it may raise anything, and its result should be small.
+            what: What the work does, as an infinitive for the message.
+            work: The work; it may raise anything. Its result should be small.
 
         Returns:
-            The results in order of rank.
+            The results in rank order.
 
         Raises:
-            CheckpointError: on all ranks, when it raised on any.
+            CheckpointError: On all ranks, if it raised on any.
         """
-        mine = _Outcome.of(work)
-        told = self.all_gather((mine.result, mine.failure))
-        self._raise_any(what, [failure for _, failure in told], mine.error)
-        return [cast(T, result) for result, _ in told]
+        _, gathered = self.run_and_share(what, lambda: (None, work()))
+        return gathered
 
-    def on_first(self, what: str, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 alone and return its result on every rank.
+    def run_and_share(self, what: str, work: Callable[[], tuple[T, S]]) -> tuple[T, list[S]]:
+        """Run `work` on every rank; keep one half of its result here and share the other, with a single exchange.
 
         Args:
-            what: what the work does, in the infinitive, for the message.
-            work: what to run on rank 0; it may raise anything.
+            what: What the work does, as an infinitive for the message.
+            work: Returns what stays on this rank and what all ranks get; it may raise anything. The second should be
+                small.
 
         Returns:
-            What `work` returned on rank 0.
+            This rank's own part, and the shared parts in rank order.
 
         Raises:
-            CheckpointError: on all ranks, when it raised.
+            CheckpointError: On all ranks, if it raised on any.
         """
-        mine = _Outcome.of(work) if self.rank == 0 else None
-        value, failure = self._broadcast(None if mine is None else (mine.result, mine.failure))
-        if failure is not None:
-            raise CheckpointError(f"could not {what}: {failure}") from (mine.error if mine else None)
-        return cast(T, value)
+        outcome = _attempt(work)
+        shared = None if isinstance(outcome, _Failure) else outcome.value[1]
+        exchanged: list[Any] = self.all_gather((shared, outcome.message))
+        messages = [message for _, message in exchanged]
+        if isinstance(outcome, _Failure) or any(message is not None for message in messages):
+            raise CheckpointError(f"could not {what}: {self._summary(messages)}") from outcome.error
+        return outcome.value[0], [part for part, _ in exchanged]
 
-    def deal(self, what: str, work: Callable[[], list[T]]) -> T:
-        """Run `work` on rank 0 alone and hand each rank its own item of the list it returns.
+    def run_on_rank_0(self, what: str, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 only and return its result on every rank.
 
         Args:
-            what: what the work does, in the infinitive, for the message.
-            work: makes one item per rank.
+            what: What the work does, as an infinitive for the message.
+            work: The work; it may raise anything.
+
+        Returns:
+            The result of `work` on rank 0.
+
+        Raises:
+            CheckpointError: On all ranks, if it raised.
+        """
+        outcome = _attempt(work) if self.rank == 0 else None
+        sent = None if outcome is None else (None if isinstance(outcome, _Failure) else outcome.value, outcome.message)
+        value, message = self._broadcast(sent)
+        if message is not None:
+            raise CheckpointError(f"could not {what}: {message}") from (outcome.error if outcome else None)
+        result: T = value
+        return result
+
+    def scatter_from_rank_0(self, what: str, work: Callable[[], list[T]]) -> T:
+        """Run `work` on rank 0 only and give each rank its own item of the list it returns.
+
+        Args:
+            what: What the work does, as an infinitive for the message.
+            work: Returns one item per rank; it may raise anything.
 
         Returns:
             This rank's item.
 
         Raises:
-            CheckpointError: on all ranks, when it raised.
+            CheckpointError: On all ranks, if it raised.
         """
         if self._group is None:
-            return self.on_first(what, work)[0]
-        hands: list[Any] | None = None
-        error: BaseException | None = None
+            return self.run_on_rank_0(what, work)[0]
+        outgoing: list[Any] | None = None
+        error: Exception | None = None
         if self.rank == 0:
-            made = _Outcome.of(work)
-            error = made.error
-            hands = [(item, None) for item in made.value] if error is None else [(None, made.failure)] * self.world
-        mine: list[Any] = [None]
-        _run(lambda: dist.scatter_object_list(mine, hands, group=self._group, group_src=0))
-        item, failure = mine[0]
-        if failure is not None:
-            raise CheckpointError(f"could not {what}: {failure}") from error
-        return cast(T, item)
+            outcome = _attempt(work)
+            error = outcome.error
+            if isinstance(outcome, _Failure):
+                outgoing = [(None, outcome.message)] * self.world_size
+            else:
+                outgoing = [(item, None) for item in outcome.value]
+        received: list[Any] = [None]
+        _exchange(lambda: dist.scatter_object_list(received, outgoing, group=self._group, group_src=0))
+        item, message = received[0]
+        if message is not None:
+            raise CheckpointError(f"could not {what}: {message}") from error
+        result: T = item
+        return result
 
     def gather(self, value: T) -> list[T]:
         """Bring every rank's value to rank 0.
 
         Args:
-            value: this rank's part, of any type that pickles.
+            value: This rank's value, of any type that pickles.
 
         Returns:
-            All values in order of rank on rank 0, an empty list elsewhere.
+            All values in rank order on rank 0, an empty list elsewhere.
         """
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self.world
-        _run(lambda: dist.gather_object(value, values if self.rank == 0 else None, group=self._group, group_dst=0))
+        values: list[Any] = [None] * self.world_size
+        _exchange(lambda: dist.gather_object(value, values if self.rank == 0 else None, group=self._group, group_dst=0))
         return values if self.rank == 0 else []
 
     def all_gather(self, value: T) -> list[T]:
         """Bring every rank's value to all ranks.
 
         Args:
-            value: this rank's part, of any type that pickles; keep it small.
+            value: This rank's value, of any type that pickles; it should be small.
 
         Returns:
-            All values in order of rank.
+            All values in rank order.
         """
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self.world
-        _run(lambda: dist.all_gather_object(values, value, group=self._group))
+        values: list[Any] = [None] * self.world_size
+        _exchange(lambda: dist.all_gather_object(values, value, group=self._group))
         return values
 
     def _broadcast(self, value: Any) -> Any:
         values = [value]
         if self._group is not None:
-            _run(lambda: dist.broadcast_object_list(values, group=self._group, group_src=0))
+            _exchange(lambda: dist.broadcast_object_list(values, group=self._group, group_src=0))
         return values[0]
 
-    def _raise_any(self, what: str, told: list[str | None], error: BaseException | None) -> None:
-        failures = {rank: failure for rank, failure in enumerate(told) if failure is not None}
-        if failures:
-            raise CheckpointError(self._told(what, failures)) from error
-
-    def _told(self, what: str, failures: dict[int, str]) -> str:
-        if self.world == 1:
-            return f"could not {what}: {failures[0]}"
-        shown = [f"rank {rank}: {told}" for rank, told in list(failures.items())[:4]]
-        more = f" (and {len(failures) - 4} ranks more)" if len(failures) > 4 else ""
-        return f"could not {what}: " + "; ".join(shown) + more
+    def _summary(self, messages: Sequence[str | None]) -> str:
+        """Join the ranks' error messages, at most four of them."""
+        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+        if self.world_size == 1:
+            return failed[0][1]
+        more = f" (and {len(failed) - 4} more ranks)" if len(failed) > 4 else ""
+        return "; ".join(f"rank {rank}: {message}" for rank, message in failed[:4]) + more
 
 
-class _Outcome(Generic[T]):
-    """A result, or the error that came in its place."""
+@dataclass(frozen=True)
+class _Success(Generic[T]):
+    """The result of some work."""
 
-    def __init__(self, result: T | None, error: BaseException | None) -> None:
-        self.result = result
-        self.error = error
+    value: T
+    error: None = None
+    message: None = None
 
-    @classmethod
-    def of(cls, work: Callable[[], T]) -> "_Outcome[T]":
-        try:
-            return cls(work(), None)
-        except Exception as error:
-            return cls(None, error)
+
+@dataclass(frozen=True)
+class _Failure:
+    """The error that some work raised."""
+
+    error: Exception
 
     @property
-    def value(self) -> T:
-        return cast(T, self.result)
+    def message(self) -> str:
+        """The error as text, to send to other ranks."""
+        prefix = "" if isinstance(self.error, CheckpointError) else f"{type(self.error).__name__}: "
+        return f"{prefix}{self.error}"
 
-    @property
-    def failure(self) -> str | None:
-        if self.error is None:
-            return None
-        return (
-            str(self.error) if isinstance(self.error, CheckpointError) else f"{type(self.error).__name__}: {self.error}"
-        )
+
+def _attempt(work: Callable[[], T]) -> _Success[T] | _Failure:
+    try:
+        return _Success(work())
+    except Exception as error:
+        return _Failure(error)
 
 
 def _group_of(process_group: dist.ProcessGroup | None, timeout: float) -> dist.ProcessGroup | None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
         return None
-    # A new group over some ranks only is for the caller to make: all ranks have to call new_group, and with
-    # use_local_synchronization torch (2.15) numbers the groups made later differently on members and others.
+    # A group over some of the ranks must be created by the caller: all ranks have to call new_group. torch 2.15:
+    # with use_local_synchronization, groups created later get different names on members and on other ranks.
     if process_group is not None:
         return process_group
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    assert isinstance(group, dist.ProcessGroup)  # as every rank is a member
+    return group
 
 
-def _run(exchange: Callable[[], None]) -> None:
+def _exchange(exchange: Callable[[], None]) -> None:
     try:
         exchange()
     except RuntimeError as error:
-        raise CheckpointError(f"the ranks lost one another while saving or loading; has one died? {error}") from error
+        raise CheckpointError(f"a collective failed while saving or loading (did a rank exit?): {error}") from error

@@ -1,4 +1,4 @@
-"""DCP's folders: what its own code writes is read to the bit, and what we write its own code reads."""
+"""DCP's folders: what its own code writes is read bit for bit, and what we write its own code reads."""
 
 import io
 import os
@@ -25,8 +25,8 @@ from ckpt_states import Held, make_model
 from titan_ckpt import CheckpointError, open_checkpoint, open_source
 from titan_ckpt.cli import main
 from titan_ckpt.convert.dcp import metadata as restricted
-from titan_ckpt.convert.dcp.reader import DcpFolder
-from titan_ckpt.convert.dcp.safetensors_reader import DcpSafetensorsFolder
+from titan_ckpt.convert.dcp.reader import DcpDirectory
+from titan_ckpt.convert.dcp.safetensors_reader import DcpSafetensorsDirectory
 from titan_ckpt.convert.dcp.writer import export_dcp
 
 
@@ -61,7 +61,7 @@ def save(state: dict[str, Any], folder: Path) -> Path:
 
 def test_what_dcp_wrote_is_read_to_the_bit(tmp_path: Path) -> None:
     state = trained_state()
-    folder = DcpFolder(save(state, tmp_path / "dcp"))
+    folder = DcpDirectory(save(state, tmp_path / "dcp"))
     wanted = {f"model/{name}": tensor for name, tensor in state["model"].items()}
     wanted |= {f"optimizer/{name}": value for name, value in state["optimizer"].items() if torch.is_tensor(value)}
     wanted |= {name: state[name] for name in ("half", "scalar", "empty")}
@@ -102,7 +102,7 @@ def torchtitan_state() -> dict[str, Any]:
 def test_a_folder_of_torchtitans_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = torchtitan_state()
     optimizer = state["optimizer"].state
-    folder = DcpFolder(save(state, tmp_path / "step-4"))
+    folder = DcpDirectory(save(state, tmp_path / "step-4"))
     weights = {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
     moments = {f"optimizer/{name}": value for name, value in optimizer.items() if torch.is_tensor(value)}
     assert len(weights) == 5
@@ -147,7 +147,7 @@ def test_shards_are_put_together_and_cut(tmp_path: Path, one_rank: None) -> None
     record.state_dict_metadata = {"w": dcp_metadata.TensorStorageMetadata(properties, tensor.shape, chunks)}
     record.storage_data, record.planner_data = storage, {"w": ("w",)}
     (path / ".metadata").write_bytes(pickle.dumps(record))
-    folder = DcpFolder(path)
+    folder = DcpDirectory(path)
     assert torch.equal(folder.read("w"), tensor)
     assert torch.equal(folder.read_slice("w", (2, 1), (4, 3)), tensor[2:6, 1:4])
 
@@ -166,7 +166,7 @@ def test_the_safetensors_files_of_dcp(tmp_path: Path, one_rank: None) -> None:
     sharded = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in state.items()}
     writer = dcp.HuggingFaceStorageWriter(path=str(tmp_path / "hf"), save_distributed=True)
     dcp.save(sharded, storage_writer=writer)
-    assert same(read_all(DcpSafetensorsFolder(tmp_path / "hf")), state)
+    assert same(read_all(DcpSafetensorsDirectory(tmp_path / "hf")), state)
 
 
 def test_parts_in_several_safetensors_files(tmp_path: Path) -> None:
@@ -176,16 +176,16 @@ def test_parts_in_several_safetensors_files(tmp_path: Path) -> None:
     for n, (rows, at) in enumerate([(slice(0, 3), 0), (slice(3, 4), 3)]):
         notes = {"DCP_SHARDING_INFO": f'{{"w": {{"saved_offsets": [{at}, 0]}}}}'}
         save_file({"w": tensor[rows].clone()}, tmp_path / f"shard-{n}.safetensors", metadata=notes)
-    folder = DcpSafetensorsFolder(tmp_path)
+    folder = DcpSafetensorsDirectory(tmp_path)
     assert torch.equal(folder.read("w"), tensor)
     assert torch.equal(folder.read_slice("w", (2, 1), (2, 2)), tensor[2:4, 1:3])
     save_file({"w": tensor[3:].clone()}, tmp_path / "shard-1.safetensors", metadata={"DCP_SHARDING_INFO": '{"w": {}}'})
     with pytest.raises(CheckpointError, match="does not say which part of w it holds"):
-        DcpSafetensorsFolder(tmp_path)
+        DcpSafetensorsDirectory(tmp_path)
     notes = {"DCP_SHARDING_INFO": '{"w": {"saved_offsets": [2, 0]}}'}
     save_file({"w": tensor[3:].clone()}, tmp_path / "shard-1.safetensors", metadata=notes)
     with pytest.raises(CheckpointError, match=r"w is covered twice|w has more chunks"):
-        DcpSafetensorsFolder(tmp_path)
+        DcpSafetensorsDirectory(tmp_path)
 
 
 def test_what_we_write_dcp_reads(tmp_path: Path) -> None:
@@ -207,13 +207,13 @@ def test_what_we_write_dcp_reads(tmp_path: Path) -> None:
     }
     assert same(loaded, tensors)
     assert state["train"] == {"step": 5}
-    folder = DcpFolder(tmp_path / "dcp")
+    folder = DcpDirectory(tmp_path / "dcp")
     assert same(read_all(folder), tensors)
     assert folder.values == {"train": {"step": 5}}
 
 
 def test_the_list_of_names_is_what_real_files_need(tmp_path: Path) -> None:
-    """Take any one name off the list, and some real file is no longer read."""
+    """Every name on the list is needed: without it, some real file cannot be read."""
     path = save(trained_state(), tmp_path / "dcp")
     needed: set[tuple[str, str]] = set()
 
@@ -238,12 +238,12 @@ def test_hostile_pickles_are_refused(tmp_path: Path, name: str) -> None:
     marker = tmp_path / "executed"
     (tmp_path / ".metadata").write_bytes(hostile_pickles(marker)[name])
     with pytest.raises(CheckpointError, match=r"\.metadata is refused"):
-        DcpFolder(tmp_path)
+        DcpDirectory(tmp_path)
     assert not marker.exists()
 
 
 def test_the_calls_would_have_been_made_by_pickle(tmp_path: Path) -> None:
-    """The marker does tell: Python's own unpickler runs these files."""
+    """The marker works: Python's own unpickler executes these files."""
     ran = 0
     for name, data in hostile_pickles(tmp_path / "executed").items():
         if name.startswith(("os.system", "eval", "exec", "INST")):
@@ -255,7 +255,7 @@ def test_the_calls_would_have_been_made_by_pickle(tmp_path: Path) -> None:
 
 
 class Record:
-    """A `.metadata` to be told wrong."""
+    """A `.metadata` that can be made wrong."""
 
     def __init__(self) -> None:
         self.shape, self.chunks = [4, 2], [([0, 0], [2, 2]), ([2, 0], [2, 2])]
@@ -303,20 +303,23 @@ def at(*places: tuple[str, list[int], str, int, int]) -> Callable[[], Record]:
 
 
 WRONG: dict[str, tuple[Callable[[], Record], str]] = {
-    "negative size": (wrong(shape=[-4, 2]), "'-4' stands where a size"),
-    "huge size": (wrong(shape=[1 << 62, 2]), "stands where a size"),
+    "negative size": (wrong(shape=[-4, 2]), "expected a size or an offset, found '-4'"),
+    "huge size": (wrong(shape=[1 << 62, 2]), "expected a size or an offset"),
     "product beyond 2^64": (wrong(shape=[1 << 40, 1 << 40]), "w has the impossible shape"),
     "nothing, and huge": (
         wrong(shape=[0, 1 << 61, 1 << 61], chunks=[([0] * 3, [0] * 3), ([1] * 3, [0] * 3)]),
         "impossible shape",
     ),
-    "100 dimensions": (wrong(shape=[1] * 100), "a shape is none"),
+    "100 dimensions": (wrong(shape=[1] * 100), "invalid shape"),
     "not covered": (wrong(shape=[5, 2]), "w is not covered by its chunks: they hold 8 of 10"),
     "covered twice": (wrong(chunks=[([0, 0], [2, 2]), ([1, 0], [2, 2])], shape=[4, 2]), "w is covered twice"),
     "a chunk outside": (wrong(chunks=[([0, 0], [2, 2]), ([3, 0], [2, 2])]), "outside of its shape"),
-    "a chunk without a place": (wrong(chunks=[([0, 0], [2, 2])] * 3), "3 pieces and 1 places"),
+    "a chunk without a place": (wrong(chunks=[([0, 0], [2, 2])] * 3), "3 chunks but only 1 of them"),
     "of other dimensions": (wrong(chunks=[([0], [2]), ([2], [2])]), "a chunk of 1 dimensions where the tensor has 2"),
-    "no place": (at(("w", [0, 0], "__0_0.distcp", 0, 9), ("x", [2, 0], "__0_0.distcp", 0, 9)), "2 pieces and 1 places"),
+    "no place": (
+        at(("w", [0, 0], "__0_0.distcp", 0, 9), ("x", [2, 0], "__0_0.distcp", 0, 9)),
+        "2 chunks but only 1 of them",
+    ),
     "file above": (at(("w", [0, 0], "../x", 0, 9), ("w", [2, 0], "../x", 0, 9)), "'../x', which is not a file"),
     "absolute file": (at(("w", [0, 0], "/etc/passwd", 0, 9)), "'/etc/passwd', which is not"),
     "file beneath": (at(("w", [0, 0], "a/b", 0, 9), ("w", [2, 0], "a/b", 0, 9)), "'a/b', which is not a file"),
@@ -325,28 +328,31 @@ WRONG: dict[str, tuple[Callable[[], Record], str]] = {
     "file above on Windows": (at(("w", [0, 0], "..\\x", 0, 9)), "which is not a file"),
     "a zero byte": (at(("w", [0, 0], "x\0y", 0, 9)), "which is not a file"),
     "no file": (at(("w", [0, 0], "", 0, 9), ("w", [2, 0], "", 0, 9)), "'', which is not a file"),
-    "missing file": (at(("w", [0, 0], "y", 0, 9), ("w", [2, 0], "y", 0, 9)), "y does not read"),
+    "missing file": (at(("w", [0, 0], "y", 0, 9), ("w", [2, 0], "y", 0, 9)), "y cannot be read"),
     "beyond the file": (
         at(("w", [0, 0], "__0_0.distcp", 0, 1 << 50), ("w", [2, 0], "__0_0.distcp", 0, 9)),
-        "__0_0.distcp is cut short",
+        "__0_0.distcp is truncated",
     ),
-    "negative start": (at(("w", [0, 0], "__0_0.distcp", -5, 9), ("w", [2, 0], "__0_0.distcp", 0, 9)), "'-5' stands"),
-    "storage of another kind": (wrong(extra={"storage_data": [1]}), "a list stands where the table of places"),
-    "name that is no text": (wrong(names=[3]), "a int stands where a name"),
+    "negative start": (
+        at(("w", [0, 0], "__0_0.distcp", -5, 9), ("w", [2, 0], "__0_0.distcp", 0, 9)),
+        "expected a size or an offset, found '-5'",
+    ),
+    "storage of another kind": (wrong(extra={"storage_data": [1]}), "expected the dict of locations, found a list"),
+    "name that is not text": (wrong(names=[3]), "expected a name, found a int"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_records_that_contradict_themselves_are_refused(tmp_path: Path, name: str) -> None:
-    make, told = WRONG[name]
+    make, message = WRONG[name]
     make().write(tmp_path)
     with pytest.raises(CheckpointError) as error:
-        DcpFolder(tmp_path)
-    assert told in str(error.value)
+        DcpDirectory(tmp_path)
+    assert message in str(error.value)
 
 
-def test_the_record_itself_is_sound(tmp_path: Path) -> None:
-    assert torch.equal(DcpFolder(Record().write(tmp_path)).read("w"), torch.ones(4, 2))
+def test_the_record_itself_is_valid(tmp_path: Path) -> None:
+    assert torch.equal(DcpDirectory(Record().write(tmp_path)).read("w"), torch.ones(4, 2))
 
 
 def test_two_entries_of_one_path_are_refused(tmp_path: Path) -> None:
@@ -354,13 +360,13 @@ def test_two_entries_of_one_path_are_refused(tmp_path: Path) -> None:
     record.names, record.extra = ["w", "v"], {"planner_data": {"w": ("a",), "v": ("a",)}}
     record.chunks = [([0, 0], [4, 2])]
     record.places = [("w", [0, 0], "__0_0.distcp", 0, 9), ("v", [0, 0], "__0_0.distcp", 0, 9)]
-    with pytest.raises(CheckpointError, match="gives two entries one path"):
-        DcpFolder(record.write(tmp_path))
+    with pytest.raises(CheckpointError, match="gives two entries the same path"):
+        DcpDirectory(record.write(tmp_path))
 
 
 def test_half_a_character_in_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\.metadata is refused: the name .* cannot be written as UTF-8"):
-        DcpFolder(save({"w\ud800": torch.ones(2)}, tmp_path / "dcp"))
+        DcpDirectory(save({"w\ud800": torch.ones(2)}, tmp_path / "dcp"))
 
 
 def test_lists_named_a_thousand_times_cost_nothing(tmp_path: Path) -> None:
@@ -368,19 +374,19 @@ def test_lists_named_a_thousand_times_cost_nothing(tmp_path: Path) -> None:
     record = Record()
     record.names = [f"w{n}" for n in range(1000)]
     record.chunks = [([n, 0], [1, 2]) for n in range(1000)]
-    with pytest.raises(CheckpointError, match="1000 pieces and 0 places"):
-        DcpFolder(record.write(tmp_path))
+    with pytest.raises(CheckpointError, match="1000 chunks but only 0 of them"):
+        DcpDirectory(record.write(tmp_path))
 
 
 class TestEntriesThatAreNotWhatTheRecordSays:
-    def folder(self, tmp_path: Path, entry: bytes) -> DcpFolder:
+    def folder(self, tmp_path: Path, entry: bytes) -> DcpDirectory:
         record = Record()
         record.chunks = [([0, 0], [4, 2])]
         record.places = [("w", [0, 0], "own", 0, len(entry))]
         (tmp_path / "own").write_bytes(entry)
         stream = io.BytesIO()
         torch.save(torch.ones(4, 2), stream)
-        return DcpFolder(record.write(tmp_path))
+        return DcpDirectory(record.write(tmp_path))
 
     def saved(self, value: Any) -> bytes:
         stream = io.BytesIO()
@@ -394,22 +400,22 @@ class TestEntriesThatAreNotWhatTheRecordSays:
                 new.writestr(info.filename, change(info.filename, old.read(info)))
         return out.getvalue()
 
-    def test_a_sound_one(self, tmp_path: Path) -> None:
+    def test_a_valid_one(self, tmp_path: Path) -> None:
         assert torch.equal(self.folder(tmp_path, self.saved(torch.ones(4, 2))).read("w"), torch.ones(4, 2))
 
     @pytest.mark.parametrize(
-        ("value", "told"),
+        ("value", "message"),
         [
-            (torch.ones(4, 3), "holds something else"),
-            (torch.ones(4, 2).double(), "holds something else"),
-            ("text", "holds something else"),
+            (torch.ones(4, 3), "found something else"),
+            (torch.ones(4, 2).double(), "found something else"),
+            ("text", "found something else"),
             (torch.ones(2).expand(4, 2), "larger than its data"),
-            (torch.ones(4, 2).to_sparse(), "dense tensors are wanted"),
-            (torch.ones(4, 2, device="meta"), "dense tensors are wanted"),
+            (torch.ones(4, 2).to_sparse(), "expected dense tensors"),
+            (torch.ones(4, 2, device="meta"), "expected dense tensors"),
         ],
     )
-    def test_another_value(self, tmp_path: Path, value: Any, told: str) -> None:
-        with pytest.raises(CheckpointError, match=told):
+    def test_another_value(self, tmp_path: Path, value: Any, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
             self.folder(tmp_path, self.saved(value)).read("w")
 
     def test_a_hostile_one(self, tmp_path: Path) -> None:
@@ -426,18 +432,18 @@ class TestEntriesThatAreNotWhatTheRecordSays:
 
     def test_a_storage_that_is_too_short(self, tmp_path: Path) -> None:
         entry = self.rezipped(self.saved(torch.ones(4, 2)), lambda name, data: data[:8] if "/data/" in name else data)
-        with pytest.raises(CheckpointError, match=r"does not read|larger than its data"):
+        with pytest.raises(CheckpointError, match=r"cannot be read|larger than its data"):
             self.folder(tmp_path, entry).read("w")
 
     def test_no_archive(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="it is no zip archive"):
+        with pytest.raises(CheckpointError, match="it is not a zip archive"):
             self.folder(tmp_path, pickle.dumps(torch.ones(4, 2))).read("w")
 
 
-def test_values_that_are_no_json_are_left_out_and_named(tmp_path: Path) -> None:
+def test_values_that_are_not_json_are_left_out_and_named(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     state = {"w": torch.ones(2), "good": 3, "set": {1, 2}, "object": Call(os.system, f"touch {marker}")}
-    folder = DcpFolder(save(state, tmp_path / "dcp"))
+    folder = DcpDirectory(save(state, tmp_path / "dcp"))
     assert folder.values == {"good": 3}
     assert set(folder.left_out) == {"set", "object"}
     assert "Nothing was executed" in folder.left_out["object"]

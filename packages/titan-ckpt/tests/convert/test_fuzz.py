@@ -33,18 +33,18 @@ ODD = st.one_of(st.sampled_from(ODD_VALUES), st.integers(), st.text(max_size=8))
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("sound"))
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("valid"))
 
 
 @pytest.fixture(scope="module")
-def forged(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(sound, tmp_path_factory.mktemp("fuzz") / sound.name))
+def forged(valid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(valid, tmp_path_factory.mktemp("fuzz") / valid.name))
 
 
-def restore(sound: Path, forged: Path) -> None:
+def restore(valid: Path, forged: Path) -> None:
     for name in FILES:
-        (forged / name).write_bytes((sound / name).read_bytes())
+        (forged / name).write_bytes((valid / name).read_bytes())
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], Any] | None:
@@ -89,10 +89,10 @@ def changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 @FUZZ
 @given(data=st.data())
-def test_bytes_that_change_are_noticed(sound: Path, forged: Path, data: st.DataObject) -> None:
-    restore(sound, forged)
+def test_bytes_that_change_are_noticed(valid: Path, forged: Path, data: st.DataObject) -> None:
+    restore(valid, forged)
     name = data.draw(st.sampled_from(FILES))
-    before = (sound / name).read_bytes()
+    before = (valid / name).read_bytes()
     (forged / name).write_bytes(changed(before, data.draw(byte_changes(len(before)))))
     found = read(forged)
     if found is not None:
@@ -103,11 +103,11 @@ def test_bytes_that_change_are_noticed(sound: Path, forged: Path, data: st.DataO
 
 @FUZZ
 @given(data=st.data())
-def test_bytes_that_change_under_sound_checksums(sound: Path, forged: Path, data: st.DataObject) -> None:
-    restore(sound, forged)
+def test_bytes_that_change_under_valid_checksums(valid: Path, forged: Path, data: st.DataObject) -> None:
+    restore(valid, forged)
     name = data.draw(st.sampled_from(FILES[1:]))
-    before = (sound / name).read_bytes()
-    # Most of a header or an index, not of the data: there the checksums of pieces tell.
+    before = (valid / name).read_bytes()
+    # Most of a header or an index, not of the data, which the checksums of pieces protect.
     (forged / name).write_bytes(changed(before, data.draw(byte_changes(min(len(before), 400)))))
     seal(forged)
     read(forged)
@@ -155,9 +155,9 @@ def mutate(draw: Any, content: Any) -> Any:
 
 @FUZZ
 @given(data=st.data())
-def test_any_state_json(sound: Path, forged: Path, data: st.DataObject) -> None:
-    restore(sound, forged)
-    content = mutate(data.draw, json.loads((sound / "state.json").read_text()))
+def test_any_state_json(valid: Path, forged: Path, data: st.DataObject) -> None:
+    restore(valid, forged)
+    content = mutate(data.draw, json.loads((valid / "state.json").read_text()))
     (forged / "state.json").write_text(json.dumps(content))
     seal(forged)
     read(forged)
@@ -166,11 +166,11 @@ def test_any_state_json(sound: Path, forged: Path, data: st.DataObject) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_any_manifest(sound: Path, forged: Path, data: st.DataObject) -> None:
+def test_any_manifest(valid: Path, forged: Path, data: st.DataObject) -> None:
     from titan_ckpt.format.manifest import digest_of
 
-    restore(sound, forged)
-    content = json.loads((sound / "manifest.json").read_text())
+    restore(valid, forged)
+    content = json.loads((valid / "manifest.json").read_text())
     del content["digest"]
     content = mutate(data.draw, content)
     if isinstance(content, dict):
@@ -184,9 +184,9 @@ def test_any_manifest(sound: Path, forged: Path, data: st.DataObject) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_any_header(sound: Path, forged: Path, data: st.DataObject) -> None:
-    restore(sound, forged)
-    header, body = split_file(sound)
+def test_any_header(valid: Path, forged: Path, data: st.DataObject) -> None:
+    restore(valid, forged)
+    header, body = split_file(valid)
     text = json.dumps(mutate(data.draw, header)).encode()
     length = data.draw(st.one_of(st.just(len(text)), st.integers(0, 2 * len(text)), st.integers(0, (1 << 64) - 1)))
     forge_file(text, body, length)(forged)

@@ -16,19 +16,19 @@ from titan_ckpt import CheckpointError, open_source, verify
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_checkpoint(tmp_path_factory.mktemp("sound"))
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_checkpoint(tmp_path_factory.mktemp("valid"))
     use(path)
     return path
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_forged_checkpoints_are_refused(sound: Path, tmp_path: Path, name: str) -> None:
-    forge, told = FORGED[name]
-    path = Path(shutil.copytree(sound, tmp_path / sound.name))
+def test_forged_checkpoints_are_refused(valid: Path, tmp_path: Path, name: str) -> None:
+    forge, expected = FORGED[name]
+    path = Path(shutil.copytree(valid, tmp_path / valid.name))
     forge(path)
     message = refusal(path)
-    assert any(part in message for part in told.split("|")), message
+    assert any(part in message for part in expected.split("|")), message
     assert len(message) < 2000
     assert verify(str(path), "checksum") != []
     assert isinstance(verify(str(path)), list)
@@ -55,9 +55,9 @@ def test_none_of_them_takes_memory(tmp_path: Path) -> None:
     ],
 )
 def test_pipes_are_refused_everywhere(tmp_path: Path, kind: str, name: str, beside: dict[str, str]) -> None:
-    """Whoever opens one waits for ever."""
+    """Opening one blocks forever."""
     for other, content in beside.items():
         (tmp_path / other).write_text(content)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+    with pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
         open_source(str(tmp_path / name if kind == "torch" else tmp_path), kind)

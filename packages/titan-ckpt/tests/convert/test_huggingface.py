@@ -22,15 +22,15 @@ from ckpt_sources import (
     prefixed,
     read_all,
     same,
-    small_foreign,
+    small_external,
+    small_internal,
     small_map,
-    small_native,
 )
 from ckpt_states import Held
 from titan_ckpt import Checkpointer, CheckpointError, import_weights, open_source
-from titan_ckpt.convert.huggingface.reader import HuggingFaceFolder
+from titan_ckpt.convert.huggingface.reader import HuggingFaceDirectory
 from titan_ckpt.convert.huggingface.writer import HuggingFaceExport, export
-from titan_ckpt.convert.source import Under
+from titan_ckpt.convert.source import StripPrefix
 from titan_ckpt.convert.titan_writer import write_titan
 from titan_ckpt.convert.weight_map import Mapped
 
@@ -47,9 +47,9 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("max_file_bytes", [1, 40, 100, 5_000_000_000])
 def test_export_gives_what_the_map_says(tmp_path: Path, max_file_bytes: int) -> None:
-    source = Tensors(prefixed(small_native()) | {"optimizer/qkv.exp_avg": torch.zeros(8, 4)})
+    source = Tensors(prefixed(small_internal()) | {"optimizer/qkv.exp_avg": torch.zeros(8, 4)})
     export(source, tmp_path / "out", small_map(), max_file_bytes=max_file_bytes)
-    assert same(read_folder(tmp_path / "out"), small_foreign())
+    assert same(read_folder(tmp_path / "out"), small_external())
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "small"}
     assert "optimizer/qkv.exp_avg" not in source.whole
     assert sorted(source.whole) == sorted(set(source.whole)), "each tensor is read once, the tied one too"
@@ -62,7 +62,7 @@ def test_export_gives_what_the_map_says(tmp_path: Path, max_file_bytes: int) -> 
     else:
         assert names == [f"model-{place:05d}-of-{len(names):05d}.safetensors" for place in range(1, len(names) + 1)]
         content = json.loads(index.read_text())
-        assert content["metadata"]["total_size"] == sum(t.nbytes for t in small_foreign().values())
+        assert content["metadata"]["total_size"] == sum(t.nbytes for t in small_external().values())
         for name, file in content["weight_map"].items():
             assert name in load_file(tmp_path / "out" / file)
         sizes = [sum(t.nbytes for t in load_file(tmp_path / "out" / name).values()) for name in names]
@@ -71,26 +71,26 @@ def test_export_gives_what_the_map_says(tmp_path: Path, max_file_bytes: int) -> 
 
 
 def test_import_gives_the_native_tensors_back(tmp_path: Path) -> None:
-    export(Tensors(prefixed(small_native())), tmp_path / "out", small_map(), max_file_bytes=64)
-    folder = HuggingFaceFolder(tmp_path / "out")
-    assert same(read_all(folder), small_foreign())
+    export(Tensors(prefixed(small_internal())), tmp_path / "out", small_map(), max_file_bytes=64)
+    folder = HuggingFaceDirectory(tmp_path / "out")
+    assert same(read_all(folder), small_external())
     assert folder.config == {"model_type": "small"}
-    assert same(read_all(Mapped(folder, small_map().rules, "to_native")), small_native())
+    assert same(read_all(Mapped(folder, small_map().rules, "to_internal")), small_internal())
 
 
 def test_a_checkpoint_made_of_it_loads(tmp_path: Path) -> None:
-    export(Tensors(prefixed(small_native())), tmp_path / "hf", small_map())
+    export(Tensors(prefixed(small_internal())), tmp_path / "hf", small_map())
     weights = open_source(str(tmp_path / "hf"))
     with pytest.raises(CheckpointError, match=r"unexpected, not in the map \(1\):\n    ln"):
         import_weights(weights, tmp_path / "run", 3, Map(small_map().rules[:-1]))
     import_weights(weights, tmp_path / "run", 3, Map(small_map().rules[:-1]), ignore=["l?"], dtype=torch.bfloat16)
-    wanted = {name: tensor.bfloat16() for name, tensor in small_native().items() if name != "norm"}
+    wanted = {name: tensor.bfloat16() for name, tensor in small_internal().items() if name != "norm"}
     model = Held(**{name: torch.zeros_like(tensor) for name, tensor in wanted.items()})
     Checkpointer(tmp_path / "run").load({"model": model}, step=3)
     assert same(model.state, wanted)
 
 
-def test_export_without_a_map_keeps_names_and_types_unless_told(tmp_path: Path) -> None:
+def test_export_without_a_map_keeps_names_and_types_unless_asked(tmp_path: Path) -> None:
     tensors = {
         "a.w": torch.randn(3, 2),
         "mask": torch.tensor([True, False]),
@@ -109,48 +109,53 @@ def test_export_without_a_map_keeps_names_and_types_unless_told(tmp_path: Path) 
 
 def test_extra_files_are_copied(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{}")
-    source = Tensors(prefixed(small_native()))
+    source = Tensors(prefixed(small_internal()))
     export(source, tmp_path / "out", small_map(), extra_files=[tmp_path / "generation_config.json"])
     assert (tmp_path / "out/generation_config.json").read_text() == "{}"
     (tmp_path / "config.json").write_text("{}")
-    for path, told in ((tmp_path / "config.json", "writes its own config.json"), (tmp_path / "none", "is no file")):
-        with pytest.raises(CheckpointError, match=told):
+    for path, message in (
+        (tmp_path / "config.json", "conflicts with the config.json"),
+        (tmp_path / "none", "is not a file"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
             export(source, tmp_path / "again", small_map(), extra_files=[path])
     assert not (tmp_path / "again").exists()
 
 
 class TestAMapThatDoesNotFit:
-    def told(self, rules: list[Any], native: dict[str, torch.Tensor], tmp_path: Path) -> str:
-        source = Tensors(prefixed(native))
+    def message_of(self, rules: list[Any], internal: dict[str, torch.Tensor], tmp_path: Path) -> str:
+        source = Tensors(prefixed(internal))
         with pytest.raises(CheckpointError) as error:
             export(source, tmp_path / "out", Map(rules))
         assert not source.whole, "found before anything is read"
         assert list(tmp_path.iterdir()) == []
         return str(error.value)
 
-    def test_all_names_are_told_at_once(self, tmp_path: Path) -> None:
+    def test_all_names_are_reported_at_once(self, tmp_path: Path) -> None:
         rules = [Rename(["a"], ["A"]), Rename(["gone"], ["G"]), Rename(["lost"], ["L"])]
-        told = self.told(rules, {"a": torch.ones(1), "new": torch.ones(1)}, tmp_path)
-        assert "missing, wanted by the map (2):\n    gone\n    lost" in told
-        assert "unexpected, not in the map (1):\n    new" in told
+        message = self.message_of(rules, {"a": torch.ones(1), "new": torch.ones(1)}, tmp_path)
+        assert "missing, needed by the map (2):\n    gone\n    lost" in message
+        assert "unexpected, not in the map (1):\n    new" in message
 
     def test_a_name_made_twice(self, tmp_path: Path) -> None:
         rules = [Rename(["a"], ["A"]), Rename(["b"], ["A"])]
-        assert "makes A more than once" in self.told(rules, {"a": torch.ones(1), "b": torch.ones(1)}, tmp_path)
+        assert "makes A more than once" in self.message_of(rules, {"a": torch.ones(1), "b": torch.ones(1)}, tmp_path)
 
     def test_a_rule_that_fails(self, tmp_path: Path) -> None:
-        told = self.told([Fused(["a"], ["A", "B"], [3, 3])], {"a": torch.ones(5)}, tmp_path)
-        assert "the weight map's rule for a [5] failed: RuntimeError" in told
+        message = self.message_of([Fused(["a"], ["A", "B"], [3, 3])], {"a": torch.ones(5)}, tmp_path)
+        assert "the weight map's rule for a [5] failed: RuntimeError" in message
 
     def test_a_rule_that_returns_something_else(self, tmp_path: Path) -> None:
         class Liar(Rename):
-            def to_foreign(self, tensors: Any) -> dict[str, torch.Tensor]:
+            def to_external(self, tensors: Any) -> dict[str, torch.Tensor]:
                 return {"B": tensors["a"]}
 
-        assert "rule for A returned ['B'] instead" in self.told([Liar(["a"], ["A"])], {"a": torch.ones(5)}, tmp_path)
+        assert "rule for A returned ['B'] instead" in self.message_of(
+            [Liar(["a"], ["A"])], {"a": torch.ones(5)}, tmp_path
+        )
 
     def test_a_prefix_that_nothing_has(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"names begin with opt/, w\. Give the prefix"):
+        with pytest.raises(CheckpointError, match=r"names start with opt/, w\. Give the prefix"):
             export(Tensors({"w": torch.ones(1), "opt/w": torch.ones(1)}), tmp_path / "out")
 
 
@@ -158,17 +163,17 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path) -> None:
     class Failing(Tensors):
         def read(self, name: str) -> torch.Tensor:
             if name == "model/norm":
-                raise CheckpointError("damaged")
+                raise CheckpointError("corrupt")
             return super().read(name)
 
-    with pytest.raises(CheckpointError, match="damaged"):
-        export(Failing(prefixed(small_native())), tmp_path / "out", small_map(), max_file_bytes=50)
+    with pytest.raises(CheckpointError, match="corrupt"):
+        export(Failing(prefixed(small_internal())), tmp_path / "out", small_map(), max_file_bytes=50)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    source = Tensors(prefixed(small_native()))
+    source = Tensors(prefixed(small_internal()))
     export(source, tmp_path / "out", small_map())  # an empty folder is as good as none
     with pytest.raises(CheckpointError, match="exists: give a new name"):
         export(source, tmp_path / "out", small_map())
@@ -179,7 +184,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_map_there_and_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    native: dict[str, torch.Tensor] = {}
+    internal: dict[str, torch.Tensor] = {}
     rules: list[Any] = []
     for place in range(data.draw(st.integers(1, 6))):
         kind = data.draw(st.sampled_from([Rename, Transpose, Tied, Fused]))
@@ -195,16 +200,16 @@ def test_any_map_there_and_back(tmp_path_factory: pytest.TempPathFactory, data: 
         else:
             names += [f"t{place}"] if kind is Tied else []
             rules.append(kind(names, [f"f{place}"]))
-        native |= dict.fromkeys(names, tensor)
+        internal |= dict.fromkeys(names, tensor)
     folder = tmp_path_factory.mktemp("any") / "out"
-    export(Tensors(prefixed(native)), folder, Map(rules), max_file_bytes=data.draw(st.integers(1, 64)))
-    assert same(read_all(Mapped(HuggingFaceFolder(folder), rules, "to_native")), native)
+    export(Tensors(prefixed(internal)), folder, Map(rules), max_file_bytes=data.draw(st.integers(1, 64)))
+    assert same(read_all(Mapped(HuggingFaceDirectory(folder), rules, "to_internal")), internal)
 
 
 class TestAFolderThatIsNotAsItsIndexSays:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        export(Tensors(prefixed(small_native())), tmp_path / "out", small_map(), max_file_bytes=80)
+        export(Tensors(prefixed(small_internal())), tmp_path / "out", small_map(), max_file_bytes=80)
         return tmp_path / "out"
 
     def edit(self, folder: Path, change: Any) -> None:
@@ -213,14 +218,14 @@ class TestAFolderThatIsNotAsItsIndexSays:
         change(content)
         path.write_text(json.dumps(content))
 
-    def test_missing_and_unexpected_are_told_together(self, folder: Path) -> None:
+    def test_missing_and_unexpected_are_reported_together(self, folder: Path) -> None:
         def change(content: dict[str, Any]) -> None:
             content["weight_map"]["ghost"] = content["weight_map"]["q"]
             del content["weight_map"]["k"]
 
         self.edit(folder, change)
         with pytest.raises(CheckpointError) as error:
-            HuggingFaceFolder(folder)
+            HuggingFaceDirectory(folder)
         assert "missing (1):\n    ghost in model-" in str(error.value)
         assert "unexpected, not in the index (1):\n    k in model-" in str(error.value)
 
@@ -229,31 +234,31 @@ class TestAFolderThatIsNotAsItsIndexSays:
     )
     def test_a_file_elsewhere(self, folder: Path, name: Any) -> None:
         self.edit(folder, lambda content: content["weight_map"].update(q=name))
-        with pytest.raises(CheckpointError, match=r'not one of its folder|has no "weight_map"'):
-            HuggingFaceFolder(folder)
+        with pytest.raises(CheckpointError, match=r'is not in its directory|has no "weight_map"'):
+            HuggingFaceDirectory(folder)
 
     def test_a_missing_file(self, folder: Path) -> None:
         (folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["q"]).unlink()
-        with pytest.raises(CheckpointError, match=r"safetensors does not read \(No such file"):
-            HuggingFaceFolder(folder)
+        with pytest.raises(CheckpointError, match=r"safetensors cannot be read \(No such file"):
+            HuggingFaceDirectory(folder)
 
     def test_no_weights_at_all(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="there is no such folder"):
-            HuggingFaceFolder(tmp_path / "none")
+        with pytest.raises(CheckpointError, match="no such directory"):
+            HuggingFaceDirectory(tmp_path / "none")
         (tmp_path / "pytorch_model.bin").touch()
         with pytest.raises(CheckpointError, match=r"only pytorch_model.bin: .* --from torch"):
-            HuggingFaceFolder(tmp_path)
+            HuggingFaceDirectory(tmp_path)
 
 
 def test_a_source_is_read_in_slices(tmp_path: Path) -> None:
     tensor = torch.arange(24.0).reshape(4, 6)
     save_file({"w": tensor, "s": torch.tensor(1.5), "none": torch.empty(0, 3)}, tmp_path / "model.safetensors")
-    folder = HuggingFaceFolder(tmp_path)
+    folder = HuggingFaceDirectory(tmp_path)
     assert torch.equal(folder.read_slice("w", (1, 2), (2, 3)), tensor[1:3, 2:5])
     assert folder.read_slice("w", (1, 2), (0, 3)).shape == (0, 3)
     assert folder.read_slice("s", (), ()).item() == 1.5
     assert folder.read_slice("none", (0, 1), (0, 2)).shape == (0, 2)
-    assert same(read_all(Under(folder, "")), {"w": tensor, "s": torch.tensor(1.5), "none": torch.empty(0, 3)})
+    assert same(read_all(StripPrefix(folder, "")), {"w": tensor, "s": torch.tensor(1.5), "none": torch.empty(0, 3)})
 
 
 LLAMA = {
@@ -302,10 +307,10 @@ def test_transformers_loads_it_with_the_same_logits(tmp_path: Path, tied: bool) 
 
     weights = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     weight_map = llama_map(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, tied)
-    native = read_all(Mapped(Tensors(weights), weight_map.rules, "to_native"))
-    assert native["layers.0.qkv"].shape == (64, 32)
+    internal = read_all(Mapped(Tensors(weights), weight_map.rules, "to_internal"))
+    assert internal["layers.0.qkv"].shape == (64, 32)
 
-    export(Tensors(prefixed(native)), tmp_path / "out", weight_map, max_file_bytes=20_000)
+    export(Tensors(prefixed(internal)), tmp_path / "out", weight_map, max_file_bytes=20_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
@@ -314,9 +319,9 @@ def test_transformers_loads_it_with_the_same_logits(tmp_path: Path, tied: bool) 
         assert torch.equal(loaded.eval()(tokens).logits, wanted)
 
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert same(read_all(Mapped(HuggingFaceFolder(tmp_path / "theirs"), weight_map.rules, "to_native")), native)
+    assert same(read_all(Mapped(HuggingFaceDirectory(tmp_path / "theirs"), weight_map.rules, "to_internal")), internal)
 
-    export(Tensors(prefixed(native)), tmp_path / "half", weight_map, dtype=torch.bfloat16)
+    export(Tensors(prefixed(internal)), tmp_path / "half", weight_map, dtype=torch.bfloat16)
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
     assert half.dtype == torch.bfloat16
 
@@ -374,7 +379,7 @@ def export_under_a_limit(tmp_path: Path, tensors: int, tensor_bytes: int, file_b
         },
     )
     assert done.returncode == 0, done.stderr
-    assert len(HuggingFaceFolder(tmp_path / "out").tensors) == 4 * tensors
+    assert len(HuggingFaceDirectory(tmp_path / "out").tensors) == 4 * tensors
     return int(done.stdout)
 
 
@@ -404,12 +409,12 @@ def test_half_a_character_in_a_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_each_checkpoint_is_exported_as_it_is_published(tmp_path: Path) -> None:
-    state = {"model": Held(**small_native()), "progress": Held(step=1)}
+    state = {"model": Held(**small_internal()), "progress": Held(step=1)}
     export_each = HuggingFaceExport(tmp_path / "hf", small_map(), every=2, max_file_bytes=100)
-    ckpt = Checkpointer(tmp_path / "run", asynchronous=True, also=[export_each])
+    ckpt = Checkpointer(tmp_path / "run", asynchronous=True, exporters=[export_each])
     for step in (1, 2, 3, 4):
         ckpt.save(step, state)
     ckpt.close()
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step-00000002", "step-00000004"]
-    assert same(read_folder(tmp_path / "hf/step-00000004"), small_foreign())
+    assert same(read_folder(tmp_path / "hf/step-00000004"), small_external())
     export_each(str(tmp_path / "run/step-00000004"))  # once more, after a restart: it is there and stays

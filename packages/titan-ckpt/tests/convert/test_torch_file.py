@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from ckpt_hostile import Call
-from ckpt_sources import Tensors, read_all, same, small_native
+from ckpt_sources import Tensors, read_all, same, small_internal
 from titan_ckpt import CheckpointError
-from titan_ckpt.convert.meta_llama import MetaFolder
+from titan_ckpt.convert.meta_llama import MetaDirectory
 from titan_ckpt.convert.torch_file import TorchFile, export_torch
 
 
 def test_what_we_write_torch_loads(tmp_path: Path) -> None:
-    tensors = small_native() | {"s": torch.tensor(2.5), "none": torch.empty(0, 3), "flag": torch.tensor([True, False])}
+    tensors = small_internal() | {
+        "s": torch.tensor(2.5),
+        "none": torch.empty(0, 3),
+        "flag": torch.tensor([True, False]),
+    }
     source = Tensors(tensors)
     export_torch(source, tmp_path / "w.pt")
     assert same(torch.load(tmp_path / "w.pt", weights_only=True), tensors)
@@ -38,10 +42,10 @@ def test_nothing_but_empty_tensors(tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     class Failing(Tensors):
         def read(self, name: str) -> torch.Tensor:
-            raise CheckpointError("damaged")
+            raise CheckpointError("corrupt")
 
-    with pytest.raises(CheckpointError, match="damaged"):
-        export_torch(Failing(small_native()), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="corrupt"):
+        export_torch(Failing(small_internal()), tmp_path / "w.pt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,22 +65,22 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "eval": ({"w": Call(eval, "__import__('os').mknod('executed')")}, r"is refused: .*eval.*Nothing was executed"),
     "a tensor that repeats four bytes": ({"w": torch.ones(1).expand(1 << 40)}, r"larger than its data"),
     "a tensor in a list": ({"w": [torch.ones(1).expand(1 << 40)]}, r"larger than its data"),
-    "a sparse tensor": ({"w": torch.eye(3).to_sparse()}, r"dense tensors are wanted"),
-    "no dict": ([torch.ones(2)], r"holds a list where a dict"),
+    "a sparse tensor": ({"w": torch.eye(3).to_sparse()}, r"expected dense tensors"),
+    "no dict": ([torch.ones(2)], r"holds a list, expected a dict of tensors"),
     "a whole module": (torch.nn.Linear(2, 2), r"is refused: .*Linear"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    value, told = HOSTILE[name]
+    value, message = HOSTILE[name]
     monkeypatch.chdir(tmp_path)
     torch.save(value, "w.pth")
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         TorchFile("w.pth")
     Path("consolidated.00.pth").write_bytes(Path("w.pth").read_bytes())
-    with pytest.raises(CheckpointError, match=told):
-        MetaFolder(".")
+    with pytest.raises(CheckpointError, match=message):
+        MetaDirectory(".")
     assert not Path("executed").exists()
 
 
@@ -117,7 +121,7 @@ def test_nesting_without_end_is_refused(tmp_path: Path) -> None:
     for _ in range(100):
         value = {"x": value}
     torch.save(value, tmp_path / "deep.pt")
-    with pytest.raises(CheckpointError, match="nested deeper than any state"):
+    with pytest.raises(CheckpointError, match="nested deeper than 32 levels"):
         TorchFile(tmp_path / "deep.pt")
 
 
@@ -159,7 +163,7 @@ def write_meta(folder: Path, ranks: int, embedding_dim: int) -> None:
 @pytest.mark.parametrize(("ranks", "embedding_dim"), [(1, 0), (2, 0), (2, 1)])
 def test_metas_shards_are_joined(tmp_path: Path, ranks: int, embedding_dim: int) -> None:
     write_meta(tmp_path / "meta", ranks, embedding_dim)
-    folder = MetaFolder(tmp_path / "meta")
+    folder = MetaDirectory(tmp_path / "meta")
     assert same(read_all(folder), llama())
     assert folder.params["n_layers"] == 2
     part = folder.read_slice("layers.0.attention.wo.weight", (2, 3), (4, 3))
@@ -169,22 +173,22 @@ def test_metas_shards_are_joined(tmp_path: Path, ranks: int, embedding_dim: int)
 def test_metas_shards_that_do_not_fit(tmp_path: Path) -> None:
     write_meta(tmp_path / "meta", 2, 0)
     second = tmp_path / "meta/consolidated.01.pth"
-    sound = torch.load(second, weights_only=True)
+    valid = torch.load(second, weights_only=True)
     changes: dict[str, tuple[str, torch.Tensor | None, str]] = {
         "missing": ("layers.0.attention.wq.weight", None, r"wq.weight is not in all files"),
         "extra": ("layers.9.attention.wq.weight", torch.ones(2, 2), r"layers.9.attention.wq.weight is not in all"),
         "misshaped": ("layers.0.attention.wq.weight", torch.ones(4, 7), r"do not fit together along dimension 0"),
         "other dims": ("layers.0.attention.wo.weight", torch.ones(4).bfloat16(), r"do not fit together along dim"),
-        "norm": ("norm.weight", torch.ones(3), r"norm.weight is not the same in all files"),
+        "norm": ("norm.weight", torch.ones(3), r"norm.weight differs between files"),
     }
-    for name, tensor, told in changes.values():
-        changed = {key: value for key, value in {**sound, name: tensor}.items() if value is not None}
+    for name, tensor, message in changes.values():
+        changed = {key: value for key, value in {**valid, name: tensor}.items() if value is not None}
         torch.save(changed, second)
-        with pytest.raises(CheckpointError, match=told):
-            MetaFolder(tmp_path / "meta")
+        with pytest.raises(CheckpointError, match=message):
+            MetaDirectory(tmp_path / "meta")
     second.unlink()
     (tmp_path / "meta/consolidated.00.pth").rename(second)
     with pytest.raises(CheckpointError, match=r"has consolidated.01.pth: one is missing"):
-        MetaFolder(tmp_path / "meta")
+        MetaDirectory(tmp_path / "meta")
     with pytest.raises(CheckpointError, match=r"holds no consolidated.00.pth"):
-        MetaFolder(tmp_path)
+        MetaDirectory(tmp_path)

@@ -1,6 +1,6 @@
-"""What torchtitan writes is read to the bit, and what is written for it, it goes on from.
+"""What torchtitan writes is read bit for bit, and it resumes from what is written for it.
 
-torchtitan is no dependency: `tools/isolated.py alone titan-ckpt` installs it beside the wheel and runs this.
+torchtitan is not a dependency: `tools/isolated.py alone titan-ckpt` installs it beside the wheel and runs this.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def different(left: dict[str, Any], right: dict[str, Any]) -> set[str]:
 
 def content(path: Path) -> dict[str, Any]:
     source = open_source(path)
-    assert source.values["dataloader"] == {"world_size": 2}  # and a pickle for each rank, which nobody opens
+    assert source.values["dataloader"] == {"world_size": 2}  # and a pickle for each rank, which is never opened
     values = {
         f"{top}/{name}": value
         for top, part in source.values.items()
@@ -53,8 +53,8 @@ def test_to_titan_and_back(
     assert different(content(written), saved) == set()
 
     assert main(["convert", str(written), str(ours), "--to", "titan", "--step", "2"]) == 0
-    told = capsys.readouterr()
-    assert "left out dataloader/dp_rank_1" in told.out + told.err
+    message = capsys.readouterr()
+    assert "left out dataloader/dp_rank_1" in message.out + message.err
     assert different(content(ours / "step-00000002"), saved) == set()
 
     back = tmp_path / "back/checkpoint/step-2"

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_ckpt.format.boxes import Box, boxes_of_range, flaw_in_cover, intersection, whole
+from titan_ckpt.format.boxes import Box, boxes_of_range, cover_problem, full_box, intersection
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
@@ -27,7 +27,7 @@ def two_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box, Box]:
 def cut_up(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
     """A shape, and boxes that cover it once: it is cut in two again and again."""
     shape = draw(SHAPES)
-    boxes = [whole(shape)]
+    boxes = [full_box(shape)]
     for _ in range(draw(st.integers(0, 5)) if shape else 0):
         box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
         dim = draw(st.integers(0, len(shape) - 1))
@@ -75,25 +75,25 @@ def test_the_boxes_of_a_run_hold_its_elements_in_order(shape: tuple[int, ...], d
 @settings(deadline=None)
 def test_what_covers_once_has_no_flaw(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, boxes = case
-    assert flaw_in_cover(shape, boxes) is None
+    assert cover_problem(shape, boxes) is None
 
 
 @given(cut_up(), st.data())
 @settings(deadline=None)
-def test_what_does_not_cover_once_is_told(case: tuple[tuple[int, ...], list[Box]], data: st.DataObject) -> None:
+def test_what_does_not_cover_once_is_reported(case: tuple[tuple[int, ...], list[Box]], data: st.DataObject) -> None:
     shape, boxes = case
     place = data.draw(st.integers(0, len(boxes) - 1))
     other = data.draw(shape_and_box(shape))[1]
     changed = [*boxes[:place], other, *boxes[place + 1 :]]
     times = sum((marked(shape, box).int() for box in changed), torch.zeros(shape, dtype=torch.int32))
-    assert (flaw_in_cover(shape, changed) is None) == bool((times == 1).all())
+    assert (cover_problem(shape, changed) is None) == bool((times == 1).all())
 
 
 def test_flaws_are_named() -> None:
-    assert flaw_in_cover((4,), [Box((0,), (3,))]) == "is not covered by its chunks: they hold 3 of 4 elements"
-    assert flaw_in_cover((4,), [Box((0,), (3,)), Box((2,), (2,))]) == "is covered twice at [2]"
-    assert flaw_in_cover((), [Box((), ()), Box((), ())]) == "is covered twice at []"
-    assert "outside of its shape" in str(flaw_in_cover((4,), [Box((2,), (3,))]))
-    assert "2 dimensions" in str(flaw_in_cover((4,), [Box((0, 0), (2, 2))]))
+    assert cover_problem((4,), [Box((0,), (3,))]) == "is not covered by its chunks: they hold 3 of 4 elements"
+    assert cover_problem((4,), [Box((0,), (3,)), Box((2,), (2,))]) == "is covered twice at [2]"
+    assert cover_problem((), [Box((), ()), Box((), ())]) == "is covered twice at []"
+    assert "outside of its shape" in str(cover_problem((4,), [Box((2,), (3,))]))
+    assert "2 dimensions" in str(cover_problem((4,), [Box((0, 0), (2, 2))]))
     # As many elements as there should be, yet one twice and one never.
-    assert flaw_in_cover((4,), [Box((0,), (2,)), Box((1,), (2,))]) == "is covered twice at [1]"
+    assert cover_problem((4,), [Box((0,), (2,)), Box((1,), (2,))]) == "is covered twice at [1]"

@@ -7,7 +7,7 @@ from ckpt_states import Held
 from titan_ckpt import Checkpointer, CheckpointError
 
 
-def test_all_differences_are_told_at_once_and_nothing_is_changed(tmp_path: Path) -> None:
+def test_all_differences_are_reported_at_once_and_nothing_is_changed(tmp_path: Path) -> None:
     ckpt = Checkpointer(tmp_path)
     saved = {f"w{place}": torch.ones(2, place + 1) for place in range(6)}
     ckpt.save(1, {"model": Held(**saved), "other": Held(x=torch.ones(1)), "data": Held(position=3)})
@@ -17,18 +17,18 @@ def test_all_differences_are_told_at_once_and_nothing_is_changed(tmp_path: Path)
     state = {"model": Held(**wanted), "data": Held(), "optimizer": Held(x=torch.zeros(1)), "loader": Held(at=0)}
     with pytest.raises(CheckpointError) as error:
         ckpt.load(state)
-    told = str(error.value)
-    lines = [line.strip() for line in told.splitlines()[1:]]
-    assert "step-00000001: it does not fit the state to load into" in told.splitlines()[0]
+    message = str(error.value)
+    lines = [line.strip() for line in message.splitlines()[1:]]
+    assert "step-00000001: the checkpoint does not match the state to load into" in message.splitlines()[0]
     assert lines == [
         "missing in the checkpoint (3):",
-        "loader (the whole entry)",
+        "loader (the entire entry)",
         "model/new~1one",
-        "optimizer (the whole entry)",
+        "optimizer (the entire entry)",
         "unexpected, in the checkpoint but not asked for (2):",
         "model/w0",
         "model/w1",
-        "of another shape or type (2):",
+        "of another shape or dtype (2):",
         "model/w2: float32 [2, 3] in the checkpoint, float32 [3, 2] asked for",
         "model/w3: float32 [2, 4] in the checkpoint, float64 [2, 4] asked for",
     ]
@@ -52,7 +52,7 @@ def test_an_entry_may_hold_nothing(tmp_path: Path) -> None:
     assert state["tensors"].state == {"w": torch.ones(1)}
 
 
-def test_a_newer_one_that_does_not_fit_is_no_reason_to_take_an_older(tmp_path: Path) -> None:
+def test_a_newer_one_that_does_not_fit_does_not_fall_back_to_an_older(tmp_path: Path) -> None:
     ckpt = Checkpointer(tmp_path)
     ckpt.save(1, {"model": Held(w=torch.ones(1))})
     ckpt.save(2, {"model": Held(w=torch.ones(2))})

@@ -70,7 +70,9 @@ def test_an_entry_of_which_nothing_is_selected_is_left_alone(ckpt: Checkpointer)
 
 def test_a_pattern_that_means_nothing_is_an_error(ckpt: Checkpointer) -> None:
     for settings in ({"only": ["modl/*"]}, {"frozen": ["head"]}):
-        with pytest.raises(CheckpointError, match=r"the pattern '(modl/\*|head)' matches no name; names are such as"):
+        with pytest.raises(
+            CheckpointError, match=r"the pattern '(modl/\*|head)' matches no name; names are, for example,"
+        ):
             ckpt.load(blank(), **settings)  # type: ignore[arg-type]
 
 
@@ -82,12 +84,12 @@ def test_strict_tells_and_lenient_lists_exactly_what_differs(ckpt: Checkpointer)
     state["data"].state = {"position": 0, "epoch": 3}
     with pytest.raises(CheckpointError) as error:
         ckpt.load(state)
-    assert all(name in str(error.value) for name in ("model/new", "model/head", "more (the whole entry)"))
+    assert all(name in str(error.value) for name in ("model/new", "model/head", "more (the entire entry)"))
     assert flat(state | {"model": Held(**state["model"].state, head=torch.zeros(3))})["0"] == 0
 
     found = ckpt.load(state, strict=False)
     assert found is not None
-    assert found.missing == ("model/new", "more (the whole entry)")
+    assert found.missing == ("model/new", "more (the entire entry)")
     assert found.unexpected == ("model/head",)
     assert state["model"].state["new"].tolist() == [9.0] * 4
     assert state["more"].state["x"].tolist() == [9.0]

@@ -15,7 +15,7 @@ from titan_ckpt.storage import local
 
 
 class SmallDisk:
-    """Lets so many bytes be written, then no more."""
+    """Allows a number of bytes to be written, then fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = 1 << 40
@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written(tmpfs: Callable[[str], Path]) -> None:
     state = blank_state()
     assert ckpt.load(state) is not None  # reading needs no right to write
     assert holds_step(state, 1)
-    with pytest.raises(CheckpointError, match=f"could not claim {place}: OSError: .*Read-only file system"):
+    with pytest.raises(CheckpointError, match=f"could not lock {place}: OSError: .*Read-only file system"):
         ckpt.save(2, make_state(2))
 
 
@@ -124,7 +124,7 @@ def test_training_may_go_on_after_a_failed_save(
     ckpt.save(2, make_state(2))
     ckpt.wait()
     assert "step 2 was not saved" in caplog.text
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     with pytest.raises(CheckpointError, match="which has no state_dict"):
         ckpt.save(3, {"model": object()})  # type: ignore[dict-item]
     disk.left = 1 << 40
@@ -142,7 +142,7 @@ def test_a_pointer_that_cannot_be_moved_fails_no_save(
     monkeypatch.setattr(local.LocalStorage, "replace", refuse)
     with caplog.at_level(logging.WARNING):
         Checkpointer(tmp_path).save(1, make_state(1))
-    assert "could not move" in caplog.text
+    assert "could not update" in caplog.text
     assert [info.step for info in list_checkpoints(str(tmp_path))] == [1]
 
 
@@ -166,7 +166,7 @@ def test_everything_is_synced_before_it_is_published_and_the_pointer_moves_after
         replace(source, target)
 
     ckpt = Checkpointer(tmp_path)
-    ckpt.claim()
+    ckpt.acquire_lock()
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", renamed)
     monkeypatch.setattr(os, "replace", replaced)

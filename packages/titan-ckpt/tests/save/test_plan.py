@@ -9,8 +9,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from titan_ckpt import CheckpointError
-from titan_ckpt.format.boxes import Box, flaw_in_cover, whole
-from titan_ckpt.save.plan import divide
+from titan_ckpt.format.boxes import Box, cover_problem, full_box
+from titan_ckpt.save.plan import assign_writes
 from titan_ckpt.state.shards import Part, box_within_shards
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -30,7 +30,7 @@ def held_by_ranks(draw: st.DrawFn) -> list[list[Part]]:
             sharded = draw(st.booleans()) and rows > 0
             for place, rank in enumerate(ranks):
                 start, stop = rows * place // count, rows * (place + 1) // count
-                box = Box((start, 0), (stop - start, 3)) if sharded else whole((rows, 3))
+                box = Box((start, 0), (stop - start, 3)) if sharded else full_box((rows, 3))
                 if not sharded or stop > start:
                     held[rank].append(Part(f"w{number}", dtype, (rows, 3), box, str(ranks) if sharded else ""))
             if draw(st.booleans()):
@@ -41,7 +41,7 @@ def held_by_ranks(draw: st.DrawFn) -> list[list[Part]]:
 @given(held_by_ranks(), st.integers(1, 200))
 @settings(deadline=None)
 def test_every_element_is_written_once_by_one_that_has_it(held: list[list[Part]], file_bytes: int) -> None:
-    files = divide(held, file_bytes)
+    files = assign_writes(held, file_bytes)
     written: dict[str, list[Box]] = {}
     for of_rank in files:
         for part in (part for file in of_rank for part in file.parts):
@@ -49,7 +49,7 @@ def test_every_element_is_written_once_by_one_that_has_it(held: list[list[Part]]
     shapes = {part.name: part.shape for parts in held for part in parts}
     assert written.keys() == shapes.keys()
     for name, boxes in written.items():
-        assert flaw_in_cover(shapes[name], boxes) is None
+        assert cover_problem(shapes[name], boxes) is None
     for rank, of_rank in enumerate(files):
         for file in of_rank:
             assert set(file.parts) <= set(held[rank])
@@ -62,25 +62,25 @@ def test_every_element_is_written_once_by_one_that_has_it(held: list[list[Part]]
 
 
 def test_replicas_are_shared_out_evenly() -> None:
-    parts = [Part(f"w{n}", torch.float32, (100 + n,), whole((100 + n,))) for n in range(40)]
-    loads = [sum(part.nbytes for file in files for part in file.parts) for files in divide([parts] * 4, 1 << 30)]
+    parts = [Part(f"w{n}", torch.float32, (100 + n,), full_box((100 + n,))) for n in range(40)]
+    loads = [sum(part.nbytes for file in files for part in file.parts) for files in assign_writes([parts] * 4, 1 << 30)]
     assert max(loads) - min(loads) < 500 * 4
 
 
 def test_of_several_cuts_the_finest_is_written() -> None:
     """A tied weight that is one piece in the first pipeline stage and three in the last."""
-    one = Part("tied", torch.float32, (6,), whole((6,)))
+    one = Part("tied", torch.float32, (6,), full_box((6,)))
     three = [Part("tied", torch.float32, (6,), Box((at,), (2,)), "ranks 1 to 3") for at in (0, 2, 4)]
-    files = divide([[one], *([part] for part in three)], 1 << 30)
+    files = assign_writes([[one], *([part] for part in three)], 1 << 30)
     assert [[part for file in of_rank for part in file.parts] for of_rank in files] == [[], *([part] for part in three)]
     with pytest.raises(CheckpointError, match="tied, which is covered twice"):  # the last stage lacks a piece
-        divide([[one], *([part] for part in three[:2])], 1 << 30)
+        assign_writes([[one], *([part] for part in three[:2])], 1 << 30)
 
 
-def test_who_alone_has_much_gets_no_replicas() -> None:
-    own = Part("own", torch.float32, (1000,), whole((1000,)))
-    both = Part("both", torch.float32, (10,), whole((10,)))
-    first, second = divide([[own, both], [both]], 1 << 30)
+def test_a_rank_with_more_of_its_own_writes_fewer_replicas() -> None:
+    own = Part("own", torch.float32, (1000,), full_box((1000,)))
+    both = Part("both", torch.float32, (10,), full_box((10,)))
+    first, second = assign_writes([[own, both], [both]], 1 << 30)
     assert [part.name for file in first for part in file.parts] == ["own"]
     assert [part.name for file in second for part in file.parts] == ["both"]
 

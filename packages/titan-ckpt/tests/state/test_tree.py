@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from ckpt_states import Held
 from titan_ckpt import Checkpointer, CheckpointError
-from titan_ckpt.format.json_values import TUPLE_KEY, key_of, parts_of
+from titan_ckpt.format.json_values import TUPLE_KEY, key_of, path_of
 from titan_ckpt.state.tree import merge, split
 
 KEYS = st.text(max_size=4).filter(lambda key: key != TUPLE_KEY) | st.sampled_from(["/", "~", "~1", "a/b", "", "."])
@@ -30,7 +30,7 @@ STATES = st.recursive(
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equal to the bit and to the type; OrderedDict and dict are one."""
+    """Equal bit for bit and to the type; OrderedDict and dict are one."""
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     if type(left) is not type(right):
@@ -39,7 +39,7 @@ def same(left: Any, right: Any) -> bool:
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
-    return repr(left) == repr(right)  # tells -0.0 from 0.0
+    return repr(left) == repr(right)  # distinguishes -0.0 from 0.0
 
 
 @given(st.dictionaries(KEYS, STATES, max_size=3))
@@ -67,7 +67,7 @@ def test_any_state_survives_the_disk(
 
 @given(st.lists(st.text(), min_size=1), st.lists(st.text(), min_size=1))
 def test_each_path_has_a_key_of_its_own(path: list[str], other: list[str]) -> None:
-    assert parts_of(key_of(tuple(path))) == path
+    assert path_of(key_of(tuple(path))) == path
     assert (key_of(tuple(path)) == key_of(tuple(other))) == (path == other)
 
 
@@ -86,7 +86,7 @@ class Colour(enum.IntEnum):
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "message"),
     [
         ({"a": {"b": object()}}, r'state\["m"\]\["a"\]\["b"\] is a object'),
         ({"a": b"bytes"}, r'state\["m"\]\["a"\] is a bytes'),
@@ -95,22 +95,25 @@ class Colour(enum.IntEnum):
         ({"a": Colour.RED}, r"Colour"),
         ({"a": torch.Size([1])}, r"is a torch.Size"),
         ({"a": [0, {"b": 1j}]}, r'state\["m"\]\["a"\]\[1\]\["b"\] is a complex'),
-        ({"a": [torch.ones(1)]}, r"inside lists there can be no tensors"),
+        ({"a": [torch.ones(1)]}, r"tensors cannot be inside lists"),
         ({"a": {0: torch.ones(1)}}, r'state\["m"\]\["a"\] has the key 0, a int: .*get_optimizer_state_dict'),
         ({"a": [{3: "x"}]}, r'state\["m"\]\["a"\]\[0\] has the key 3'),
-        ({"$tuple": 1}, r"keeps for itself"),
+        ({"$tuple": 1}, r"reserves"),
         ({"a": torch.ones(1, device="meta")}, r"on the meta device"),
         ({"a": torch.ones(2, 2).to_sparse()}, r"of layout torch.sparse_coo"),
-        ({"a": torch.ones(2, dtype=torch.complex128)}, r"m/a is of torch.complex128, which safetensors files cannot"),
-        ({"a": TwoTensor(torch.ones(1), torch.ones(1))}, r"m/a is a TwoTensor, a tensor made of others"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, r"m/a is torch.complex128, which the safetensors format lacks"),
+        (
+            {"a": TwoTensor(torch.ones(1), torch.ones(1))},
+            r"m/a is a TwoTensor, a tensor subclass that wraps other tensors",
+        ),
         ({"\ud800": torch.ones(1)}, r'state\["m"\] has the key .* cannot be written as UTF-8'),
         ({"a": {"\ud800": 1}}, r'state\["m"\]\["a"\] has the key .* cannot be written as UTF-8'),
         ({"a": [{"\ud800": 1}]}, r'state\["m"\]\["a"\]\[0\] has the key .* cannot be written as UTF-8'),
     ],
 )
-def test_what_cannot_be_saved_is_named(tmp_path: Path, part: dict[str, Any], told: str) -> None:
+def test_what_cannot_be_saved_is_named(tmp_path: Path, part: dict[str, Any], message: str) -> None:
     ckpt = Checkpointer(tmp_path, asynchronous=True)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         ckpt.save(1, {"m": _held(part)})
     ckpt.close()
     assert list(tmp_path.iterdir()) == []  # not even the lock, which is given back

@@ -12,7 +12,7 @@ from ckpt_states import blank_state, holds_step, make_state
 from ckpt_victim import Victims, save_until_killed
 from titan_ckpt import Checkpointer, CheckpointError, list_checkpoints
 from titan_ckpt.storage.base import Storage
-from titan_ckpt.storage.lock import FolderLock
+from titan_ckpt.storage.lock import DirectoryLock
 from titan_ckpt.storage.open import open_storage
 
 
@@ -22,7 +22,7 @@ def storage_of(folder: Path) -> Storage:
 
 def write_lock(folder: Path, **changes: Any) -> dict[str, Any]:
     """As another job would have left it."""
-    held = FolderLock(storage_of(folder))
+    held = DirectoryLock(storage_of(folder))
     content = {**json.loads((folder / ".lock").read_text()), "token": "other", **changes}
     held.release()
     (folder / ".lock").write_text(json.dumps(content))
@@ -32,25 +32,25 @@ def write_lock(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_the_second_job_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     victims = Victims(1, tmp_path, save_until_killed, folder, False)
-    assert victims.told(60)
+    assert victims.progress(60)
     ckpt = Checkpointer(folder)
-    for call in (ckpt.claim, lambda: ckpt.save(10**6, make_state(1))):
+    for call in (ckpt.acquire_lock, lambda: ckpt.save(10**6, make_state(1))):
         with pytest.raises(CheckpointError) as error:
             call()
-        told = str(error.value)
-        assert f"{folder} is being written to by another job: process {victims.processes[0].pid} on" in told
-        assert "stop that one, or give this one another folder" in told
+        message = str(error.value)
+        assert f"{folder} is locked by another job: process {victims.processes[0].pid} on" in message
+        assert "stop that job, or give this one another directory" in message
     assert ckpt.load({}) is not None  # to read is open to all
     victims.processes[0].kill()
     victims.end()
-    ckpt.save(10**6, make_state(1))  # a killed job blocks nobody
+    ckpt.save(10**6, make_state(1))  # a killed job does not block others
     assert list_checkpoints(folder)[-1].step == 10**6
 
 
 def test_two_in_one_process(tmp_path: Path) -> None:
     first, second = Checkpointer(tmp_path), Checkpointer(tmp_path)
     first.save(1, make_state(1))
-    with pytest.raises(CheckpointError, match=r"That is this very process: close\(\) its other"):
+    with pytest.raises(CheckpointError, match=r"this process itself holds it: close\(\) its other"):
         second.save(2, make_state(2))
     first.close()
     assert not (tmp_path / ".lock").exists()
@@ -63,7 +63,13 @@ def test_two_in_one_process(tmp_path: Path) -> None:
 
 def test_a_process_number_that_came_again_is_another_process(tmp_path: Path) -> None:
     write_lock(tmp_path, pid=os.getpid(), started="12345")
-    FolderLock(storage_of(tmp_path)).release()
+    held = DirectoryLock(storage_of(tmp_path))
+    content = json.loads((tmp_path / ".lock").read_text())
+    assert content["token"] != "other"
+    assert content["pid"] == os.getpid()
+    assert content["started"] != "12345"
+    held.release()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_dead_job_on_another_machine_is_watched_and_then_replaced(
@@ -71,8 +77,8 @@ def test_a_dead_job_on_another_machine_is_watched_and_then_replaced(
 ) -> None:
     write_lock(tmp_path, host="elsewhere")
     with caplog.at_level(logging.WARNING):
-        held = FolderLock(storage_of(tmp_path), patience=0.3)
-    assert "watching for 0 s whether it lives" in caplog.text
+        held = DirectoryLock(storage_of(tmp_path), patience=0.3)
+    assert "watching for 0 s for a heartbeat" in caplog.text
     assert "took over" in caplog.text
     held.confirm()
     held.release()
@@ -84,13 +90,13 @@ def test_a_live_job_on_another_machine_is_refused(tmp_path: Path) -> None:
     timer = threading.Timer(0.2, lambda: storage_of(tmp_path).replace(".lock", json.dumps(beat).encode()))
     timer.start()
     with pytest.raises(CheckpointError, match=r"process .* on elsewhere"):
-        FolderLock(storage_of(tmp_path), patience=20)
+        DirectoryLock(storage_of(tmp_path), patience=20)
     timer.join()
     assert json.loads((tmp_path / ".lock").read_text())["beats"] == 5  # left alone
 
 
 def test_the_holder_beats(tmp_path: Path) -> None:
-    held = FolderLock(storage_of(tmp_path), beat=0.01)
+    held = DirectoryLock(storage_of(tmp_path), beat=0.01)
     until = threading.Event()
     while json.loads((tmp_path / ".lock").read_text())["beats"] < 3:
         until.wait(0.01)
@@ -98,22 +104,28 @@ def test_the_holder_beats(tmp_path: Path) -> None:
     assert not (tmp_path / ".lock").exists()
 
 
-def test_who_lost_the_folder_publishes_nothing(tmp_path: Path) -> None:
+def test_a_job_that_lost_the_lock_publishes_nothing(tmp_path: Path) -> None:
     """As after a long pause in which another machine took the job for dead."""
     ckpt = Checkpointer(tmp_path)
     ckpt.save(1, make_state(1))
     content = json.loads((tmp_path / ".lock").read_text())
     (tmp_path / ".lock").write_text(json.dumps({**content, "token": "other", "host": "elsewhere"}))
-    with pytest.raises(CheckpointError, match=r"another job took the folder .* on elsewhere"):
+    with pytest.raises(CheckpointError, match=r"another job took the lock .* on elsewhere"):
         ckpt.save(2, make_state(2))
     assert [info.step for info in list_checkpoints(tmp_path)] == [1]
     ckpt.close()
     assert (tmp_path / ".lock").exists()  # it is the other's
 
 
-def test_a_lock_that_does_not_read_is_judged_by_whether_it_changes(tmp_path: Path) -> None:
+def test_an_unreadable_lock_is_replaced_if_it_does_not_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / ".lock").write_text("{")
-    FolderLock(storage_of(tmp_path), patience=0.2).release()
+    with caplog.at_level(logging.WARNING):
+        held = DirectoryLock(storage_of(tmp_path), patience=0.2)
+    assert "watching for 0 s for a heartbeat" in caplog.text
+    assert "took over the lock of a dead job: process None on unknown (unreadable lock file)" in caplog.text
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    held.release()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_deleted_lock_is_written_again(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def content_of(folder: str, key: str) -> bytes:
     return bytes(fs.cat_file(f"{root}/{key}"))
 
 
-def told_by(call: Callable[[], Any]) -> str:
+def message_of(call: Callable[[], Any]) -> str:
     try:
         call()
     except CheckpointError as error:
@@ -85,7 +85,7 @@ def test_a_run_on_a_store(folder: str, asynchronous: bool) -> None:
     assert content_of(folder, "latest") == b"step-00000005\n"
 
 
-def test_damage_on_a_store(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_corruption_on_a_store(folder: str, caplog: pytest.LogCaptureFixture) -> None:
     ckpt = Checkpointer(folder)
     for step in (1, 2):
         ckpt.save(step, make_state(step))
@@ -100,7 +100,7 @@ def test_damage_on_a_store(folder: str, caplog: pytest.LogCaptureFixture) -> Non
     assert found is not None
     assert found.step == 1
     assert holds_step(state, 1)
-    ckpt.save(2, make_state(2))  # the damaged one is moved aside
+    ckpt.save(2, make_state(2))  # the corrupt one is moved aside
     found = ckpt.load(state)
     assert found is not None
     assert found.step == 2
@@ -108,7 +108,7 @@ def test_damage_on_a_store(folder: str, caplog: pytest.LogCaptureFixture) -> Non
     ckpt.close()
 
 
-def test_a_step_without_a_manifest_is_none_and_goes_at_the_next_save(folder: str) -> None:
+def test_a_step_without_a_manifest_is_deleted_by_the_next_save(folder: str) -> None:
     ckpt = Checkpointer(folder)
     ckpt.save(1, make_state(1))
     change(folder, "step-00000002/0123abcd/tensors-00000-of-00001.safetensors", b"half")
@@ -122,11 +122,11 @@ def test_a_step_without_a_manifest_is_none_and_goes_at_the_next_save(folder: str
     ckpt.close()
 
 
-def test_a_first_save_that_was_killed_is_no_hindrance(folder: str) -> None:
+def test_a_first_save_that_was_killed_does_not_matter(folder: str) -> None:
     change(folder, "step-00000001/0123abcd/tensors-00000-of-00001.safetensors", b"half")
     ckpt = Checkpointer(folder)
     assert ckpt.load(blank_state()) is None
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* to go on from"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* to resume from"):
         ckpt.load(blank_state(), required=True)
     ckpt.save(1, make_state(1))
     state = blank_state()
@@ -162,7 +162,7 @@ def test_the_manifest_is_written_after_all_else(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_store_that_fails_at_any_call(asynchronous: bool) -> None:
-    """Whichever call of a save fails, the save is whole or it is told that it failed, and the next one is clean."""
+    """Whichever call of a save fails, the save is complete or it raises, and the next one is clean."""
     fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
     outcomes = []
     for instant in range(500):
@@ -174,9 +174,9 @@ def test_a_store_that_fails_at_any_call(asynchronous: bool) -> None:
             ckpt.save(step, make_state(step))
         ckpt.wait()
         FailingFileSystem.calls, FailingFileSystem.fails_at = 0, instant
-        told = told_by(lambda ckpt=ckpt: (ckpt.save(3, make_state(3)), ckpt.wait()))
-        failed = bool(told)
-        assert not told or "the store does not answer" in told
+        message = message_of(lambda ckpt=ckpt: (ckpt.save(3, make_state(3)), ckpt.wait()))
+        failed = bool(message)
+        assert not message or "the store does not answer" in message
         happened = FailingFileSystem.fails_at is None
         FailingFileSystem.fails_at = None
         state = blank_state()
@@ -237,23 +237,23 @@ def test_paths_and_urls_are_split() -> None:
 
 def test_the_lock_on_a_store(folder: str) -> None:
     first, second = Checkpointer(folder), Checkpointer(folder)
-    first.claim()
+    first.acquire_lock()
     assert json.loads(content_of(folder, ".lock"))["host"]
     with pytest.raises(CheckpointError, match="close"):
-        second.claim()
+        second.acquire_lock()
     first.close()
-    second.claim()
+    second.acquire_lock()
     second.close()
     assert keys(folder) == []
 
 
 def test_nothing_is_published_over_a_checkpoint(folder: str) -> None:
     storage = open_storage(folder)
-    first, second = storage.stage("step-00000001"), storage.stage("step-00000001")
+    first, second = storage.begin("step-00000001"), storage.begin("step-00000001")
     storage.publish(first, b"first")
     with pytest.raises(FileExistsError):
         storage.publish(second, b"second")
-    storage.abandon(second)
+    storage.abort(second)
     assert content_of(folder, "step-00000001/manifest.json") == b"first"
 
 

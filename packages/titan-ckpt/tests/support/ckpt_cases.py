@@ -50,7 +50,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) ->
         optimizer.step()
 
 
-def whole(state: dict[str, Any]) -> dict[str, Any]:
+def full(state: dict[str, Any]) -> dict[str, Any]:
     """The same on any layout: full tensors, and JSON as it is."""
     flat = {f"{name}/{key}": value for name, part in state.items() for key, value in part.state_dict().items()}
     flat = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in flat.items()}
@@ -67,7 +67,7 @@ def trained_state(layout: str, seed: int) -> dict[str, Any]:
 def save_laid_out(folder: Path, layout: str, asynchronous: bool) -> dict[str, Any]:
     """Save, then change every weight at once while the writer is held back; return what must have been saved."""
     state = trained_state(layout, seed=1)
-    expected = whole(state)
+    expected = full(state)
     write = checkpointer.write_file
 
     def slow(*args: Any) -> Any:
@@ -78,7 +78,9 @@ def save_laid_out(folder: Path, layout: str, asynchronous: bool) -> dict[str, An
     with mock.patch.object(checkpointer, "write_file", slow):
         ckpt.save(3, state, {"layout": layout})
         if asynchronous:
-            train(state["model"].model, state["optimizer"].optimizer)  # its collectives go on beside the save's
+            train(
+                state["model"].model, state["optimizer"].optimizer
+            )  # its collectives run at the same time as the save's
             for _ in range(20):
                 dist.all_reduce(torch.ones(10))
         ckpt.close()
@@ -91,13 +93,13 @@ def load_laid_out(folder: Path, layout: str) -> dict[str, Any]:
     found = ckpt.load(state)
     ckpt.close()
     assert found is not None
-    loaded = whole(state)
+    loaded = full(state)
     train(state["model"].model, state["optimizer"].optimizer, steps=1)  # what was loaded can be trained
     return loaded if dist.get_rank() == 0 else {}
 
 
 def load_one_tensor(folder: Path, length: int, layout: str, machines: int = 1) -> int:
-    """Load the tensor `a`, sharded over the ranks or whole on each; tell how much passed the kernel's cache by.
+    """Load the tensor `a`, sharded or replicated; return how many bytes bypassed the page cache.
 
     The ranks take themselves to be spread over `machines`.
     """
@@ -111,7 +113,7 @@ def load_one_tensor(folder: Path, length: int, layout: str, machines: int = 1) -
         return done[-1]
 
     where = f"machine {dist.get_rank() % machines}"
-    with mock.patch.object(DirectFile, "read", counted), mock.patch.object(loading, "machine", return_value=where):
+    with mock.patch.object(DirectFile, "read", counted), mock.patch.object(loading, "machine_id", return_value=where):
         assert Checkpointer(folder).load({"model": Held(a=tensor)}) is not None
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     assert torch.equal(whole, torch.arange(length).remainder_(251).float())
@@ -141,12 +143,12 @@ def own_weights_per_rank(folder: Path) -> list[str]:
     state = {"model": Held(**{f"layer{other}": {"w": torch.zeros(3, dtype=torch.int64)}})}
     ckpt.load(state)
     assert state["model"].state[f"layer{other}"]["w"].tolist() == [other] * 3
-    told = told_by(lambda: ckpt.load({"model": Held(layer0={"w": torch.zeros(3, dtype=torch.int64)})}))
+    message = message_of(lambda: ckpt.load({"model": Held(layer0={"w": torch.zeros(3, dtype=torch.int64)})}))
     ckpt.close()
-    return [told]
+    return [message]
 
 
-def told_by(call: Callable[[], Any]) -> str:
+def message_of(call: Callable[[], Any]) -> str:
     started = time.monotonic()
     try:
         call()
@@ -171,8 +173,8 @@ def raise_on(rank: int, error: BaseException) -> Callable[..., Any]:
 # Where a save can fail: what is replaced by something that raises. "sync" is the first file, whichever that is.
 FAILURES: dict[str, tuple[Any, str]] = {
     "collect": (snapshot, "split"),
-    "divide": (snapshot, "divide"),
-    "stage": (local.LocalStorage, "stage"),
+    "assign_writes": (snapshot, "assign_writes"),
+    "begin": (local.LocalStorage, "begin"),
     "create": (local.LocalStorage, "create"),
     "write": (local._Sink, "write"),
     "sync": (os, "fsync"),
@@ -188,9 +190,9 @@ def one_rank_fails(folder: Path, where: str, rank: int, asynchronous: bool) -> l
     ckpt.wait()
     target, name = FAILURES[where]
     patched = raise_on(rank, OSError(28, f"No space in {where}"))(getattr(target, name))
-    state = make_state(2) | {"more": Held(x=torch.ones(1))}  # of another form, so that it is planned anew
+    state = make_state(2) | {"more": Held(x=torch.ones(1))}  # another structure, so that it is planned again
     with mock.patch.object(target, name, patched):
-        told = told_by(lambda: (ckpt.save(2, state), ckpt.wait()))
+        message = message_of(lambda: (ckpt.save(2, state), ckpt.wait()))
     dist.barrier()
     names = sorted(path.name for path in folder.iterdir())
     dist.barrier()
@@ -204,11 +206,11 @@ def one_rank_fails(folder: Path, where: str, rank: int, asynchronous: bool) -> l
     ckpt.load(state, step=3)
     assert holds_step(state, 3)
     ckpt.close()
-    return [told, *names]
+    return [message, *names]
 
 
 def states_that_differ(folder: Path) -> dict[str, str]:
-    """What is told, on this rank, of states that rank 1 has otherwise."""
+    """Return the messages on this rank for states that differ on rank 1."""
     rank = dist.get_rank()
     good, mesh = Held(x=1), init_device_mesh("cpu", (dist.get_world_size(),))
     partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
@@ -225,15 +227,15 @@ def states_that_differ(folder: Path) -> dict[str, str]:
         "twice": {"a": Held(x=shard if rank == 0 else torch.ones(8))},
     }
     ckpt = Checkpointer(folder, asynchronous=True)
-    told = {name: told_by(lambda s=state: (ckpt.save(1, s), ckpt.wait())) for name, state in states.items()}
-    told["step"] = told_by(lambda: ckpt.save(rank, {"a": good}))
+    messages = {name: message_of(lambda s=state: (ckpt.save(1, s), ckpt.wait())) for name, state in states.items()}
+    messages["step"] = message_of(lambda: ckpt.save(rank, {"a": good}))
     assert [path.name for path in folder.iterdir()] == [".lock"]
     ckpt.save(1, {"a": good})
     ckpt.close()
-    return told
+    return messages
 
 
-def load_what_may_be_damaged(folder: Path) -> int | None:
+def load_what_may_be_corrupt(folder: Path) -> int | None:
     state = blank_state()
     ckpt = Checkpointer(folder)
     found = ckpt.load(state)
@@ -250,9 +252,9 @@ def loading_fails_on_one_rank(folder: Path) -> str:
 
     ckpt = Checkpointer(folder)
     ckpt.save(1, {"data": Held(x=1)})
-    told = told_by(lambda: ckpt.load({"data": Fails()}))
+    message = message_of(lambda: ckpt.load({"data": Fails()}))
     ckpt.close()
-    return told
+    return message
 
 
 def mismatch_on_one_rank(folder: Path) -> str:
@@ -260,9 +262,9 @@ def mismatch_on_one_rank(folder: Path) -> str:
     ckpt = Checkpointer(folder)
     ckpt.save(1, {"model": Held(w=distribute_tensor(torch.arange(10.0), mesh, [Shard(0)]))})
     size = 10 if dist.get_rank() == 0 else 11
-    told = told_by(lambda: ckpt.load({"model": Held(w=torch.zeros(size))}))
+    message = message_of(lambda: ckpt.load({"model": Held(w=torch.zeros(size))}))
     ckpt.close()
-    return told
+    return message
 
 
 def half_of_the_ranks(folder: Path) -> list[int]:
@@ -280,7 +282,7 @@ def half_of_the_ranks(folder: Path) -> list[int]:
 
 
 def many_checkpointers(folder: Path) -> int:
-    """Made, used and closed in a row: the groups they give back leave nobody waiting, and no socket open."""
+    """Created, used and closed one after the other: no rank hangs, and no socket stays open."""
     before = len(os.listdir("/proc/self/fd"))
     for step in range(8):
         ckpt = Checkpointer(folder, keep_last=2, asynchronous=step % 2 == 0)
@@ -298,4 +300,4 @@ def one_rank_dies(folder: Path, tale: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with mock.patch.object(checkpointer, "write_file", die if dist.get_rank() == 1 else checkpointer.write_file):
-        tale.write_text(told_by(lambda: (ckpt.save(2, make_state(2)), ckpt.wait())))
+        tale.write_text(message_of(lambda: (ckpt.save(2, make_state(2)), ckpt.wait())))

@@ -1,4 +1,4 @@
-"""Checkpoints as somebody would forge them who knows the formats: sound by their checksums, and not to be believed."""
+"""Checkpoints forged with knowledge of the formats: their checksums are valid, their content is hostile."""
 
 import copy
 import json
@@ -28,8 +28,8 @@ VALUES = {"data": {"position": 3, "betas": (0.9, 0.95), "names": ["a", None, Tru
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """Write a small, sound checkpoint."""
-    write_titan(Tensors(TENSORS, VALUES), folder, 1, metadata={"note": "sound"})
+    """Write a small, valid checkpoint."""
+    write_titan(Tensors(TENSORS, VALUES), folder, 1, metadata={"note": "valid"})
     return folder / "step-00000001"
 
 

@@ -21,7 +21,7 @@ from titan_ckpt import Checkpointer
 
 STEP = 7
 DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "ep", "tp")
-# What a layout is made of on so many ranks: its degrees; those left out are 1, and the product is the world.
+# The degrees of each layout, by number of ranks; those left out are 1, and the product is the world size.
 Layout = tuple[str, int]
 KINDS: dict[str, dict[int, dict[str, int]]] = {
     "FSDP": {n: {"dp_shard": n} for n in (1, 2, 4, 8)},
@@ -43,7 +43,7 @@ KINDS: dict[str, dict[int, dict[str, int]]] = {
     "uneven stages": {4: {}},
 }
 # Of which block, the shape, and which axis FSDP, EP and TP split (None: leaves it whole); sizes that most degrees do
-# not divide. Where two split the same axis, FSDP's shards lie within the other's. Of no block is what the first and the
+# not divide. Where two split the same axis, FSDP's shards are within the other's. Of no block is what the first and the
 # last pipeline stage tie.
 WEIGHTS: dict[str, tuple[int | None, tuple[int, ...], int, int | None, int | None]] = {
     "tied": (None, (11, 5), 0, None, 0),
@@ -58,7 +58,7 @@ WEIGHTS: dict[str, tuple[int | None, tuple[int, ...], int, int | None, int | Non
 
 
 def layouts(*worlds: int) -> list[Layout]:
-    """All layouts on so many ranks."""
+    """All layouts for a number of ranks."""
     return [(kind, world) for kind, degrees in KINDS.items() for world in degrees if world in worlds]
 
 

@@ -1,4 +1,4 @@
-"""What is done in a process that can take little more memory than it has; each function tells by how much it grew."""
+"""Cases that run in a process with a memory limit; each function returns by how much the process grew."""
 
 import resource
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt_forged import FORGED, refusal, use
 from ckpt_hostile import hostile_pickles, make_checkpoint
 from titan_ckpt import CheckpointError
-from titan_ckpt.convert.dcp.reader import DcpFolder
+from titan_ckpt.convert.dcp.reader import DcpDirectory
 
 
 def _status(key: str) -> int:
@@ -28,17 +28,17 @@ def _no_more_than(nbytes: int) -> Iterator[list[int]]:
 
 def refuse_all(folder: Path) -> int:
     """Refuse all that is forged and hostile, in no more than a gibibyte."""
-    sound = make_checkpoint(folder)
-    use(sound)  # what is imported late is there by now
+    valid = make_checkpoint(folder)
+    use(valid)  # what is imported late is there by now
     with _no_more_than(1 << 30) as grown:
         for number, (forge, _) in enumerate(FORGED.values()):
-            path = Path(shutil.copytree(sound, folder / str(number) / sound.name))
+            path = Path(shutil.copytree(valid, folder / str(number) / valid.name))
             forge(path)
             assert refusal(path)
         for data in hostile_pickles(folder / "executed").values():
             (folder / ".metadata").write_bytes(data)
             try:
-                DcpFolder(folder)
+                DcpDirectory(folder)
             except CheckpointError:
                 continue
             raise AssertionError("not refused")

@@ -32,56 +32,56 @@ class Tensors:
 
 @dataclass
 class Rename:
-    native: Sequence[str]
-    foreign: Sequence[str]
+    internal: Sequence[str]
+    external: Sequence[str]
 
-    def to_foreign(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self.foreign[0]: tensors[self.native[0]]}
+    def to_external(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.external[0]: tensors[self.internal[0]]}
 
-    def to_native(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self.native[0]: tensors[self.foreign[0]]}
+    def to_internal(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.internal[0]: tensors[self.external[0]]}
 
 
 class Transpose(Rename):
-    def to_foreign(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self.foreign[0]: tensors[self.native[0]].mT}
+    def to_external(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.external[0]: tensors[self.internal[0]].mT}
 
-    def to_native(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self.native[0]: tensors[self.foreign[0]].mT}
+    def to_internal(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.internal[0]: tensors[self.external[0]].mT}
 
 
 class Tied(Rename):
-    """Several native names of one tensor, one foreign name."""
+    """Several internal names of one tensor, one external name."""
 
-    def to_foreign(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self.foreign[0]: tensors[self.native[0]]}
+    def to_external(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.external[0]: tensors[self.internal[0]]}
 
-    def to_native(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return dict.fromkeys(self.native, tensors[self.foreign[0]])
+    def to_internal(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(self.internal, tensors[self.external[0]])
 
 
 @dataclass
 class Fused(Rename):
-    """One native tensor, cut along dimension 0 into the foreign ones."""
+    """One internal tensor, cut along dimension 0 into the external ones."""
 
     sizes: Sequence[int] = ()
 
-    def to_foreign(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return dict(zip(self.foreign, torch.split(tensors[self.native[0]], list(self.sizes)), strict=True))
+    def to_external(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.external, torch.split(tensors[self.internal[0]], list(self.sizes)), strict=True))
 
-    def to_native(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self.native[0]: torch.cat([tensors[name] for name in self.foreign])}
+    def to_internal(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.internal[0]: torch.cat([tensors[name] for name in self.external])}
 
 
 @dataclass
 class Stacked(Rename):
-    """One native tensor of experts, one foreign tensor for each."""
+    """One internal tensor of experts, one external tensor for each."""
 
-    def to_foreign(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return dict(zip(self.foreign, tensors[self.native[0]].unbind(), strict=True))
+    def to_external(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.external, tensors[self.internal[0]].unbind(), strict=True))
 
-    def to_native(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {self.native[0]: torch.stack([tensors[name] for name in self.foreign])}
+    def to_internal(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self.internal[0]: torch.stack([tensors[name] for name in self.external])}
 
 
 @dataclass
@@ -103,20 +103,12 @@ def small_map() -> Map:
     )
 
 
-# The same map as JSON.
-SMALL_JSON = {
-    "config": {"model_type": "small"},
-    "rules": [
-        {"native": ["embed", "head"], "foreign": "tok.weight", "join": "tie"},
-        {"native": "qkv", "foreign": ["q", "k", "v"], "join": "cat", "sizes": [4, 2, 2]},
-        {"native": "up", "foreign": "c_fc", "transpose": True},
-        {"native": "experts", "foreign": "e.{n}", "join": "stack", "over": {"n": 3}},
-        {"native": "norm", "foreign": "ln"},
-    ],
-}
+def make_small_map(config: Mapping[str, Any]) -> Map:
+    """`small_map` for the command line: `--map ckpt_sources:make_small_map`."""
+    return small_map()
 
 
-def small_native() -> dict[str, torch.Tensor]:
+def small_internal() -> dict[str, torch.Tensor]:
     """What `small_map` is of; `embed` and `head` are tied."""
     generator = torch.Generator().manual_seed(0)
     embed = torch.randn(6, 4, generator=generator)
@@ -130,19 +122,19 @@ def small_native() -> dict[str, torch.Tensor]:
     }
 
 
-def small_foreign() -> dict[str, torch.Tensor]:
+def small_external() -> dict[str, torch.Tensor]:
     """The same, written out by hand as the other side has it."""
-    native = small_native()
+    internal = small_internal()
     return {
-        "tok.weight": native["embed"],
-        "q": native["qkv"][:4],
-        "k": native["qkv"][4:6],
-        "v": native["qkv"][6:],
-        "c_fc": native["up"].T.contiguous(),
-        "e.0": native["experts"][0],
-        "e.1": native["experts"][1],
-        "e.2": native["experts"][2],
-        "ln": native["norm"],
+        "tok.weight": internal["embed"],
+        "q": internal["qkv"][:4],
+        "k": internal["qkv"][4:6],
+        "v": internal["qkv"][6:],
+        "c_fc": internal["up"].T.contiguous(),
+        "e.0": internal["experts"][0],
+        "e.1": internal["experts"][1],
+        "e.2": internal["experts"][2],
+        "ln": internal["norm"],
     }
 
 

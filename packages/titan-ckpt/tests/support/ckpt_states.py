@@ -52,7 +52,7 @@ def make_model(seed: int) -> nn.Module:
 
 
 def make_state(step: int) -> dict[str, Held]:
-    """What step `step` must hold, to the bit."""
+    """What step `step` must hold, bit for bit."""
     weight = torch.arange(30_000, dtype=torch.float32).reshape(100, 300) / (step + 1)
     return {
         "model": Held(weight=weight, nested={"bias": torch.full((7,), step, dtype=torch.bfloat16)}),

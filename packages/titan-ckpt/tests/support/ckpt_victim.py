@@ -21,7 +21,7 @@ from titan_ckpt.storage import local
 # The named steps of a save, in order: a victim dies just before or just after one of them.
 PHASES: dict[str, tuple[Any, str]] = {
     "collecting": (snapshot, "split"),
-    "staging": (local.LocalStorage, "stage"),
+    "staging": (local.LocalStorage, "begin"),
     "opening a file": (local.LocalStorage, "create"),
     "writing": (local._Sink, "write"),
     "syncing": (local._Sink, "close"),
@@ -37,7 +37,7 @@ INSTANTS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open", "p
 
 
 def state_of(step: int) -> dict[str, Held]:
-    """What `step` must hold, to the bit: enough tensors for four ranks."""
+    """What `step` must hold, bit for bit: enough tensors for four ranks."""
     tensors = {f"w{place}": torch.arange(20_000.0) * (place + 1) / (step + 1) for place in range(6)}
     return {"model": Held(**tensors), "data": Held(position=step, fraction=step / 3)}
 
@@ -67,7 +67,7 @@ class Victims:
             process.start()
         theirs.close()
 
-    def told(self, timeout: float) -> list[int]:
+    def progress(self, timeout: float) -> list[int]:
         """Return what rank 0 has said so far, after waiting for a first word."""
         words = []
         try:
@@ -86,13 +86,13 @@ class Victims:
         for process in self.processes:
             process.kill()
             process.join()
-        words = self.told(timeout=0)
+        words = self.progress(timeout=0)
         self.pipe.close()
         return codes, words
 
 
 def save_until_killed(pipe: Connection | None, folder: Path, asynchronous: bool) -> None:
-    """Go on from the newest checkpoint, and tell of each step once it is surely saved."""
+    """Resume from the newest checkpoint, and report each step once it is certainly saved."""
     ckpt, state = Checkpointer(folder, keep_last=2, asynchronous=asynchronous), blank()
     found = ckpt.load(state)
     step = found.step if found else 0
@@ -103,7 +103,7 @@ def save_until_killed(pipe: Connection | None, folder: Path, asynchronous: bool)
         if not asynchronous:
             _tell(pipe, step)
         elif step > 1:
-            _tell(pipe, step - 1)  # to start this save, the one before had to be done
+            _tell(pipe, step - 1)  # this save started, so the one before is complete
 
 
 def save_and_die(
@@ -111,7 +111,7 @@ def save_and_die(
 ) -> None:
     """Save a step; the given rank dies just before or after a phase of it."""
     ckpt = Checkpointer(folder, keep_last=2, asynchronous=asynchronous)
-    ckpt.claim()
+    ckpt.acquire_lock()
     if not dist.is_initialized() or dist.get_rank() == rank:
         target, name = PHASES[phase]
         original = getattr(target, name)
@@ -148,18 +148,8 @@ def save_once_and_die_at(pipe: Connection | None, folder: Path, step: int, insta
     os._exit(0)
 
 
-def own_a_writer(folder: Path, pipe: Connection) -> None:
-    """Save by a process of its own, tell which that is, and do nothing more."""
-    ckpt = Checkpointer(folder, asynchronous="process")
-    ckpt.save(1, state_of(1))
-    ckpt.wait()
-    assert ckpt._process is not None
-    pipe.send(ckpt._process.pid)
-    time.sleep(600)
-
-
 def kill_at_random(victims: Victims, delays: random.Random, longest: float) -> bool:
-    """Kill one rank or all at a random instant; tell whether it was all."""
+    """Kill one rank or all at a random instant; return whether it was all."""
     time.sleep(delays.uniform(0.0, longest))
     everyone = delays.random() < 0.5
     chosen = victims.processes if everyone else [delays.choice(victims.processes)]
@@ -177,8 +167,8 @@ def _live(
     code = 0
     try:
         job(pipe, *args)
-    except CheckpointError as error:  # another rank died: this one was told, and does not hang
-        code = 3 if "lost one another" in str(error) else 4
+    except CheckpointError as error:  # another rank died: this one gets an error, and does not hang
+        code = 3 if "a collective failed" in str(error) else 4
     os._exit(code)
 
 

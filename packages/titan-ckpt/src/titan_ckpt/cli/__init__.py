@@ -1,7 +1,8 @@
 """The command line, `titan-ckpt`.
 
-Exit codes: 0 all is well; 1 it failed, or what was looked at is damaged or differs; 2 the command line is wrong;
-130 interrupted by Ctrl-C.
+Exit codes: 0 success; 1 an error, or what was examined is corrupt or differs; 2 wrong usage; 130 interrupted by Ctrl-C.
+Each command is a module with `declare` (its arguments) and `run`. Only the requested one is imported, because torch
+takes seconds and `ls`, `prune` and `--help` do not need it.
 """
 
 import argparse
@@ -13,12 +14,12 @@ from titan_ckpt.cli._text import printable
 from titan_ckpt.errors import CheckpointError
 
 COMMANDS = {
-    "ls": "list the checkpoints of a folder: steps, sizes, times, validity",
-    "show": "show a checkpoint: names, shapes, dtypes, bytes, metadata, the config",
-    "verify": "check every byte of a checkpoint, or of all in a folder",
+    "ls": "list the checkpoints of a directory: steps, sizes, times, validity",
+    "show": "show one checkpoint: names, shapes, dtypes, sizes, metadata, config",
+    "verify": "verify every byte of a checkpoint, or of all checkpoints in a directory",
     "diff": "compare two checkpoints: names, shapes, largest absolute differences",
-    "convert": "convert between this package's format, Hugging Face's, DCP (torchtitan), torch.save and Meta's files",
-    "prune": "remove checkpoints that are not to be kept; --dry-run to only look",
+    "convert": "convert between titan-ckpt, Hugging Face, DCP (torchtitan), torch.save and Meta formats",
+    "prune": "remove old checkpoints by a retention policy; --dry-run only lists them",
 }
 
 
@@ -26,28 +27,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments; None for those of the process.
+        argv: The arguments; None for those of the process.
 
     Returns:
         The exit code.
     """
     parser = argparse.ArgumentParser(
         prog="titan-ckpt",
-        description="Look at checkpoints, check, compare, convert and clear them away.",
-        epilog="exit codes: 0 all is well; 1 failed, damaged or different; 2 the command line is wrong; 130 Ctrl-C",
+        description="List, show, verify, compare, convert and prune checkpoints.",
+        epilog="exit codes: 0 success; 1 error, corrupt or different; 2 wrong usage; 130 interrupted by Ctrl-C",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    parsers = {name: commands.add_parser(name, help=told) for name, told in COMMANDS.items()}
+    parsers = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
     asked = (sys.argv[1:] if argv is None else argv)[:1]
     try:
         if asked and asked[0] in parsers:
-            # No other is imported: those that look into tensors bring torch, which takes seconds.
             importlib.import_module(f"titan_ckpt.cli.{asked[0]}").declare(parsers[asked[0]])
         arguments = parser.parse_args(argv)
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
-    except SystemExit as stop:  # argparse has told what is wrong, or shown the help
+    except SystemExit as stop:  # argparse has printed the error or the help
         return stop.code if isinstance(stop.code, int) else 2
     except CheckpointError as error:
         lines = [printable(line) for line in str(error).splitlines()]
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("titan-ckpt: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stdout = None  # nothing is left to be flushed at exit
+    except BrokenPipeError:  # the reader of the output, e.g. `head`, has exited
+        sys.stdout = None  # or the interpreter would try to flush it at exit
         return 0
     except OSError as error:
         print(f"titan-ckpt: {printable(str(error))}", file=sys.stderr)

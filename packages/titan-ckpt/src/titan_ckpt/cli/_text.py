@@ -1,10 +1,10 @@
-"""How commands write things."""
+"""Formatting of text for the terminal; used by all commands."""
 
 from math import floor, log2
 
 
 def printable(text: str) -> str:
-    """Return a text with whatever would steer a terminal written out: names come from files that others made."""
+    """Escape control characters: names come from files that others made, and could send commands to the terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -17,7 +17,7 @@ def size(nbytes: int) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Return rows in columns, each as wide as it must be; numbers and sizes to the right would not read better."""
+    """Return rows as left-aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`titan-ckpt ls`: the checkpoints of a folder."""
+"""`titan-ckpt ls`: list the checkpoints of a directory."""
 
 import argparse
 import json
@@ -8,30 +8,30 @@ from titan_ckpt.cli._text import printable, size, table
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import read_manifest, step_of
 from titan_ckpt.manage.listing import latest_in, pins_in, step_names
-from titan_ckpt.manage.size_check import wrong_sizes
+from titan_ckpt.manage.size_check import size_problems
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.open import open_storage
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", metavar="FOLDER", help="a folder of checkpoints, as a path or URL")
+    parser.add_argument("directory", metavar="DIRECTORY", help="directory of checkpoints, as a path or URL")
     parser.add_argument(
-        "--check", action="store_true", help="read every byte to tell which are sound, not only which are complete"
+        "--check", action="store_true", help="verify every byte; by default only file sizes are compared"
     )
-    parser.add_argument("--json", action="store_true", help="write JSON: a list, oldest step first")
+    parser.add_argument("--json", action="store_true", help="print a JSON list, oldest step first")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List, oldest step first; damaged ones with what is wrong."""
-    storage = open_storage(arguments.folder)
+    """List the checkpoints, oldest step first; corrupt ones with their problems."""
+    storage = open_storage(arguments.directory)
     names = step_names(storage)
     if not names and not storage.names():
-        raise CheckpointError(f"{arguments.folder}: there is no such folder, or it is empty")
+        raise CheckpointError(f"{arguments.directory}: no such directory, or it is empty")
     pins = pins_in(storage)
     latest = latest_in(storage)
-    found = [_described(storage, name, arguments.check, latest, pins) for name in names]
+    found = [_describe(storage, name, latest, pins, check=arguments.check) for name in names]
     if arguments.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -39,19 +39,19 @@ def run(arguments: argparse.Namespace) -> int:
     for entry in found:
         marks = ["latest"] * entry["latest"] + [f"pinned as {pin}" for pin in entry["pins"]]
         created, nbytes = entry["created"] or "?", "?" if entry["bytes"] is None else size(entry["bytes"])
-        whole = "sound" if arguments.check else "complete"  # sizes alone do not tell that the bytes are right
-        state = whole if not entry["problems"] else "DAMAGED: " + "; ".join(entry["problems"])
+        intact = "valid" if arguments.check else "complete"  # "complete": sizes do not prove that the bytes are right
+        state = intact if not entry["problems"] else "CORRUPT: " + "; ".join(entry["problems"])
         rows.append([printable(cell) for cell in (str(entry["step"]), created, nbytes, state, ", ".join(marks))])
     print(table(rows) if found else "no checkpoints")
     return 0
 
 
-def _described(storage: Storage, name: str, check: bool, latest: str | None, pins: dict[str, str]) -> dict[str, Any]:
+def _describe(storage: Storage, name: str, latest: str | None, pins: dict[str, str], *, check: bool) -> dict[str, Any]:
     path = f"{storage.url.rstrip('/')}/{name}"
     try:
         manifest = read_manifest(storage, name)
         created, nbytes, metrics = manifest.created, manifest.nbytes, manifest.metrics
-        problems = _damage_at(path) if check else wrong_sizes(storage, name, manifest)
+        problems = _verify(path) if check else size_problems(storage, name, manifest)
     except CheckpointError as error:
         created, nbytes, metrics, problems = None, None, {}, [str(error)]
     return {
@@ -59,7 +59,7 @@ def _described(storage: Storage, name: str, check: bool, latest: str | None, pin
         "path": path,
         "created": created,
         "bytes": nbytes,
-        "sound": not problems,
+        "valid": not problems,
         "checked": "checksum" if check else "size",
         "problems": problems,
         "metrics": metrics,
@@ -68,7 +68,7 @@ def _described(storage: Storage, name: str, check: bool, latest: str | None, pin
     }
 
 
-def _damage_at(path: str) -> list[str]:
-    from titan_ckpt.manage.verify import verify  # it needs torch, which takes seconds to import
+def _verify(path: str) -> list[str]:
+    from titan_ckpt.manage.verify import verify  # imports torch, which takes seconds
 
     return verify(path, "checksum")

@@ -1,4 +1,4 @@
-"""`titan-ckpt show`: what one checkpoint holds."""
+"""`titan-ckpt show`: show the content of one checkpoint."""
 
 import argparse
 import json
@@ -16,19 +16,19 @@ from titan_ckpt.load.reader import CheckpointReader
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of this package or another format")
-    parser.add_argument("--from", dest="kind", choices=FORMATS, help="its format; found out if not given")
-    parser.add_argument("--json", action="store_true", help="write JSON")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of titan-ckpt or of another format")
+    parser.add_argument("--from", dest="kind", choices=FORMATS, help="format of CHECKPOINT (default: detected)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show one checkpoint; only names, shapes and what is no tensor are read."""
+    """Show one checkpoint; no tensor data is read."""
     kind = arguments.kind or format_at(arguments.checkpoint)
     source = open_source(arguments.checkpoint, kind)
     about = _about(source)
     if arguments.json:
-        tensors = {name: _described(spec) for name, spec in source.tensors.items()}
+        tensors = {name: _describe(spec) for name, spec in source.tensors.items()}
         values = {name: encode(value, name) for name, value in source.values.items()}
         print(json.dumps({"format": kind, **about, "values": values, "tensors": tensors}, indent=1))
         return 0
@@ -48,13 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _about(source: TensorSource) -> dict[str, Any]:
     if isinstance(source, CheckpointReader):
-        told = asdict(source.manifest)
-        told["files"] = {name: record["size"] for name, record in told["files"].items()}
-        return {key: encode(value, key) for key, value in told.items()}
+        manifest = asdict(source.manifest)
+        manifest["files"] = {name: record["size"] for name, record in manifest["files"].items()}
+        return {key: encode(value, key) for key, value in manifest.items()}
     return {"config": dict(config_of(source))}
 
 
-def _described(spec: AnySpec) -> dict[str, Any]:
+def _describe(spec: AnySpec) -> dict[str, Any]:
     return {"dtype": dtype_name(spec.dtype), "shape": list(spec.shape), "bytes": size_of(spec)}
 
 
@@ -66,12 +66,13 @@ def _indented(content: Any) -> str:
 
 
 def _tree_of(tensors: Mapping[str, AnySpec]) -> dict[str, Any]:
+    """Return the tensors as a tree along the "/" of their names; inner nodes end with "/"."""
     tree: dict[str, Any] = {}
     for name, spec in tensors.items():
-        *folders, last = name.split("/", 16)  # no state is nested deeper
+        *branches, last = name.split("/", 16)  # limits the depth of the recursion below
         at = tree
-        for folder in folders:
-            at = at.setdefault(f"{folder}/", {})
+        for branch in branches:
+            at = at.setdefault(f"{branch}/", {})
         at[last] = spec
     return tree
 
@@ -89,5 +90,6 @@ def _print_tree(tree: Mapping[str, Any], indent: str) -> None:
 
 
 def _sum(tree: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the number of tensors in a tree and their total size in bytes."""
     parts = [_sum(branch) if isinstance(branch, dict) else (1, size_of(branch)) for branch in tree.values()]
     return sum(count for count, _ in parts), sum(nbytes for _, nbytes in parts)

@@ -12,23 +12,26 @@ from titan_ckpt.cli._text import printable
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import MANIFEST, Manifest, read_manifest
 from titan_ckpt.manage.listing import step_names
-from titan_ckpt.manage.verify import damage_in
+from titan_ckpt.manage.verify import find_corruption
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.open import open_storage, parent_and_name
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a folder of checkpoints, as a path or URL")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a directory of checkpoints, as a path or URL")
     parser.add_argument(
-        "--threads", type=int, default=min(8, os.cpu_count() or 1), help="how many files to read at once"
+        "--threads",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="number of files to read concurrently (default: %(default)s)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="do not show a progress bar")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check; one line per checkpoint, and below it what is wrong."""
+    """Verify; print one line per checkpoint, followed by its problems."""
     if arguments.threads < 1:
         raise CheckpointError(f"--threads must be at least 1, not {arguments.threads}")
     storage, names = _checkpoints_at(arguments.path)
@@ -39,35 +42,41 @@ def run(arguments: argparse.Namespace) -> int:
             manifests[name] = read_manifest(storage, name)
         except CheckpointError as error:
             problems[name].append(str(error))
-    _check(storage, manifests, problems, arguments.threads, arguments.quiet)
+    for name, found in _verify(storage, manifests, arguments.threads, quiet=arguments.quiet).items():
+        problems[name] += found
     for name in names:
-        print(f"{printable(name)}: {'DAMAGED' if problems[name] else 'sound'}")
+        print(f"{printable(name)}: {'CORRUPT' if problems[name] else 'valid'}")
         for problem in problems[name]:
             print(f"  {printable(problem)}")
     return 1 if any(problems.values()) else 0
 
 
 def _checkpoints_at(path: str) -> tuple[Storage, list[str]]:
-    folder = open_storage(path)
-    held = folder.names()
-    names = step_names(folder)
+    directory = open_storage(path)
+    held = directory.names()
+    names = step_names(directory)
     if names and MANIFEST not in held:
-        return folder, names
+        return directory, names
     if not held:
-        raise CheckpointError(f"{path}: there is no such folder, or it is empty")
-    parent, name = parent_and_name(os.path.abspath(path) if "://" not in path else path)
+        raise CheckpointError(f"{path}: no such directory, or it is empty")
+    parent, name = parent_and_name(os.path.abspath(path) if "://" not in path else path)  # noqa: PTH100  (keeps links)
     return open_storage(parent), [name]
 
 
-def _check(
-    storage: Storage, manifests: dict[str, Manifest], problems: dict[str, list[str]], threads: int, quiet: bool
-) -> None:
-    """Read all files of all checkpoints, several at once; the largest first, so that none is left for the end."""
+def _verify(storage: Storage, manifests: dict[str, Manifest], threads: int, *, quiet: bool) -> dict[str, list[str]]:
+    """Read all files of all checkpoints concurrently, the largest first; return the problems."""
     work = [
         (record.size, name, file) for name, manifest in manifests.items() for file, record in manifest.files.items()
     ]
-    columns = (TextColumn("verify"), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("verify"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     hidden = quiet or not sys.stderr.isatty()
+    problems: dict[str, list[str]] = {name: [] for name in manifests}
     with (
         Progress(*columns, console=Console(stderr=True), disable=hidden) as progress,
         ThreadPoolExecutor(threads, thread_name_prefix="titan-ckpt-verify") as pool,
@@ -82,15 +91,16 @@ def _check(
                 left -= nbytes
                 progress.advance(task, nbytes)
 
-            found = damage_in(storage, name, manifests[name], [file], advance)
-            progress.advance(task, left)  # of a file that was not read to its end
+            found = find_corruption(storage, name, manifests[name], [file], advance)
+            progress.advance(task, left)  # for a file that was not read to its end
             return found
 
         running = {pool.submit(check, *file): file[1] for file in sorted(work, reverse=True)}
         try:
             for done in as_completed(running):
                 found = problems[running[done]]
-                found += [told for told in done.result() if told not in found]
+                found += [problem for problem in done.result() if problem not in found]
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    return problems

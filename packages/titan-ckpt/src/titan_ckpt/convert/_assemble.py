@@ -1,46 +1,46 @@
-"""Putting a part of a tensor together from the pieces that it lies in."""
+"""Assemble a slice of a tensor from the chunks in which it is stored. Used by the readers of DCP and Meta formats."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.boxes import Box, flaw_in_cover, intersection
+from titan_ckpt.format.boxes import Box, cover_problem, intersection
 
 
-def check_cover(name: str, shape: Sequence[int], pieces: Sequence[Box]) -> None:
-    """See that pieces make up a tensor, each element once.
+def check_cover(name: str, shape: Sequence[int], chunks: Sequence[Box]) -> None:
+    """Check that chunks make up a tensor, each element exactly once.
 
     Args:
-        name: the tensor's, for the message.
-        shape: the tensor's.
-        pieces: the parts it is said to consist of.
+        name: The tensor's name, for the message.
+        shape: Its shape.
+        chunks: The slices it is stored in.
 
     Raises:
-        CheckpointError: when they do not, or the shape is none that a tensor can have.
+        CheckpointError: If they do not, or the shape is impossible.
     """
-    flaw = flaw_in_cover(shape, pieces)
-    if flaw is not None:
-        raise CheckpointError(f"{name} {flaw}")
+    problem = cover_problem(shape, chunks)
+    if problem is not None:
+        raise CheckpointError(f"{name} {problem}")
 
 
 def assemble(
-    dtype: torch.dtype, wanted: Box, pieces: Sequence[Box], read: Callable[[int, Box], torch.Tensor]
+    dtype: torch.dtype, wanted: Box, chunks: Sequence[Box], read: Callable[[int, Box], torch.Tensor]
 ) -> torch.Tensor:
-    """Put a part of a tensor together from the pieces that it touches.
+    """Assemble a slice of a tensor from the chunks that overlap it.
 
     Args:
-        dtype: the tensor's type.
-        wanted: the part.
-        pieces: the pieces of the tensor; those that the part touches are read.
-        read: returns a part of a piece, by the piece's place in `pieces` and the box within that piece.
+        dtype: The tensor's dtype.
+        wanted: The slice.
+        chunks: The chunks of the tensor; those that overlap the slice are read.
+        read: Returns a part of a chunk, given the chunk's index in `chunks` and the box within that chunk.
 
     Returns:
-        The part.
+        The slice.
     """
-    part = torch.empty(wanted.lengths, dtype=dtype)
-    for place, piece in enumerate(pieces):
-        shared = intersection(wanted, piece)
+    result = torch.empty(wanted.lengths, dtype=dtype)
+    for index, chunk in enumerate(chunks):
+        shared = intersection(wanted, chunk)
         if shared is not None:
-            part[shared.within(wanted).slices] = read(place, shared.within(piece))
-    return part
+            result[shared.within(wanted).slices] = read(index, shared.within(chunk))
+    return result

@@ -1,4 +1,4 @@
-"""Folders and files that appear at one stroke: written under another name, synced, then renamed."""
+"""Directories and files that appear atomically: written under a staging name, synced, then renamed."""
 
 import os
 import secrets
@@ -11,55 +11,55 @@ from titan_ckpt.errors import CheckpointError
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a staging folder, which takes its final name when the block ends well and is removed otherwise.
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Provide a staging directory that gets its final name if the block succeeds and is removed otherwise.
 
     Args:
-        folder: the final name; nothing but an empty folder may be there.
+        directory: The final path; it must not exist, or be an empty directory.
 
     Yields:
-        The folder to write to.
+        The directory to write to.
 
     Raises:
-        CheckpointError: when something is there, or the folder cannot be written.
+        CheckpointError: If the final path exists, or the directory cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists: give a new name, nothing is ever overwritten")
-    staging = _staging_of(folder)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists: give a new name, existing files are never overwritten")
+    staging = _staging_of(directory)
     try:
         staging.mkdir(parents=True)
         yield staging
         for path in [*staging.rglob("*"), staging]:
             sync(path)
-        os.rename(staging, folder)
-        sync(folder.parent)
+        staging.rename(directory)
+        sync(directory.parent)
     except OSError as error:
-        raise CheckpointError(f"could not write {folder}: {error}") from error
+        raise CheckpointError(f"could not write {directory}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a staging file's name; the file takes its final name when the block ends well and is removed otherwise.
+    """Provide the path of a staging file that gets its final name if the block succeeds and is removed otherwise.
 
     Args:
-        path: the final name; nothing may be there.
+        path: The final path; it must not exist.
 
     Yields:
-        The name to write to.
+        The path to write to.
 
     Raises:
-        CheckpointError: when something is there, or the file cannot be written.
+        CheckpointError: If the final path exists, or the file cannot be written.
     """
     if path.exists():
-        raise CheckpointError(f"{path} exists: give a new name, nothing is ever overwritten")
+        raise CheckpointError(f"{path} exists: give a new name, existing files are never overwritten")
     staging = _staging_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield staging
         sync(staging)
-        os.rename(staging, path)
+        staging.rename(path)
         sync(path.parent)
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}") from error
@@ -68,7 +68,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable."""
+    """Make a file's content, or the names in a directory, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

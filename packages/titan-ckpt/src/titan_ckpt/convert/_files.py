@@ -1,4 +1,4 @@
-"""Files of folders that nobody vouches for: looked at before they are opened."""
+"""Checks of untrusted files before they are opened."""
 
 import stat
 from pathlib import Path
@@ -7,21 +7,22 @@ from titan_ckpt.errors import CheckpointError
 
 
 def file_size(path: Path, most: int | None = None) -> int:
-    """Return a file's length.
+    """Return a regular file's size in bytes.
 
     Args:
-        path: the file.
-        most: a longer one is refused.
+        path: The file.
+        most: Largest size to accept.
 
     Raises:
-        CheckpointError: when there is none, it is too long, or it is no regular file: who opens a pipe waits for ever.
+        CheckpointError: If it does not exist, is too long, or is not a regular file (opening a pipe would block
+            forever).
     """
     try:
         found = path.stat()
     except OSError as error:
-        raise CheckpointError(f"{path} does not read ({error.strerror or error})") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{path} is no regular file")
+        raise CheckpointError(f"{path} is not a regular file")
     if most is not None and found.st_size > most:
-        raise CheckpointError(f"{path} is longer than any file of its kind ({most} bytes)")
+        raise CheckpointError(f"{path} has {found.st_size} bytes, the limit for such a file is {most}")
     return found.st_size

@@ -1,8 +1,8 @@
-"""What `torch.save` wrote, read by torch's weights-only unpickler and then checked for size.
+"""Files of `torch.save`, read with torch's weights-only unpickler and then checked for size.
 
-That unpickler runs nothing but what rebuilds tensors and plain containers. It still takes a file's word for sizes: a
-tensor of a terabyte over four bytes that repeat, a storage that is to grow, an archive that is compressed a
-thousandfold. These are refused before or right after they are read, while they are cheap.
+That unpickler runs nothing but the code that rebuilds tensors and plain containers. It still trusts the file's sizes: a
+tensor of a terabyte over four bytes with stride 0, a storage to be resized, an archive compressed a thousandfold. These
+are refused before or right after reading, while they are cheap.
 """
 
 import pickle
@@ -18,18 +18,18 @@ from titan_ckpt.errors import CheckpointError
 
 
 def load_entry(file: Path | IO[bytes], size: int, what: str) -> Any:
-    """Read a file of `torch.save`, or one that lies within another.
+    """Read a file of `torch.save`, or one embedded in another file.
 
     Args:
-        file: its path, to map it to memory rather than to read it; or a stream over just its bytes.
-        size: how long it is.
-        what: what to call it in messages.
+        file: Its path, to memory-map it instead of reading it; or a stream over just its bytes.
+        size: Its size in bytes.
+        what: What to call it in messages.
 
     Returns:
-        Containers, plain values and CPU tensors, each tensor no larger than what the file holds for it.
+        Containers, plain values and CPU tensors, each tensor no larger than its data in the file.
 
     Raises:
-        CheckpointError: when it is damaged, holds anything else, or asks for more memory than it is long.
+        CheckpointError: If it is corrupt, holds anything else, or needs more memory than its own size.
     """
     try:
         _check_archive(file, size)
@@ -40,8 +40,8 @@ def load_entry(file: Path | IO[bytes], size: int, what: str) -> Any:
         raise CheckpointError(f"{what} is refused: {error}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{what} is refused: {_reason(error)}. Nothing was executed") from error
-    except Exception as error:  # whatever a damaged archive makes torch raise
-        raise CheckpointError(f"{what} does not read ({type(error).__name__}: {_reason(error)})") from error
+    except Exception as error:  # a corrupt archive can make torch raise anything
+        raise CheckpointError(f"{what} cannot be read ({type(error).__name__}: {_reason(error)})") from error
 
 
 def _check_archive(file: Path | IO[bytes], size: int) -> None:
@@ -50,18 +50,19 @@ def _check_archive(file: Path | IO[bytes], size: int) -> None:
             entries = archive.infolist()
     except zipfile.BadZipFile:
         raise CheckpointError(
-            "it is no zip archive, as torch.save writes since torch 1.6. If you trust it, save it anew with torch"
+            "it is not a zip archive, the format of torch.save since torch 1.6. If you trust it, load it with torch "
+            "and save it again"
         ) from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError("it is compressed, which torch.save never does")
     if sum(entry.file_size for entry in entries) > size:
-        raise CheckpointError("its parts are longer than the whole")
+        raise CheckpointError("its entries claim more bytes than the file has")
     if not isinstance(file, Path):
         file.seek(0)
 
 
 def _check_tensors(loaded: Any) -> None:
-    """Go through the containers, each object once, and look at the tensors."""
+    """Walk the containers, visiting each object once, and check the tensors."""
     seen: set[int] = set()
     waiting = [loaded]
     while waiting:
@@ -79,13 +80,13 @@ def _check_tensors(loaded: Any) -> None:
 
 def _check_tensor(tensor: torch.Tensor) -> None:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided or tensor.is_meta:
-        raise CheckpointError(f"it holds a {type(tensor).__name__} of layout {tensor.layout}: dense tensors are wanted")
+        raise CheckpointError(f"it holds a {type(tensor).__name__} of layout {tensor.layout}: expected dense tensors")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"it holds a tensor of shape {list(tensor.shape)} that is larger than its data")
 
 
 def _reason(error: Exception) -> str:
-    """Take the part of torch's message that says what is wrong; the rest tells how to go ahead regardless."""
+    """Return the part of torch's message that says what is wrong, without its advice to load the file anyway."""
     text = str(error)
-    told = re.search(r"WeightsUnpickler error: *(.+)|(Trying to load .+)", text)
-    return (told[1] or told[2] if told else text.split("\n")[0]).strip().rstrip(".")
+    found = re.search(r"WeightsUnpickler error: *(.+)|(Trying to load .+)", text)
+    return (found[1] or found[2] if found else text.split("\n")[0]).strip().rstrip(".")

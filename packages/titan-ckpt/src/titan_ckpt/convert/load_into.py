@@ -1,24 +1,24 @@
-"""Loading a source into a model that is there already, whole or sharded."""
+"""`load_into`: load external weights into an existing model, sharded or not."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from titan_ckpt.convert.source import TensorSource, Without
-from titan_ckpt.convert.weight_map import WeightMap, apply, probe, refuse_unfit, renames
-from titan_ckpt.state.shards import Layouts, Part
+from titan_ckpt.convert.source import Exclude, TensorSource
+from titan_ckpt.convert.weight_map import TensorRule, WeightMap, apply, probe, raise_mismatches, renames
+from titan_ckpt.state.shards import Part, ShardLayouts
 
 
-class _Rename:
-    """The rule of those who have no weight map: a tensor keeps its name."""
+class _KeepName:
+    """The rule used without a weight map: a tensor keeps its name."""
 
     def __init__(self, name: str) -> None:
-        self.native = self.foreign = (name,)
+        self.internal = self.external = (name,)
 
-    def to_native(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def to_internal(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         return tensors
 
-    def to_foreign(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def to_external(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         return tensors
 
 
@@ -29,54 +29,83 @@ def load_into(
     *,
     ignore: Sequence[str] = (),
 ) -> None:
-    """Fill a model's tensors, of whatever sharding, from weights of another program.
+    """Fill a model's tensors, sharded or not, from weights in another format.
 
-    Every rank does this by itself; nothing is sent between ranks. Of what the map only renames, a rank reads its own
-    shards and no more; what the map changes it reads whole. Values are converted to the dtype that the model has.
+    Every rank does this independently; nothing is sent between ranks. For tensors that the map only renames, a rank
+    reads its own shards; those that the map changes are read in full. Values are cast to the model's dtypes.
 
     Args:
-        state: the model's tensors by native name, plain or DTensor; with pipeline stages, those of this rank. A model
-            whose hooks make them anew for its `state_dict()` wants them back by `load_state_dict` afterwards.
-        source: the weights, e.g. a `HuggingFaceFolder`.
-        weight_map: makes native tensors of foreign ones; None when names and shapes are the same.
-        ignore: shell patterns of foreign names to pass over.
+        state: The model's tensors by internal name, regular or DTensor; with pipeline stages, those of this rank. If
+            hooks of the model create new tensors for its `state_dict()`, call `load_state_dict` with them afterwards.
+        source: The weights, e.g. `open_source("...")`.
+        weight_map: Converts external tensors to internal ones; None if names and shapes are the same.
+        ignore: Shell patterns of external names to ignore.
 
     Raises:
-        CheckpointError: when names or shapes do not fit, all misfits in one message; `state` is unchanged then.
+        CheckpointError: If names or shapes do not match; the message lists all mismatches, and `state` is unchanged.
+
+    Example:
+        >>> model = torch.nn.Linear(8, 1)
+        >>> load_into(model.state_dict(), open_source("weights/model.safetensors"))
     """
-    source = Without(source, ignore)
-    rules = list(weight_map.rules) if weight_map is not None else [_Rename(name) for name in source.tensors]
-    here = [rule for rule in rules if any(name in state for name in rule.native)]
-    known = {name for rule in rules for name in rule.foreign}
-    made = {name for rule in here for name in rule.native}
-    wanted = {name for rule in here for name in rule.foreign}
-    refuse_unfit(
-        "the weights do not fit the model",
+    source = Exclude(source, ignore)
+    rules: list[TensorRule] = (
+        list(weight_map.rules) if weight_map is not None else [_KeepName(name) for name in source.tensors]
+    )
+    here = [rule for rule in rules if any(name in state for name in rule.internal)]
+    _check_match(state, source, rules, here, exact=weight_map is None)
+    layouts = ShardLayouts()
+    for rule in here:
+        targets = [at for name in rule.internal if name in state for at in layouts.local_parts(name, state[name])]
+        if not targets:
+            continue
+        if renames(rule, "to_internal", source.tensors):
+            _fill_slices(targets, source, rule.external[0])
+        else:
+            tensors = apply(rule, "to_internal", {name: source.read(name) for name in rule.external})
+            for part, local in targets:
+                local.copy_(tensors[part.name][part.box.slices])
+
+
+def _check_match(
+    state: Mapping[str, torch.Tensor],
+    source: TensorSource,
+    rules: Sequence[TensorRule],
+    here: Sequence[TensorRule],
+    *,
+    exact: bool,
+) -> None:
+    """Compare names and shapes before anything is read.
+
+    Args:
+        state: The model's tensors.
+        source: The weights.
+        rules: All rules.
+        here: The rules that make tensors of this rank's state.
+        exact: Whether each tensor of the source must be in the state (without a weight map); otherwise it must be in a
+            rule.
+
+    Raises:
+        CheckpointError: If they do not match.
+    """
+    known = {name for rule in rules for name in rule.external}
+    made = {name for rule in here for name in rule.internal}
+    wanted = {name for rule in here for name in rule.external}
+    raise_mismatches(
+        "the weights do not match the model",
         {
             "missing in the file": wanted - source.tensors.keys(),
             "missing in the weight map": state.keys() - made,
-            "unexpected, in the file but not in the weight map": source.tensors.keys() - known
-            if weight_map is not None
-            else source.tensors.keys() - state.keys(),
+            "unexpected, in the file but not in the weight map": source.tensors.keys()
+            - (state.keys() if exact else known),
         },
     )
     misshaped = set()
     for rule in here:
-        for name, spec in probe(rule, "to_native", source.tensors).items():
+        for name, spec in probe(rule, "to_internal", source.tensors).items():
             if name in state and tuple(state[name].shape) != tuple(spec.shape):
                 misshaped.add(f"{name}: {list(spec.shape)} in the file, {list(state[name].shape)} in the model")
-    refuse_unfit("the weights do not fit the model", {"of another shape": misshaped})
-    layouts = Layouts()
-    for rule in here:
-        targets = [at for name in rule.native if name in state for at in layouts.parts_of(name, state[name])]
-        if not targets:
-            continue
-        if renames(rule, "to_native", source.tensors):
-            _fill_slices(targets, source, rule.foreign[0])
-        else:
-            tensors = apply(rule, "to_native", {name: source.read(name) for name in rule.foreign})
-            for part, local in targets:
-                local.copy_(tensors[part.name][part.box.slices])
+    raise_mismatches("the weights do not match the model", {"of another shape": misshaped})
 
 
 def _fill_slices(targets: Sequence[tuple[Part, torch.Tensor]], source: TensorSource, name: str) -> None:

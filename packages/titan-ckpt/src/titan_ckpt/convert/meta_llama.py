@@ -1,4 +1,4 @@
-"""Meta's `consolidated.*.pth`: the weights of a Llama as they were published, one file per model-parallel rank."""
+"""Meta's `consolidated.*.pth`: the weights of a Llama as published, one file per model-parallel rank."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from titan_ckpt.format.boxes import Box
 
 PARAMS = "params.json"
 _FILE_NAME = re.compile(r"consolidated\.([0-9]{2})\.pth")
-# Along which dimension the ranks' parts are joined: the outputs of what fans out, the inputs of what fans in. What
-# matches nothing must be the same in all files. The embedding is cut along the vocabulary (Llama 3) or the width (Llama
-# 1 and 2).
+# The dimension along which the ranks' parts are joined: dim 0 of column-parallel weights, dim 1 of row-parallel ones. A
+# tensor that matches no pattern must be the same in all files. The embedding is sharded along the vocabulary (Llama 3)
+# or the model dim (Llama 1 and 2).
 JOINED_ALONG: tuple[tuple[str, int], ...] = (
     ("*.attention.w[qkv].weight", 0),
     ("*.attention.wo.weight", 1),
@@ -30,29 +30,29 @@ JOINED_ALONG: tuple[tuple[str, int], ...] = (
 _EMBEDDING, _FINAL_NORM, _TABLE = "tok_embeddings.weight", "norm.weight", "rope.freqs"
 
 
-class MetaFolder:
-    """The weights of a folder with `consolidated.00.pth` and so on, as if there were one file.
+class MetaDirectory:
+    """The weights in `consolidated.00.pth` and following files, joined.
 
     Attributes:
-        tensors: what there is; `rope.freqs`, a table that models compute, is left out.
-        values: nothing.
-        params: what params.json says; empty without one.
+        tensors: The tensors, without `rope.freqs`, a table that models compute.
+        values: Empty.
+        params: The content of params.json; empty without one.
     """
 
-    def __init__(self, folder: str | Path, joined_along: Sequence[tuple[str, int]] = JOINED_ALONG) -> None:
-        """Open a folder; no tensor's data is read.
+    def __init__(self, directory: str | Path, joined_along: Sequence[tuple[str, int]] = JOINED_ALONG) -> None:
+        """Open a directory; no tensor data is read.
 
         Args:
-            folder: the folder.
-            joined_along: shell patterns of names, and the dimension along which the files' parts are joined.
+            directory: The directory.
+            joined_along: Shell patterns of names, with the dimension along which the files' parts are joined.
 
         Raises:
-            CheckpointError: when files are absent, damaged or hostile, or their parts do not fit together.
+            CheckpointError: If files are absent, corrupt or hostile, or their parts do not fit together.
         """
-        self.folder = Path(folder)
+        self.directory = Path(directory)
         self.values: Mapping[str, Any] = {}
-        self.params = read_json(self.folder / PARAMS) if (self.folder / PARAMS).exists() else {}
-        self._files = [TorchFile(path) for path in _files_of(self.folder)]
+        self.params = read_json(self.directory / PARAMS) if (self.directory / PARAMS).exists() else {}
+        self._files = [TorchFile(path) for path in _files_of(self.directory)]
         self._joined_along = joined_along
         self.tensors: dict[str, Spec] = {}
         self._parts: dict[str, list[Box]] = {}
@@ -61,15 +61,15 @@ class MetaFolder:
                 self._join(name)
         strange = {name for file in self._files[1:] for name in file.tensors} - self._files[0].tensors.keys()
         if strange:
-            raise CheckpointError(f"{self.folder}: {min(strange)} is not in all files")
+            raise CheckpointError(f"{self.directory}: {min(strange)} is not in all files")
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole, joined from all files."""
+        """Read a full tensor, joined from all files."""
         shape = self.tensors[name].shape
         return self.read_slice(name, (0,) * len(shape), shape)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Read a part of one tensor, from the files that it touches."""
+        """Read a slice of a tensor from the files that hold it."""
 
         def read(which: int, part: Box) -> torch.Tensor:
             return self._files[which].read(name)[part.slices]
@@ -80,19 +80,21 @@ class MetaFolder:
         try:
             specs = [file.tensors[name] for file in self._files]
         except KeyError:
-            raise CheckpointError(f"{self.folder}: {name} is not in all files") from None
+            raise CheckpointError(f"{self.directory}: {name} is not in all files") from None
         first, dim = specs[0], self._dim_of(name)
         if dim is None or len(specs) == 1:
             if any(spec != first for spec in specs):
                 raise CheckpointError(
-                    f"{self.folder}: {name} is not the same in all files, and nothing says how to join it"
+                    f"{self.directory}: {name} differs between files, and it is not known how to join it"
                 )
             self.tensors[name], self._parts[name] = first, [Box((0,) * len(first.shape), first.shape)]
             return
         parts, at = [], 0
         for spec in specs:
             if spec.dtype != first.dtype or _without(spec.shape, dim) != _without(first.shape, dim):
-                raise CheckpointError(f"{self.folder}: the parts of {name} do not fit together along dimension {dim}")
+                raise CheckpointError(
+                    f"{self.directory}: the parts of {name} do not fit together along dimension {dim}"
+                )
             parts.append(Box(tuple(at if place == dim else 0 for place in range(len(spec.shape))), spec.shape))
             at += spec.shape[dim]
         self.tensors[name] = Spec(first.dtype, (*first.shape[:dim], at, *first.shape[dim + 1 :]))
@@ -109,10 +111,11 @@ def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return (*shape[:dim], *shape[dim + 1 :]) if dim < len(shape) else (-1,)
 
 
-def _files_of(folder: Path) -> list[Path]:
-    names = sorted(path.name for path in folder.iterdir() if _FILE_NAME.fullmatch(path.name)) if folder.is_dir() else []
+def _files_of(directory: Path) -> list[Path]:
+    listed = directory.iterdir() if directory.is_dir() else ()
+    names = sorted(path.name for path in listed if _FILE_NAME.fullmatch(path.name))
     wanted = [f"consolidated.{place:02d}.pth" for place in range(len(names))]
     if not names or names != wanted:
-        held = f"has {', '.join(names)}: one is missing" if names else "holds no consolidated.00.pth"
-        raise CheckpointError(f"{folder} {held}")
-    return [folder / name for name in names]
+        found = f"has {', '.join(names)}: one is missing" if names else "holds no consolidated.00.pth"
+        raise CheckpointError(f"{directory} {found}")
+    return [directory / name for name in names]

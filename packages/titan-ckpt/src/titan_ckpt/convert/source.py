@@ -1,8 +1,8 @@
-"""What can be converted: tensors known by name, type and shape, and read one at a time.
+"""`TensorSource`: tensors known by name, dtype and shape, and read one at a time.
 
-A checkpoint of this package, a Hugging Face folder, a DCP folder and a file of `torch.save` all come as a
-`TensorSource`. Views over a source (some of its names, another dtype, the names of a weight map) are sources again, so
-a conversion is a source, some views and something that writes; none of them holds more than it is asked for.
+A checkpoint of this package, a Hugging Face directory, a DCP directory and a file of `torch.save` are all read as a
+`TensorSource`. Views of a source (without a prefix, without some names, in another dtype, through a weight map) are
+sources again. So a conversion is a source, some views and a writer, and none of them holds more than it is asked for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,80 +18,80 @@ from titan_ckpt.format.boxes import Box
 
 
 class AnySpec(Protocol):
-    """What is known of a tensor without reading it."""
+    """Metadata of a tensor, known without reading its data."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its type."""
+        """Its dtype."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its whole shape, whatever pieces it lies in."""
+        """Its global shape, whatever chunks it is stored in."""
         ...
 
 
 class TensorSource(Protocol):
-    """Tensors that are read one by one."""
+    """Tensors that are read one at a time."""
 
     @property
     def tensors(self) -> Mapping[str, AnySpec]:
-        """What there is, in the order in which it is best read."""
+        """Metadata of the tensors by name, in the best order for reading them."""
         ...
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """What is not a tensor, by top-level entry."""
+        """Everything that is not a tensor, by top-level entry."""
         ...
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole, to CPU memory."""
+        """Read a full tensor to CPU memory."""
         ...
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Read the part of a tensor that starts at `offsets` and has the shape `sizes`."""
+        """Read the slice of a tensor that starts at `offsets` and has the shape `sizes`."""
         ...
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An AnySpec that stands for itself."""
+    """A plain AnySpec."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 def size_of(spec: AnySpec) -> int:
-    """Return how many bytes a tensor takes."""
+    """Return the size of a tensor in bytes."""
     return prod(spec.shape) * spec.dtype.itemsize
 
 
-class Whole:
-    """What a source inherits that can only read whole tensors."""
+class FullTensorSource:
+    """Base class of sources that can only read full tensors."""
 
     values: Mapping[str, Any] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole, to CPU memory."""
+        """Read a full tensor to CPU memory."""
         raise NotImplementedError
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Read the tensor and return a part of it."""
+        """Read the full tensor and return a slice of it."""
         return self.read(name)[Box(tuple(offsets), tuple(sizes)).slices]
 
 
-class Under:
-    """The tensors of a source whose names begin with a prefix, under what is left of their names."""
+class StripPrefix:
+    """The tensors of a source whose names start with a prefix, with the prefix removed."""
 
     def __init__(self, source: TensorSource, prefix: str) -> None:
-        """Look at a part of a source.
+        """Create the view.
 
         Args:
-            source: the whole.
-            prefix: e.g. `model/`; "" for everything.
+            source: The underlying source.
+            prefix: The prefix, e.g. `model/`; "" selects everything.
 
         Raises:
-            CheckpointError: when no name begins with it.
+            CheckpointError: If no name starts with it.
         """
         self._source, self._prefix = source, prefix
         self.tensors = {
@@ -99,26 +99,26 @@ class Under:
         }
         self.values: Mapping[str, Any] = {} if prefix else source.values
         if not self.tensors:
-            raise CheckpointError(_nothing_under(prefix, list(source.tensors)))
+            raise CheckpointError(_no_such_prefix(prefix, list(source.tensors)))
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole."""
+        """Read a full tensor."""
         return self._source.read(self._prefix + name)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Read a part of one tensor."""
+        """Read a slice of a tensor."""
         return self._source.read_slice(self._prefix + name, offsets, sizes)
 
 
-class Without:
-    """A source without the tensors whose names match one of some patterns."""
+class Exclude:
+    """A source without the tensors whose names match any of some patterns."""
 
     def __init__(self, source: TensorSource, patterns: Sequence[str]) -> None:
-        """Look at a part of a source.
+        """Create the view.
 
         Args:
-            source: the whole.
-            patterns: shell patterns, e.g. `*.rotary_emb.inv_freq`.
+            source: The underlying source.
+            patterns: Shell patterns, e.g. `*.rotary_emb.inv_freq`.
         """
         self._source, self.values = source, source.values
         self.tensors = {
@@ -128,26 +128,29 @@ class Without:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole."""
+        """Read a full tensor."""
         return self._source.read(name)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Read a part of one tensor."""
+        """Read a slice of a tensor."""
         return self._source.read_slice(name, offsets, sizes)
 
 
 class Cast:
-    """A source whose floating-point tensors come in another dtype; integers and booleans stay as they are."""
+    """A source with its floating-point tensors cast to another dtype; integers and booleans are unchanged."""
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
-        """Look at a source in another dtype.
+        """Create the view.
 
         Args:
-            source: what to look at.
-            dtype: a floating-point type.
+            source: The underlying source.
+            dtype: A floating-point dtype.
+
+        Raises:
+            CheckpointError: If the dtype is not a floating-point one.
         """
         if not dtype.is_floating_point:
-            raise CheckpointError(f"weights are converted to a floating-point type, not to {dtype}")
+            raise CheckpointError(f"weights can only be converted to a floating-point dtype, not to {dtype}")
         self._source, self._dtype, self.values = source, dtype, source.values
         self.tensors = {
             name: Spec(dtype if spec.dtype.is_floating_point else spec.dtype, tuple(spec.shape))
@@ -155,17 +158,17 @@ class Cast:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole."""
+        """Read a full tensor."""
         return self._source.read(name).to(self.tensors[name].dtype)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Read a part of one tensor."""
+        """Read a slice of a tensor."""
         return self._source.read_slice(name, offsets, sizes).to(self.tensors[name].dtype)
 
 
-def _nothing_under(prefix: str, names: list[str]) -> str:
+def _no_such_prefix(prefix: str, names: list[str]) -> str:
     if not names:
-        return "there is no tensor in it at all"
+        return "it holds no tensors"
     tops = sorted({name.split("/")[0] + "/" if "/" in name else name for name in names})
     shown = ", ".join(tops[:8]) + (", ..." if len(tops) > 8 else "")
-    return f"no tensor's name begins with {prefix!r}; names begin with {shown}. Give the prefix that the model has"
+    return f"no tensor's name starts with {prefix!r}; names start with {shown}. Give the prefix of the model's tensors"

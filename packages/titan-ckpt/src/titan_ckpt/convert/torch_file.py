@@ -1,4 +1,4 @@
-"""Single files of `torch.save`: in, read with the weights-only unpickler, and out, for torchtune and others."""
+"""Files of `torch.save`: read with the weights-only unpickler, and written for torchtune and other programs."""
 
 import mmap
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ import torch
 from titan_ckpt.convert._atomic import new_file
 from titan_ckpt.convert._files import file_size
 from titan_ckpt.convert._torch_load import load_entry
-from titan_ckpt.convert.source import Spec, TensorSource, Whole, size_of
+from titan_ckpt.convert.source import FullTensorSource, Spec, TensorSource, size_of
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.json_values import encode, key_of
 from titan_ckpt.format.safetensors_header import bytes_of
@@ -18,30 +18,30 @@ from titan_ckpt.format.safetensors_header import bytes_of
 _ALIGNMENT = 64
 
 
-class TorchFile(Whole):
+class TorchFile(FullTensorSource):
     """The content of a file of `torch.save`: tensors in dicts, nested or not.
 
-    Names are paths through the dicts, joined with "/". The file is mapped to memory: what is not read costs nothing.
+    Names are paths through the dicts, joined with "/". The file is memory-mapped: what is not read costs nothing.
 
     Attributes:
-        tensors: the tensors.
-        values: the other entries that are JSON.
-        left_out: the other entries that are not, with the reason.
+        tensors: The tensors.
+        values: The other entries that are JSON values.
+        left_out: The remaining entries, with the reason why each is left out.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open a file; no tensor's data is read.
+        """Open a file; no tensor data is read.
 
         Args:
-            path: the file.
+            path: The file.
 
         Raises:
-            CheckpointError: when it is absent, damaged, or holds anything but tensors and plain values.
+            CheckpointError: If it is absent, corrupt, or holds anything but tensors and plain values.
         """
         path = Path(path)
         loaded = load_entry(path, file_size(path), str(path))
         if not isinstance(loaded, Mapping):
-            raise CheckpointError(f"{path} holds a {type(loaded).__name__} where a dict of tensors is wanted")
+            raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
         self._tensors: dict[str, torch.Tensor] = {}
         self.values: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
@@ -55,14 +55,14 @@ class TorchFile(Whole):
         self.tensors = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor; its data is in the file until it is used."""
+        """Return a tensor; its data stays in the file until it is used."""
         return self._tensors[name]
 
     def _take(self, value: Any, path: tuple[str, ...], depth: int) -> Any:
-        """Move the tensors of `value` into the table; return what else there is, None when there is nothing."""
+        """Move the tensors of `value` into the table; return the other entries, None if there are none."""
         name = key_of(path)
         if depth > 32:
-            raise CheckpointError(f"{name[:80]} is nested deeper than any state")
+            raise CheckpointError(f"{name[:80]} is nested deeper than 32 levels")
         if isinstance(value, torch.Tensor):
             self._tensors[name] = value.detach()
             return None
@@ -80,15 +80,15 @@ class TorchFile(Whole):
 def export_torch(source: TensorSource, path: str | Path) -> None:
     """Write tensors as one file of `torch.save`, a flat dict by name.
 
-    `torch.save` wants all of them at once. They are gathered in a second file beside the first, which is mapped to
-    memory: while it lasts, it takes as much disk again, but host memory no more than the largest tensor needs.
+    `torch.save` needs all tensors at once. They are gathered in a temporary memory-mapped file next to the target,
+    which temporarily doubles the disk space but needs host memory for the largest tensor only.
 
     Args:
-        source: the tensors, under the names that they are to have.
-        path: the file to make; it appears once it is complete.
+        source: The tensors, under their names in the file.
+        path: The file to write; it appears once it is complete.
 
     Raises:
-        CheckpointError: when the file is there already or cannot be written.
+        CheckpointError: If the file exists or cannot be written.
     """
     path = Path(path)
     with new_file(path) as staging:
@@ -100,7 +100,7 @@ def export_torch(source: TensorSource, path: str | Path) -> None:
 
 
 def _gather(source: TensorSource, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Write the tensors one by one to a file, and yield them as they lie there."""
+    """Write the tensors one by one to a file, and yield them memory-mapped from it."""
     starts, end = {}, 0
     for name, spec in source.tensors.items():
         starts[name] = end
@@ -114,7 +114,7 @@ def _gather(source: TensorSource, path: Path) -> Iterator[tuple[str, torch.Tenso
             file.seek(starts[name])
             file.write(bytes_of(source.read(name)))
         file.flush()
-        mapped = mmap.mmap(file.fileno(), end)  # closed when the last tensor is
+        mapped = mmap.mmap(file.fileno(), end)  # closed together with the last tensor
     for name, spec in source.tensors.items():
         if size_of(spec) == 0:
             yield name, torch.empty(spec.shape, dtype=spec.dtype)

@@ -1,8 +1,9 @@
-"""Weight maps: how the names and shapes of one side become those of the other, rule by rule.
+"""Weight maps: how names and shapes of one side become those of the other, rule by rule.
 
-A map comes from outside, from whoever knows both models. This file says what it must look like, and reads a source
-through it: the shapes on the other side are found by running the rules on tensors of torch's meta device, which have
-no data, so that all mistakes are told before a byte is read.
+Internal names are those of the training code, external names those of another program, e.g. Hugging Face's. A map is
+provided by the caller, who knows both models; this module declares its protocol and reads a source through it
+(`Mapped`). The shapes on the other side are computed by running the rules on meta tensors, which have no data, so that
+all mistakes are reported before anything is read.
 """
 
 from collections import Counter
@@ -11,44 +12,44 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from titan_ckpt.convert.source import AnySpec, Spec, TensorSource, Whole
+from titan_ckpt.convert.source import AnySpec, FullTensorSource, Spec, TensorSource
 from titan_ckpt.errors import CheckpointError
 
-Direction = Literal["to_foreign", "to_native"]
+Direction = Literal["to_external", "to_internal"]
 
 
 class TensorRule(Protocol):
-    """A few tensors of one side that make a few of the other, e.g. q, k and v to one and back.
+    """A few tensors of one side that become a few of the other, e.g. q, k and v that become one and back.
 
-    The two functions are of torch operations that also run on the meta device, leave what they are given unchanged,
-    and return just the names that they announce. One that only renames returns the very tensor that it was given:
-    then a sharded load reads no more than its shard.
+    The two functions use torch operations that also run on the meta device, leave their inputs unchanged, and return
+    exactly the announced names. A rule that only renames returns the very tensor it was given: then a sharded load
+    reads no more than its shard.
     """
 
     @property
-    def native(self) -> Sequence[str]:
-        """The names on the side of the training code."""
+    def internal(self) -> Sequence[str]:
+        """The names in the training code."""
         ...
 
     @property
-    def foreign(self) -> Sequence[str]:
+    def external(self) -> Sequence[str]:
         """The names on the other side, e.g. Hugging Face's."""
         ...
 
-    def to_foreign(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Make the foreign tensors from the native ones."""
+    def to_external(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Convert the internal tensors to the external ones."""
         ...
 
-    def to_native(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Make the native tensors from the foreign ones."""
+    def to_internal(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Convert the external tensors to the internal ones."""
         ...
 
 
 class WeightMap(Protocol):
-    """The rules for one model, and what else the other side wants to know of it.
+    """The rules for one model, and the config that the other side needs.
 
-    Tied weights are one rule: all native names, one foreign name; `to_foreign` takes one of them, `to_native` gives
-    the same tensor under all names.
+    Tied weights are one rule with all internal names and one external name: `to_external` uses one of them,
+    `to_internal` returns the same tensor under all names.
     """
 
     @property
@@ -58,37 +59,37 @@ class WeightMap(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What goes into `config.json`."""
+        """The content of `config.json`."""
         ...
 
 
-class Mapped(Whole):
+class Mapped(FullTensorSource):
     """A source seen through a weight map.
 
-    A rule's tensors are made when the first is asked for, and each is let go of as it is given out: read in the order
-    of `tensors`, no more than one rule's tensors are in memory.
+    A rule's tensors are made when the first is read, and each is dropped once it is returned: read in the order of
+    `tensors`, memory holds the tensors of one rule at a time.
     """
 
     def __init__(self, source: TensorSource, rules: Sequence[TensorRule], direction: Direction) -> None:
-        """Plan the tensors of the other side; nothing is read.
+        """Compute the names, dtypes and shapes of the other side; nothing is read.
 
         Args:
-            source: what to look at; each of its tensors must be used by a rule (see `Without`).
-            rules: the map's rules.
-            direction: "to_foreign" when the source holds native tensors, "to_native" when it holds foreign ones.
+            source: The underlying source; each of its tensors must be used by a rule (see `Exclude`).
+            rules: The map's rules.
+            direction: "to_external" if the source holds internal tensors, "to_internal" if it holds external ones.
 
         Raises:
-            CheckpointError: when the rules do not fit the source, all of it in one message, or one another.
+            CheckpointError: If the rules do not match the source, all of it in one message, or one another.
         """
         self._source, self._direction = source, direction
         self.values = source.values
         inputs = [inputs_of(rule, direction) for rule in rules]
         outputs = [outputs_of(rule, direction) for rule in rules]
         wanted = {name for names in inputs for name in names}
-        refuse_unfit(
-            "the weight map does not fit the tensors at hand",
+        raise_mismatches(
+            "the weight map does not match the tensors",
             {
-                "missing, wanted by the map": wanted - source.tensors.keys(),
+                "missing, needed by the map": wanted - source.tensors.keys(),
                 "unexpected, not in the map": source.tensors.keys() - wanted,
             },
         )
@@ -102,7 +103,7 @@ class Mapped(Whole):
             self.tensors.update(probe(rule, direction, source.tensors))
 
     def read(self, name: str) -> torch.Tensor:
-        """Read what its rule needs and make it; the rule's other tensors are kept until another rule's turn."""
+        """Read the inputs of a tensor's rule and make the tensor; the rule's other tensors are kept for later reads."""
         if name not in self._made:
             rule = self._rule_of[name]
             given = {wanted: self._source.read(wanted) for wanted in inputs_of(rule, self._direction)}
@@ -110,90 +111,91 @@ class Mapped(Whole):
         tensor, spec = self._made.pop(name), self.tensors[name]
         if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
             raise CheckpointError(
-                f"the weight map makes {name} as {_shown(tensor)} where it announced {spec.dtype} {list(spec.shape)}"
+                f"the weight map returned {name} as {_shown(tensor)}, but on the meta device as {spec.dtype} "
+                f"{list(spec.shape)}"
             )
         return tensor
 
 
 def inputs_of(rule: TensorRule, direction: Direction) -> Sequence[str]:
     """Return the names that a rule reads."""
-    return rule.native if direction == "to_foreign" else rule.foreign
+    return rule.internal if direction == "to_external" else rule.external
 
 
 def outputs_of(rule: TensorRule, direction: Direction) -> Sequence[str]:
     """Return the names that a rule makes."""
-    return rule.foreign if direction == "to_foreign" else rule.native
+    return rule.external if direction == "to_external" else rule.internal
 
 
 def apply(rule: TensorRule, direction: Direction, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Run one rule.
 
     Args:
-        rule: the rule.
-        direction: which of its functions.
-        given: its inputs by name.
+        rule: The rule.
+        direction: Which of its functions to run.
+        given: Its inputs by name.
 
     Returns:
-        Its outputs by name, just those that it announces.
+        Its outputs by name, exactly those that it announces.
 
     Raises:
-        CheckpointError: when the function fails or returns anything else.
+        CheckpointError: If the function fails or returns anything else.
     """
     try:
-        made = rule.to_foreign(given) if direction == "to_foreign" else rule.to_native(given)
-    except Exception as error:  # somebody else's function: whatever it raises becomes one message
+        made = rule.to_external(given) if direction == "to_external" else rule.to_internal(given)
+    except Exception as error:  # user code: whatever it raises becomes one message
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in given.items())
         raise CheckpointError(f"the weight map's rule for {shapes} failed: {type(error).__name__}: {error}") from error
     announced = outputs_of(rule, direction)
     if not isinstance(made, Mapping) or set(made) != set(announced):
-        got = list(made) if isinstance(made, Mapping) else type(made).__name__
-        raise CheckpointError(f"the weight map's rule for {', '.join(announced)} returned {got} instead")
+        found = list(made) if isinstance(made, Mapping) else type(made).__name__
+        raise CheckpointError(f"the weight map's rule for {', '.join(announced)} returned {found} instead")
     return dict(made)
 
 
 def probe(rule: TensorRule, direction: Direction, specs: Mapping[str, AnySpec]) -> dict[str, AnySpec]:
-    """Find the types and shapes that a rule makes, without data.
+    """Compute the dtypes and shapes that a rule makes, without data.
 
     Args:
-        rule: the rule.
-        direction: which of its functions.
-        specs: what is known of its inputs, among others.
+        rule: The rule.
+        direction: Which of its functions to run.
+        specs: Metadata of its inputs, and possibly of other tensors.
 
     Returns:
-        What it makes, in the rule's order.
+        Metadata of its outputs, in the rule's order.
     """
-    made = apply(rule, direction, _bare(inputs_of(rule, direction), specs))
+    made = apply(rule, direction, _meta_tensors(inputs_of(rule, direction), specs))
     return {name: Spec(made[name].dtype, tuple(made[name].shape)) for name in outputs_of(rule, direction)}
 
 
 def renames(rule: TensorRule, direction: Direction, specs: Mapping[str, AnySpec]) -> bool:
-    """Tell whether all that a rule does is to give one tensor other names."""
+    """Return whether a rule does nothing but give one tensor other names."""
     names = inputs_of(rule, direction)
     if len(names) != 1:
         return False
-    bare = _bare(names, specs)
-    return all(tensor is bare[names[0]] for tensor in apply(rule, direction, bare).values())
+    given = _meta_tensors(names, specs)
+    return all(tensor is given[names[0]] for tensor in apply(rule, direction, given).values())
 
 
-def refuse_unfit(what: str, groups: Mapping[str, Iterator[str] | set[str]]) -> None:
-    """Raise one error for all that does not fit, by kind.
+def raise_mismatches(what: str, groups: Mapping[str, Iterator[str] | set[str]]) -> None:
+    """Raise one error that lists all mismatches, by kind.
 
     Args:
-        what: the first line.
-        groups: for each kind of misfit, the lines to show.
+        what: The first line.
+        groups: For each kind of mismatch, the lines to show.
 
     Raises:
-        CheckpointError: unless all groups are empty.
+        CheckpointError: Unless all groups are empty.
     """
     lines = []
-    for title, told in groups.items():
-        if told:
-            lines += [f"  {title} ({len(set(told))}):", *(f"    {line}" for line in sorted(told))]
+    for title, listed in groups.items():
+        if listed:
+            lines += [f"  {title} ({len(set(listed))}):", *(f"    {line}" for line in sorted(listed))]
     if lines:
         raise CheckpointError("\n".join([f"{what}:", *lines]))
 
 
-def _bare(names: Sequence[str], specs: Mapping[str, AnySpec]) -> dict[str, torch.Tensor]:
+def _meta_tensors(names: Sequence[str], specs: Mapping[str, AnySpec]) -> dict[str, torch.Tensor]:
     return {name: torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta") for name in names}
 
 

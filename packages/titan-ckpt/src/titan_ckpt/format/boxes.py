@@ -1,23 +1,24 @@
-"""Boxes: which part of a tensor a chunk is, and how parts overlap.
+"""Boxes: n-dimensional slices of a tensor, and how they overlap.
 
-A box of an n-dimensional tensor is its offset and its length in each dimension. Everything a resharding load has to
-compute is an intersection of boxes.
+A box is an offset and a length in each dimension, like torch DCP's `ChunkStorageMetadata`. Everything that resharding
+on load has to compute is an intersection of boxes. Used by `save` (who writes what), `load` (what to read) and
+`convert`.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-MOST_DIMENSIONS = 64  # torch has no tensors of more
-MOST_ELEMENTS = 1 << 58  # of any type, in bytes that 64 bits can count
+MOST_DIMENSIONS = 64  # torch's own limit
+MOST_ELEMENTS = 1 << 58  # of any dtype, so that a size in bytes fits 64 bits
 
 
 class Box(NamedTuple):
-    """A dense, axis-aligned part of a tensor.
+    """A dense, axis-aligned slice of a tensor.
 
     Attributes:
-        offsets: where it begins, in elements, one per dimension.
-        lengths: how far it reaches, in elements, one per dimension.
+        offsets: Start in each dimension, in elements.
+        lengths: Length in each dimension, in elements.
     """
 
     offsets: tuple[int, ...]
@@ -25,26 +26,26 @@ class Box(NamedTuple):
 
     @property
     def volume(self) -> int:
-        """The number of its elements."""
+        """The number of elements."""
         return math.prod(self.lengths)
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What to index a tensor with to get this part."""
+        """The index expression that cuts this box out of a tensor."""
         return tuple(slice(at, at + length) for at, length in zip(self.offsets, self.lengths, strict=True))
 
     def within(self, outer: "Box") -> "Box":
-        """Return the same box with its offsets counted from those of `outer`."""
+        """Return the same box with its offsets relative to those of `outer`."""
         return Box(tuple(at - base for at, base in zip(self.offsets, outer.offsets, strict=True)), self.lengths)
 
 
-def whole(shape: Sequence[int]) -> Box:
-    """Return the box that is all of a tensor."""
+def full_box(shape: Sequence[int]) -> Box:
+    """Return the box that covers a full tensor."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def intersection(one: Box, other: Box) -> Box | None:
-    """Return the part that two boxes share, or None when they share no element."""
+    """Return the intersection of two boxes, or None if it is empty."""
     offsets, lengths = [], []
     for at, length, its_at, its_length in zip(one.offsets, one.lengths, other.offsets, other.lengths, strict=True):
         start, stop = max(at, its_at), min(at + length, its_at + its_length)
@@ -56,15 +57,19 @@ def intersection(one: Box, other: Box) -> Box | None:
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cut a run of elements, in row-major order, into boxes.
+    """Cut a contiguous range of elements, in row-major order, into boxes.
+
+    Needed because a checksum piece is a range of bytes, which in general is not a box. Such a range consists of the end
+    of one row, a block of complete rows and the beginning of another row, and the two ends recurse into the row's own
+    dimensions.
 
     Args:
-        shape: the tensor's.
-        start: the first element of the run.
-        stop: the element after the last one.
+        shape: Shape of the tensor.
+        start: The first element of the range.
+        stop: The element after the last one.
 
     Yields:
-        Boxes that hold the run's elements one after the other; at most two per dimension.
+        Boxes that hold the range's elements in order; at most two per dimension.
     """
     if start >= stop:
         return
@@ -72,29 +77,29 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]
         yield Box((), ())
         return
     row = math.prod(shape[1:])
-    first_whole, after_whole = -(-start // row), stop // row
-    if first_whole > after_whole:  # within one row, of which it has neither end
-        yield from _in_row(shape, after_whole, start - after_whole * row, stop - after_whole * row)
+    first_complete, after_complete = -(-start // row), stop // row
+    if first_complete > after_complete:  # inside one row, touching neither of its ends
+        yield from _in_row(shape, after_complete, start - after_complete * row, stop - after_complete * row)
         return
-    if start < first_whole * row:
-        yield from _in_row(shape, first_whole - 1, start - (first_whole - 1) * row, row)
-    if first_whole < after_whole:
+    if start < first_complete * row:
+        yield from _in_row(shape, first_complete - 1, start - (first_complete - 1) * row, row)
+    if first_complete < after_complete:
         rest = tuple(shape[1:])
-        yield Box((first_whole, *(0 for _ in rest)), (after_whole - first_whole, *rest))
-    yield from _in_row(shape, after_whole, 0, stop - after_whole * row)
+        yield Box((first_complete, *(0 for _ in rest)), (after_complete - first_complete, *rest))
+    yield from _in_row(shape, after_complete, 0, stop - after_complete * row)
 
 
-def flaw_in_cover(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Tell what is wrong with boxes that should cover a tensor, each element once.
+def cover_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
+    """Check that boxes cover a tensor, each element exactly once.
 
     Args:
-        shape: the tensor's.
-        boxes: the parts it is said to consist of.
+        shape: Shape of the tensor.
+        boxes: The boxes that should make it up.
 
     Returns:
-        A clause that says what is wrong, or None when they cover it exactly.
+        A clause that says what is wrong, or None if they cover it exactly.
     """
-    # Sizes of 0 count as 1, for torch reckons strides with them.
+    # Sizes of 0 count as 1, because torch computes strides that way.
     if len(shape) > MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > MOST_ELEMENTS:
         return f"has the impossible shape {str(list(shape))[:80]}"
     for box in boxes:
@@ -117,17 +122,21 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def _first_overlap(boxes: Sequence[Box]) -> Box | None:
-    """Sweep along the dimension with the most distinct offsets: each box meets only those it lies beside."""
+    """Return the intersection of the first two boxes that overlap, or None.
+
+    Comparing all pairs would be quadratic. The boxes are swept along the dimension with the most distinct offsets, and
+    each is compared only with those that are still open at its own offset.
+    """
     boxes = [box for box in boxes if box.volume]
     if len(boxes) < 2 or not boxes[0].offsets:
         return boxes[0] if len(boxes) > 1 else None
     axis = max(range(len(boxes[0].offsets)), key=lambda dim: len({box.offsets[dim] for box in boxes}))
-    beside: list[Box] = []
+    still_open: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.offsets[axis]):
-        beside = [other for other in beside if other.offsets[axis] + other.lengths[axis] > box.offsets[axis]]
-        for other in beside:
+        still_open = [other for other in still_open if other.offsets[axis] + other.lengths[axis] > box.offsets[axis]]
+        for other in still_open:
             shared = intersection(box, other)
             if shared is not None:
                 return shared
-        beside.append(box)
+        still_open.append(box)
     return None

@@ -1,8 +1,8 @@
-"""The types of safetensors files by torch's."""
+"""The dtype names of the safetensors format and the torch dtypes they stand for."""
 
 import torch
 
-# The library's own table is private to it.
+# The safetensors library has the same table, but does not export it.
 TYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

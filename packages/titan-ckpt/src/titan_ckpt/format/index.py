@@ -1,7 +1,7 @@
-"""The index in state.json: which tensors a checkpoint holds and where their chunks lie; see docs/checkpoint-format.md.
+"""The index in state.json: which tensors a checkpoint holds and where their chunks are stored.
 
-It is read with distrust: whatever it says is compared with the manifest and with the files' own headers before memory
-is taken for it.
+The format is described in docs/checkpoint-format.md. The index is not trusted: every entry is compared with the
+manifest and with the headers of the tensor files before memory is allocated for it.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.boxes import Box, flaw_in_cover
+from titan_ckpt.format.boxes import Box, cover_problem
 from titan_ckpt.format.checksum import checksum
-from titan_ckpt.format.json_values import check_values, unique
+from titan_ckpt.format.json_values import check_values, reject_duplicates
 from titan_ckpt.format.manifest import STATE, Manifest
 from titan_ckpt.format.safetensors_header import dtype_name, dtype_of
 from titan_ckpt.storage.base import Storage
@@ -26,14 +26,14 @@ _HASH = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a tensor, an entry of one safetensors file.
+    """A slice of a tensor, stored as one entry of one safetensors file.
 
     Attributes:
-        file: the file, relative to the checkpoint.
-        key: the entry's name in it.
-        offsets: where the part begins in the tensor.
-        lengths: its shape.
-        checksums: the XXH3-128 of each of its pieces.
+        file: The file, relative to the checkpoint.
+        key: The name of the entry in that file.
+        offsets: Start of the slice in the tensor.
+        lengths: Shape of the slice.
+        checksums: The XXH3-128 of each piece of its bytes.
     """
 
     file: str
@@ -44,18 +44,18 @@ class Chunk:
 
     @property
     def box(self) -> Box:
-        """The part as a box."""
+        """The slice as a box."""
         return Box(self.offsets, self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What is known of a tensor without reading it.
+    """Metadata of a tensor in a checkpoint, known without reading its data.
 
     Attributes:
-        dtype: its type.
-        shape: its whole shape.
-        chunks: the parts it was written in; they cover it, each element once.
+        dtype: The dtype.
+        shape: The global shape.
+        chunks: The slices it was written in. They cover it, each element exactly once.
     """
 
     dtype: torch.dtype
@@ -64,18 +64,18 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Content:
-    """What state.json says.
+    """The content of state.json.
 
     Attributes:
-        values: what is not a tensor, by top-level entry, still encoded.
-        tensors: the tensors by name.
-        piece_bytes: how many bytes each checksum of a chunk is of.
+        values: Everything that is not a tensor, by top-level entry, still encoded.
+        tensors: The tensors by name.
+        piece_bytes: The number of bytes per checksum of a chunk.
     """
 
     values: dict[str, Any]
@@ -84,20 +84,20 @@ class Content:
 
 
 def chunk_key(name: str, shape: tuple[int, ...], box: Box) -> str:
-    """Return the name of a chunk's entry: the tensor's own when it is all of it, else with its offsets."""
+    """Return the key of a chunk: the tensor's name if the chunk is the full tensor, else the name and the offsets."""
     return name if box.lengths == shape else f"{name}@{','.join(map(str, box.offsets))}"
 
 
 def content_text(values: Mapping[str, Any], tensors: Mapping[str, TensorSpec], piece_bytes: int) -> bytes:
-    """Write state.json.
+    """Serialize state.json.
 
     Args:
-        values: what is not a tensor, encoded.
-        tensors: the tensors.
-        piece_bytes: how many bytes each checksum is of.
+        values: Everything that is not a tensor, encoded.
+        tensors: The tensors by name.
+        piece_bytes: The number of bytes per checksum.
 
     Returns:
-        The file's content.
+        The content of the file.
     """
     described = {
         name: {
@@ -121,32 +121,32 @@ def content_text(values: Mapping[str, Any], tensors: Mapping[str, TensorSpec], p
 
 
 def read_content(text: bytes, manifest: Manifest) -> Content:
-    """Read state.json and see that it makes sense together with the manifest.
+    """Parse state.json and check it against the manifest.
 
     Args:
-        text: the file's content, its checksum already compared.
-        manifest: the checkpoint's.
+        text: The content of the file; its checksum was verified.
+        manifest: The checkpoint's manifest.
 
     Returns:
-        What it says.
+        The parsed content.
 
     Raises:
-        CheckpointError: when it does not; the message names the tensor.
+        CheckpointError: If it is invalid; the message names the tensor.
     """
     try:
-        content = json.loads(text, object_pairs_hook=unique)
+        content = json.loads(text, object_pairs_hook=reject_duplicates)
         values, piece_bytes = content["values"], content["piece_bytes"]
         if not isinstance(values, dict) or type(piece_bytes) is not int or not 0 < piece_bytes <= 1 << 30:
-            raise ValueError("values or piece_bytes is not what it should be")
+            raise ValueError("invalid values or piece_bytes")
         check_values(values)
         if piece_bytes % 16:
-            raise ValueError("piece_bytes is no multiple of 16, so that pieces would cut elements")
+            raise ValueError(f"piece_bytes is {piece_bytes}, not a multiple of 16: pieces would cut elements in two")
         tensors = {name: _spec(name, described) for name, described in content["tensors"].items()}
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"state.json does not read ({type(error).__name__}: {error})") from error
-    _refuse_strange_files(tensors, manifest)
+        raise CheckpointError(f"state.json cannot be parsed ({type(error).__name__}: {error})") from error
+    _check_files(tensors, manifest)
     return Content(values, tensors, piece_bytes)
 
 
@@ -158,56 +158,59 @@ def _spec(name: str, described: Any) -> TensorSpec:
             for at in described["chunks"]
         )
         if any(type(at.file) is not str or type(at.key) is not str for at in chunks):
-            raise ValueError("a chunk's file or key is no text")
+            raise ValueError("the file or key of a chunk is not a string")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"state.json says nonsense of the tensor {name!r} ({type(error).__name__}: {error})"
+            f"state.json: invalid entry for tensor {name!r} ({type(error).__name__}: {error})"
         ) from error
-    flaw = flaw_in_cover(shape, [chunk.box for chunk in chunks])
-    if flaw is not None:
-        raise CheckpointError(f"the tensor {name!r} {flaw}")
+    problem = cover_problem(shape, [chunk.box for chunk in chunks])
+    if problem is not None:
+        raise CheckpointError(f"state.json: tensor {name!r} {problem}")
     return TensorSpec(dtype, shape, chunks)
 
 
 def _naturals(numbers: Any) -> tuple[int, ...]:
     if not isinstance(numbers, list) or any(type(number) is not int or number < 0 for number in numbers):
-        raise ValueError(f"{str(numbers)[:80]} is no list of natural numbers")
+        raise ValueError(f"{str(numbers)[:80]} is not a list of non-negative integers")
     return tuple(numbers)
 
 
 def _hashes(texts: Any) -> tuple[str, ...]:
-    if not isinstance(texts, list) or any(type(text) is not str or not _HASH.fullmatch(text) for text in texts):
-        raise ValueError("a checksum is none")
+    if not isinstance(texts, list):
+        raise ValueError("the checksums of a chunk are not a list")
+    for text in texts:
+        if type(text) is not str or not _HASH.fullmatch(text):
+            raise ValueError(f"invalid checksum {str(text)[:80]!r}: expected 32 hex digits")
     return tuple(texts)
 
 
-def _refuse_strange_files(tensors: Mapping[str, TensorSpec], manifest: Manifest) -> None:
-    claimed: dict[tuple[str, str], str] = {}
+def _check_files(tensors: Mapping[str, TensorSpec], manifest: Manifest) -> None:
+    owners: dict[tuple[str, str], str] = {}
     for name, spec in tensors.items():
         for chunk in spec.chunks:
             if chunk.file not in manifest.files:
                 raise CheckpointError(f"state.json refers to {chunk.file!r}, which the manifest does not list")
-            other = claimed.setdefault((chunk.file, chunk.key), name)
+            other = owners.setdefault((chunk.file, chunk.key), name)
             if other is not name:
-                raise CheckpointError(f"{chunk.key!r} in {chunk.file} is claimed by both {other!r} and {name!r}")
+                raise CheckpointError(f"state.json: both {other!r} and {name!r} use {chunk.key!r} of {chunk.file}")
         at = [(chunk.file, chunk.key) for chunk in spec.chunks]
         if len(set(at)) != len(at):
-            raise CheckpointError(f"the tensor {name!r} claims one entry of a file twice")
+            raise CheckpointError(f"state.json: tensor {name!r} uses one entry of a file twice")
 
 
 def read_state(storage: Storage, name: str, manifest: Manifest) -> bytes:
-    """Read state.json and compare it with the manifest.
+    """Read state.json and verify its size and checksum.
 
     Args:
-        storage: the folder the checkpoint lies in.
-        name: its name.
-        manifest: its manifest.
+        storage: The directory of checkpoints.
+        name: The checkpoint's name.
+        manifest: The checkpoint's manifest.
 
     Returns:
-        The file's content.
+        The content of the file.
 
     Raises:
-        CheckpointError: when it is missing, or not what the manifest says.
+        CheckpointError: If it is missing or differs from what the manifest says.
     """
     try:
         record = manifest.files[STATE]
@@ -218,7 +221,7 @@ def read_state(storage: Storage, name: str, manifest: Manifest) -> bytes:
     except FileNotFoundError:
         raise CheckpointError(f"{STATE} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{STATE} does not read ({error})") from error
+        raise CheckpointError(f"{STATE} cannot be read ({error})") from error
     if checksum(text) != record.checksum:
         raise CheckpointError(f"{STATE} does not match its checksum")
     return text

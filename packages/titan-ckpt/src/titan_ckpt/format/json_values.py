@@ -1,7 +1,7 @@
-"""JSON that gives back what it was given: values, the names in them, and the reading of files that nobody vouches for.
+"""JSON that round-trips exactly: encoding of values, flat names of nested keys, and strict parsing.
 
-Tuples, which JSON lacks and optimizers have ("betas"), are written `{"$tuple": [...]}` and come back as tuples. Nothing
-here needs torch.
+Tuples, which JSON lacks and optimizers use ("betas"), are written `{"$tuple": [...]}` and come back as tuples. Used by
+`state` (what is saved), `format` and `convert` (what is read). Nothing here needs torch.
 """
 
 import json
@@ -11,27 +11,27 @@ from typing import Any
 from titan_ckpt.errors import CheckpointError
 
 TUPLE_KEY = "$tuple"
-MOST_SAVED = 64  # levels of nesting
-_MOST_NESTED = 200  # levels that are read: more than MOST_SAVED, for a tuple takes two in JSON
+MOST_SAVED = 64  # levels of nesting that are saved
+_MOST_NESTED = 200  # levels of nesting that are read: more than MOST_SAVED, because a tuple takes two levels in JSON
 
 
 def encode(value: Any, where: str, depth: int = 0) -> Any:
-    """Turn a value into what JSON can hold exactly.
+    """Convert a value to JSON types without loss.
 
     Args:
         value: None, bool, int, float, str, or a list, tuple or dict of these.
-        where: where it was found, for the message, e.g. `state["data"]`.
-        depth: how many dicts and lists it lies in.
+        where: Where the value was found, for the message, e.g. `state["data"]`.
+        depth: How many dicts and lists it is nested in.
 
     Returns:
-        The value with tuples written as `{"$tuple": [...]}`.
+        The value, with each tuple written as `{"$tuple": [...]}`.
 
     Raises:
-        CheckpointError: when it holds anything else; the message names the place and the type.
+        CheckpointError: If it holds anything else; the message names the place and the type.
     """
     if depth > MOST_SAVED:
-        raise CheckpointError(f"{where[:80]}... is nested deeper than {MOST_SAVED} levels, or holds itself")
-    # Exact types only: an IntEnum or a numpy float would be written, but would come back as something else.
+        raise CheckpointError(f"{where[:80]}... is nested deeper than {MOST_SAVED} levels, or contains itself")
+    # Exact types only: an IntEnum or a numpy float could be written, but would come back as something else.
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
@@ -42,7 +42,7 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
             checked_key(key, where): encode(item, f"{where}[{json.dumps(key)}]", depth + 1)
             for key, item in value.items()
         }
-    hint = "; inside lists there can be no tensors, name it in a dict" if _is_tensor(value) else ""
+    hint = "; tensors cannot be inside lists, put it into a dict under a name" if _is_tensor(value) else ""
     raise CheckpointError(
         f"{where} is a {type_name(value)}: a checkpoint holds tensors in dicts, and None, bool, int, float, "
         f"str, lists, tuples and dicts of these{hint}"
@@ -53,10 +53,10 @@ def decode(value: Any) -> Any:
     """Undo `encode`.
 
     Args:
-        value: what was read from JSON.
+        value: A value read from JSON.
 
     Returns:
-        The value with its tuples.
+        The value with its tuples restored.
     """
     if isinstance(value, list):
         return [decode(item) for item in value]
@@ -68,19 +68,19 @@ def decode(value: Any) -> Any:
 
 
 def check_values(value: Any) -> None:
-    """See that a value from JSON is one that `encode` can have written: tuples are lists, and the nesting has an end.
+    """Check that a value from JSON is one that `encode` can have written: valid tuples, limited nesting.
 
     Args:
-        value: what was read.
+        value: A value read from JSON.
 
     Raises:
-        ValueError: when it is not.
+        ValueError: If it is not.
     """
     level = [value]
     for _ in range(_MOST_NESTED):
         dicts = [item for item in level if isinstance(item, dict)]
         if any(TUPLE_KEY in item and (len(item) > 1 or not isinstance(item[TUPLE_KEY], list)) for item in dicts):
-            raise ValueError(f"a {TUPLE_KEY} is no tuple")
+            raise ValueError(f"a {TUPLE_KEY} does not hold a tuple")
         level = [inner for item in dicts for inner in item.values()] + [
             inner for item in level if isinstance(item, list) for inner in item
         ]
@@ -90,15 +90,15 @@ def check_values(value: Any) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell whether a text can be written as UTF-8: JSON and pickles may hold halves of characters that cannot."""
+    """Return whether a string can be encoded as UTF-8; strings from JSON and pickles may hold lone surrogates."""
     return text.isascii() or text.encode("utf-8", "replace").decode() == text
 
 
 def key_of(path: tuple[str, ...]) -> str:
-    """Return the flat key of a path, e.g. `("model", "a/b")` gives `model/a~1b`.
+    """Return the flat name of a path through nested dicts, e.g. `model/a~1b` for `("model", "a/b")`.
 
     Raises:
-        CheckpointError: when it cannot be written as UTF-8, which safetensors files and terminals want.
+        CheckpointError: If it cannot be encoded as UTF-8, as safetensors files and terminals require.
     """
     for part in path:
         if not is_unicode(part):
@@ -106,47 +106,51 @@ def key_of(path: tuple[str, ...]) -> str:
     return "/".join(part.replace("~", "~0").replace("/", "~1").replace("@", "~2") for part in path)
 
 
-def parts_of(key: str) -> list[str]:
-    """Return the path of a flat key."""
+def path_of(key: str) -> list[str]:
+    """Return the path of a flat name; undoes `key_of`."""
     return [part.replace("~2", "@").replace("~1", "/").replace("~0", "~") for part in key.split("/")]
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict as `json` asks for it (`object_pairs_hook`); refuse keys that occur twice, or are no text."""
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict for `json.loads(object_pairs_hook=...)`; refuse duplicate keys and keys that are not Unicode.
+
+    Raises:
+        ValueError: If a key occurs twice or cannot be encoded as UTF-8.
+    """
     for key, _ in pairs:
         if not is_unicode(key):
             raise ValueError(f"has the key {key!r}, which cannot be written as UTF-8")
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"has the key {twice!r} twice")
-    return made
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"has the key {duplicate!r} twice")
+    return result
 
 
 def checked_key(key: Any, where: str) -> str:
-    """Return a dict's key as it is.
+    """Return a dict's key unchanged if it can be saved.
 
     Args:
-        key: the key.
-        where: which dict, for the message.
+        key: The key.
+        where: The dict, for the message.
 
     Raises:
-        CheckpointError: when it is no text, or none that can be a key here.
+        CheckpointError: If it is not a string, not Unicode, or reserved.
     """
     if type(key) is not str:
         raise CheckpointError(
-            f"{where} has the key {key!r}, a {type_name(key)}: keys must be strings, for JSON would make them so. For "
+            f"{where} has the key {key!r}, a {type_name(key)}: keys must be strings, because JSON has no others. For "
             "optimizers, torch.distributed.checkpoint.state_dict.get_optimizer_state_dict names states by parameter"
         )
     if not is_unicode(key):
         raise CheckpointError(f"{where} has the key {key!r}, which cannot be written as UTF-8: rename it")
     if key == TUPLE_KEY:
-        raise CheckpointError(f"{where} has the key {TUPLE_KEY!r}, which this format keeps for itself: rename it")
+        raise CheckpointError(f"{where} has the key {TUPLE_KEY!r}, which this format reserves: rename it")
     return key
 
 
 def type_name(value: Any) -> str:
-    """Return how a value's type is called in messages."""
+    """Return the name of a value's type as used in messages."""
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 

@@ -1,8 +1,8 @@
-"""The manifest: which files make up a checkpoint, how long they are, what they hash to, and where it all comes from.
+"""The manifest: the files of a checkpoint with their sizes and checksums, and the checkpoint's lineage.
 
-It is written last. A folder is a checkpoint when it bears a step's name and holds a manifest that reads, and it is
-sound when every file is as the manifest says. The manifest carries a digest of itself, so a bit that flips in it is
-noticed as well.
+It is written last. A directory is a checkpoint if it has a step's name and holds a readable manifest; the checkpoint is
+valid if every file is as the manifest says. The manifest contains a digest of itself, so a flipped bit in it is
+detected as well.
 """
 
 import json
@@ -13,28 +13,28 @@ from typing import Any, NamedTuple
 
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.checksum import ALGORITHM, checksum
-from titan_ckpt.format.json_values import check_values, decode, unique
+from titan_ckpt.format.json_values import check_values, decode, reject_duplicates
 from titan_ckpt.storage.base import Storage
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MANIFEST_LIMIT = 1 << 28
-# What the caller may tell of a checkpoint's origin, as entries of `metadata`.
+# Entries of the caller's `metadata` that are copied to the manifest's lineage.
 LINEAGE_FROM_METADATA = ("tokens_seen", "config_digest", "data_fingerprint", "layout")
 
-# Only names that we would give ourselves: no root, no drive, no empty part; "." and ".." are looked for apart.
+# No absolute path, no drive, no empty part; "." and ".." are checked for separately.
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 _HASH = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What is known of one file.
+    """Size and checksum of one file.
 
     Attributes:
-        size: its length in bytes.
-        checksum: the XXH3-128 of its content in hexadecimal.
+        size: Length in bytes.
+        checksum: XXH3-128 of the content in hexadecimal.
     """
 
     size: int
@@ -43,17 +43,17 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of one checkpoint.
+    """The manifest of one checkpoint.
 
     Attributes:
-        step: the step it was saved at.
-        created: when, UTC, ISO 8601.
-        files: its other files, by their path inside it.
-        lineage: where it comes from: tokens_seen, parent (step and digest), config_digest, data_fingerprint, layout,
-            world_size, versions. What nobody told is None.
-        metrics: the numbers given at save, by which checkpoints are compared.
-        metadata: the caller's words.
-        digest: the checksum of all of this.
+        step: The step it was saved at.
+        created: Time of the save (UTC, ISO 8601).
+        files: Its other files, by their path inside the checkpoint.
+        lineage: Where it comes from: tokens_seen, parent (step and digest), config_digest, data_fingerprint, layout,
+            world_size, versions. Entries that are not known are None.
+        metrics: The numbers given to `save`, by which checkpoints are compared.
+        metadata: The metadata given to `save`.
+        digest: Checksum of all of the above.
     """
 
     step: int
@@ -66,16 +66,16 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes its files have together."""
+        """Total size of its files in bytes."""
         return sum(record.size for record in self.files.values())
 
 
 class ManifestText(NamedTuple):
-    """A manifest as it is written.
+    """A serialized manifest.
 
     Attributes:
-        text: the content of the file.
-        digest: what it says of itself.
+        text: The content of the file.
+        digest: The manifest's digest.
     """
 
     text: bytes
@@ -83,6 +83,7 @@ class ManifestText(NamedTuple):
 
 
 def manifest_text(
+    *,
     step: int,
     created: str,
     files: Mapping[str, FileRecord],
@@ -90,15 +91,15 @@ def manifest_text(
     metrics: Mapping[str, float],
     metadata: Any,
 ) -> ManifestText:
-    """Write a manifest.
+    """Serialize a manifest.
 
     Args:
-        step: the step.
-        created: the time, UTC, ISO 8601.
-        files: the other files by their path inside the checkpoint.
-        lineage: see `Manifest`.
-        metrics: see `Manifest`.
-        metadata: the caller's words, encoded.
+        step: The step.
+        created: The time (UTC, ISO 8601).
+        files: The other files, by their path inside the checkpoint.
+        lineage: See `Manifest`.
+        metrics: See `Manifest`.
+        metadata: The caller's metadata, encoded.
 
     Returns:
         The content of the manifest file, and its digest.
@@ -118,51 +119,51 @@ def manifest_text(
 
 
 def digest_of(content: Any) -> str:
-    """Return the checksum of a JSON value, whatever the order of its dicts' keys."""
+    """Return the checksum of a JSON value; the order of keys does not matter."""
     return checksum(json.dumps(content, sort_keys=True).encode())
 
 
-def folder_name(step: int) -> str:
-    """Return the name of a step's checkpoint, e.g. `step-00000100`."""
+def directory_name(step: int) -> str:
+    """Return the directory name of a step's checkpoint, e.g. `step-00000100`."""
     return f"step-{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """Return the step that a folder's name stands for, or None when it is no checkpoint's name."""
+    """Return the step of a checkpoint's directory name, or None if it is not such a name."""
     digits = re.fullmatch(r"step-([0-9]{8,18})", name)
     step = int(digits[1]) if digits else None
     # step-000000100 would be a second name for step 100.
-    return step if step is not None and folder_name(step) == name else None
+    return step if step is not None and directory_name(step) == name else None
 
 
 def read_manifest(storage: Storage, name: str) -> Manifest:
-    """Read a checkpoint's manifest and check what can be checked without the other files.
+    """Read a checkpoint's manifest and check everything that does not need the other files.
 
     Args:
-        storage: the folder the checkpoint lies in.
-        name: its name there; when that is a step's name, the manifest must be of that step.
+        storage: The directory of checkpoints.
+        name: The checkpoint's name; if that is a step's name, the manifest must be of that step.
 
     Returns:
         The manifest.
 
     Raises:
-        CheckpointError: when it is absent, does not read, is of an unknown format, or names files elsewhere.
+        CheckpointError: If it is absent, invalid, of an unknown format version, or names files outside the checkpoint.
     """
     path = f"{name}/{MANIFEST}"
     try:
         size = storage.size(path)
         if size > MANIFEST_LIMIT:
-            raise ValueError(f"it has {size} bytes, more than any manifest")
-        content = json.loads(storage.read(path), object_pairs_hook=unique)
+            raise ValueError(f"it has {size} bytes, the limit is {MANIFEST_LIMIT}")
+        content = json.loads(storage.read(path), object_pairs_hook=reject_duplicates)
         version = content["format_version"]
         if version == FORMAT_VERSION:
             return _checked(content, name)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{name} has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} does not read ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     raise CheckpointError(
-        f"{path} is of format {version!r} and this titan-ckpt reads {FORMAT_VERSION}: use the release that wrote it"
+        f"{path} has format version {version!r}, this titan-ckpt reads {FORMAT_VERSION}: use the release that wrote it"
     )
 
 
@@ -173,21 +174,21 @@ def _checked(content: dict[str, Any], name: str) -> Manifest:
     del content["format_version"]
     algorithm = content.pop("checksum")
     if algorithm != ALGORITHM:
-        raise ValueError(f"its checksums are {algorithm!r}, which this release does not know")
+        raise ValueError(f"unknown checksum algorithm {algorithm!r}")
     files = {path: _record(path, described) for path, described in content.pop("files").items()}
     for kind in ("lineage", "metrics", "metadata"):
         if not isinstance(content[kind], dict):
-            raise ValueError(f"{kind} is no object")
+            raise ValueError(f"{kind} is not an object")
     if any(type(value) not in (int, float) for value in content["metrics"].values()):
-        raise ValueError("metrics are numbers")
+        raise ValueError("a metric is not a number")
     check_values([content["lineage"], content["metadata"]])
     if STATE not in files:
-        raise ValueError(f"it lists no {STATE}")
+        raise ValueError(f"it does not list {STATE}")
     step = content["step"]
     if type(step) is not int or step < 0:
-        raise ValueError(f"its step is {step!r}")
-    if name.startswith("step-") and folder_name(step) != name:
-        raise ValueError(f"it is of step {step}: was the folder renamed?")
+        raise ValueError(f"invalid step {step!r}")
+    if name.startswith("step-") and directory_name(step) != name:
+        raise ValueError(f"it is of step {step}: was the directory renamed?")
     return Manifest(files=files, digest=stated, **{**content, "metadata": decode(content["metadata"])})
 
 
@@ -196,5 +197,5 @@ def _record(path: str, described: dict[str, Any]) -> FileRecord:
         raise ValueError(f"it names the file {path!r}, which is not inside the checkpoint")
     record = FileRecord(**described)
     if type(record.size) is not int or record.size < 0 or not _HASH.fullmatch(record.checksum):
-        raise ValueError(f"what it says of {path!r} is no size and checksum")
+        raise ValueError(f"invalid size or checksum for {path!r}")
     return record

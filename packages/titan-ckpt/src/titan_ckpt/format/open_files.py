@@ -1,4 +1,4 @@
-"""The open files of one checkpoint: each opened once, its header read and compared with the manifest and the index."""
+"""The open files of one checkpoint: each opened once, its header checked against the manifest and the index."""
 
 import threading
 from types import TracebackType
@@ -11,7 +11,7 @@ from titan_ckpt.storage.base import SourceFile, Storage
 
 
 class TensorFiles:
-    """The open safetensors files of one checkpoint; several threads may use it."""
+    """The open safetensors files of one checkpoint; thread-safe."""
 
     def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
         self.parallel = storage.parallel
@@ -24,15 +24,15 @@ class TensorFiles:
         """Return an open file and its header.
 
         Raises:
-            CheckpointError: when it is missing, not as long as the manifest says, or no safetensors file.
+            CheckpointError: If it is missing, not as long as the manifest says, or not a valid safetensors file.
         """
         with self._lock:
             if file not in self._open:
                 try:
                     source = self._storage.open(f"{self.name}/{file}")
                 except OSError as error:
-                    told = "is missing" if isinstance(error, FileNotFoundError) else f"does not read ({error})"
-                    raise CheckpointError(f"{file} {told}") from error
+                    problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+                    raise CheckpointError(f"{file} {problem}") from error
                 size = self._manifest.files[file].size
                 try:
                     if source.size != size:
@@ -44,24 +44,33 @@ class TensorFiles:
             return self._open[file]
 
     def entry_of(self, name: str, spec: TensorSpec, chunk: Chunk, piece_bytes: int) -> Entry:
-        """Return where a chunk lies in its file.
+        """Return where a chunk is stored in its file.
+
+        Args:
+            name: The tensor, for the message.
+            spec: Its dtype and shape according to the index.
+            chunk: The chunk.
+            piece_bytes: Bytes per checksum.
 
         Raises:
-            CheckpointError: when the file's header and the index disagree.
+            CheckpointError: If the file's header and the index disagree.
         """
         entry = self[chunk.file][1].get(chunk.key)
         if entry is None or (entry.dtype, entry.shape) != (spec.dtype, chunk.lengths):
-            held = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise CheckpointError(
-                f"{chunk.file} holds {held} under {chunk.key!r}, where state.json says that {name} has "
-                f"{spec.dtype} {list(chunk.lengths)}"
+                f"{chunk.file} holds {found} under {chunk.key!r}, but state.json says {spec.dtype} "
+                f"{list(chunk.lengths)} for {name}"
             )
-        if len(chunk.checksums) != -(-entry.nbytes // piece_bytes):
-            raise CheckpointError(f"state.json has {len(chunk.checksums)} checksums for {chunk.key!r}: not one a piece")
+        expected = -(-entry.nbytes // piece_bytes)
+        if len(chunk.checksums) != expected:
+            raise CheckpointError(
+                f"state.json has {len(chunk.checksums)} checksums for {chunk.key!r}, expected {expected}: one per piece"
+            )
         return entry
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all files."""
         with self._lock:
             for source, _ in self._open.values():
                 source.close()

@@ -1,26 +1,34 @@
-"""One load: from a folder to the newest sound checkpoint, and from there into the caller's objects."""
+"""One load, as all ranks do it together: choose a checkpoint, check it, compare it, fill the tensors.
+
+Called by `Checkpointer.load`. The steps: list the directory (rank 0); for the newest checkpoint, or the one asked for:
+check manifest, sizes and index (rank 0), compare names, shapes and dtypes with the state (rank 0), read this rank's
+shards with checksums (all ranks), call `load_state_dict` (all ranks). A checkpoint that turns out to be corrupt is
+skipped on all ranks, and the one before it is tried.
+"""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import torch
 
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.index import Content, read_content, read_state
-from titan_ckpt.format.json_values import parts_of
-from titan_ckpt.format.manifest import Manifest, folder_name, read_manifest
+from titan_ckpt.format.json_values import path_of
+from titan_ckpt.format.manifest import Manifest, directory_name, read_manifest
 from titan_ckpt.format.open_files import TensorFiles
-from titan_ckpt.load.reads import Reads, Wanted, carry_out, plan_reads
-from titan_ckpt.load.selection import Comparison, Selection, compare, describe, overlaid, value_names
+from titan_ckpt.load.reads import Reads, Wanted, execute_reads, plan_reads
+from titan_ckpt.load.selection import Comparison, Description, Selection, compare, describe, overlay, value_names
 from titan_ckpt.manage.listing import CheckpointInfo, info_of, step_names
-from titan_ckpt.manage.size_check import wrong_sizes
-from titan_ckpt.state.shards import Layouts
+from titan_ckpt.manage.size_check import size_problems
+from titan_ckpt.state.shards import ShardLayouts
 from titan_ckpt.state.tree import Stateful, merge, split
 from titan_ckpt.storage.base import Storage
-from titan_ckpt.storage.direct_io import machine
+from titan_ckpt.storage.direct_io import machine_id
 
-OnDamage = Literal["previous", "raise"]
+OnCorruption = Literal["previous", "raise"]
 
 ABSENT = "it does not exist"
 
@@ -29,218 +37,245 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded(CheckpointInfo):
-    """What was loaded.
+    """The checkpoint that was loaded.
 
     Attributes:
-        missing: selected names that the checkpoint does not hold; they keep their values. Empty when strict.
-        unexpected: selected names that the state does not have. Empty when strict.
-        passed_over: newer checkpoints that are damaged, by folder name, each with what is wrong with it.
+        missing: Selected names that the checkpoint does not hold; they keep their values. Empty if strict.
+        unexpected: Selected names that the state does not have. Empty if strict.
+        skipped: Newer checkpoints that are corrupt, by directory name, each with its problems.
     """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    passed_over: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    skipped: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Request:
-    """How to load.
+    """What to load and how; see `Checkpointer.load`.
 
     Attributes:
-        step: which step; None for the newest sound one.
-        required: whether it is an error when there is no checkpoint at all.
-        on_damage: what to do when no step was asked for and the newest is damaged.
-        selection: which parts of the state.
-        strict: whether names that are missing or unexpected are an error.
-        cast: whether another type will do.
+        step: The step; None for the newest valid one.
+        required: Whether it is an error if there is no checkpoint at all.
+        on_corruption: What to do if no step was asked for and the newest checkpoint is corrupt.
+        selection: Which names to load.
+        strict: Whether missing or unexpected names are an error.
+        cast: Whether dtypes may differ.
     """
 
     step: int | None
     required: bool
-    on_damage: OnDamage
+    on_corruption: OnCorruption
     selection: Selection
     strict: bool
     cast: bool
 
 
-class _DamagedError(Exception):
-    """A checkpoint turned out to be damaged; the same on all ranks."""
+@dataclass(frozen=True)
+class _Candidate:
+    """A checkpoint whose manifest, sizes and index were checked.
+
+    Attributes:
+        name: Its directory name.
+        manifest: Its manifest.
+        content: Its index.
+    """
+
+    name: str
+    manifest: Manifest
+    content: Content
+
+
+class _CorruptCheckpointError(Exception):
+    """A checkpoint turned out to be corrupt; raised alike on all ranks.
+
+    Attributes:
+        problems: What is wrong with it.
+        touched: Whether tensors of the state may have been overwritten.
+    """
 
     def __init__(self, problems: Sequence[str], *, touched: bool) -> None:
         super().__init__("; ".join(problems))
         self.problems = list(problems)
         self.touched = touched
 
+    @property
+    def warning(self) -> str:
+        """What the error means for the state."""
+        if not self.touched:
+            return ""
+        return "The state was partially overwritten before corruption was detected; discard it. "
+
 
 def load(ranks: Ranks, storage: Storage, state: Mapping[str, Stateful], request: Request) -> Loaded | None:
     """Load a checkpoint into `state`; collective.
 
     Args:
-        ranks: who takes part.
-        storage: where the checkpoints are.
-        state: what to fill, by top-level name.
-        request: how.
+        ranks: The participating ranks.
+        storage: The directory of checkpoints.
+        state: The objects to fill, by top-level name.
+        request: What to load and how.
 
     Returns:
-        What was loaded; None when no step was asked for, none is required and there is no checkpoint at all.
+        What was loaded; None if no step was asked for, none is required and there is no checkpoint at all.
 
     Raises:
-        CheckpointError: see `Checkpointer.load`.
+        CheckpointError: See `Checkpointer.load`.
     """
-    names, strangers = ranks.on_first(f"list {storage.url}", lambda: _candidates(storage))
+    names, invalid = ranks.run_on_rank_0(f"list {storage.url}", lambda: _candidate_names(storage))
     if request.step is not None:
-        asked = folder_name(request.step)
+        asked = directory_name(request.step)
         try:
-            return _load_one(ranks, storage, asked, state, request, {})
-        except _DamagedError as damage:
-            held = f"The folder holds {', '.join(names[::-1])}. " if names else "The folder holds no checkpoint. "
+            return _load_one(ranks, storage, asked, state, request)
+        except _CorruptCheckpointError as error:
+            held = f"The directory holds {', '.join(names[::-1])}" if names else "The directory holds no checkpoint"
             raise CheckpointError(
-                f"{storage.url}/{asked} cannot be loaded: {damage}. {_mixture(damage)}{held}"
-                "Give no step to load the newest sound checkpoint"
+                f"{storage.url}/{asked} cannot be loaded: {error}. {error.warning}{held}; "
+                "give no step to load the newest valid checkpoint"
             ) from None
-    passed_over: dict[str, list[str]] = {}
-    touched = ""
+    skipped: dict[str, list[str]] = {}
+    warning = ""
     for name in names:
         try:
-            return _load_one(ranks, storage, name, state, request, passed_over)
-        except _DamagedError as damage:
-            if damage.problems == [ABSENT]:  # on an object store: the rest of a save that was killed
+            return replace(_load_one(ranks, storage, name, state, request), skipped=skipped)
+        except _CorruptCheckpointError as error:
+            if error.problems == [ABSENT]:  # on an object store: what a killed save left
                 continue
-            passed_over[name] = damage.problems
-            touched = touched or _mixture(damage)
-            if request.on_damage == "raise":
+            skipped[name] = error.problems
+            warning = warning or error.warning
+            if request.on_corruption == "raise":
                 raise CheckpointError(
-                    f"{storage.url}/{name} is damaged: {damage}. {_mixture(damage)}Restore it, ask for another step, "
-                    'or let on_damage be "previous"'
+                    f"{storage.url}/{name} is corrupt: {error}. {error.warning}Restore it, ask for another step, "
+                    'or set on_corruption="previous"'
                 ) from None
             if ranks.rank == 0:
-                logger.warning("%s/%s is damaged and passed over: %s", storage.url, name, damage)
-    damaged = list(passed_over)
-    if damaged or strangers:
-        told = "".join(f"{name}: {', '.join(problems)}. " for name, problems in list(passed_over.items())[:3])
+                logger.warning("%s/%s is corrupt, skipped: %s", storage.url, name, error)
+    if skipped or invalid:
+        problems = "".join(f"{name}: {', '.join(listed)}. " for name, listed in list(skipped.items())[:3])
         raise CheckpointError(
-            f"{storage.url} holds no sound checkpoint, but {', '.join(damaged + strangers)}. {touched}{told}"
-            "Restore them, or give another folder to start afresh"
+            f"{storage.url} holds no valid checkpoint, only {', '.join([*skipped, *invalid])}. {warning}{problems}"
+            "Restore them, or give another directory to start from scratch"
         )
     if request.required:
         raise CheckpointError(
-            f"there is no checkpoint in {storage.url} to go on from: give the right folder, or start afresh"
+            f"there is no checkpoint in {storage.url} to resume from: give the right directory, or start from scratch"
         )
     return None
 
 
-def _mixture(damage: _DamagedError) -> str:
-    return (
-        "Parts of the state were filled before the damage was met: it is a mixture now, do not use it. "
-        if damage.touched
-        else ""
-    )
-
-
-def _candidates(storage: Storage) -> tuple[list[str], list[str]]:
-    """Return what may be checkpoints, newest first, and what is called like one but is none."""
+def _candidate_names(storage: Storage) -> tuple[list[str], list[str]]:
+    """Return the names of possible checkpoints, newest first, and names that look like one but are not valid."""
     names = step_names(storage)[::-1]
     known = set(names)
     return names, sorted(name for name in storage.names() if name.startswith("step-") and name not in known)
 
 
-def _load_one(
-    ranks: Ranks,
-    storage: Storage,
-    name: str,
-    state: Mapping[str, Stateful],
-    request: Request,
-    passed_over: Mapping[str, Sequence[str]],
-) -> Loaded:
-    parsed: list[Content] = []  # by rank 0, as it looked; the others get the text
-    seen = ranks.on_first(f"look at {storage.url}/{name}", lambda: _looked_at(storage, name, parsed))
-    if isinstance(seen, list):
-        raise _DamagedError(seen, touched=False)
-    manifest, text = seen
-    content, (tensors, values) = ranks.together(
-        f"read the index of {name} and collect the state to load into",
-        lambda: (parsed[0] if parsed else read_content(text, manifest), split(state)),
-    )
-    takes = request.selection.takes
+def _load_one(ranks: Ranks, storage: Storage, name: str, state: Mapping[str, Stateful], request: Request) -> Loaded:
+    """Load one checkpoint; collective.
+
+    Raises:
+        _CorruptCheckpointError: On all ranks, if it is absent or corrupt.
+        CheckpointError: On all ranks, if it does not match the state.
+    """
+    checked = ranks.run_on_rank_0(f"check {storage.url}/{name}", lambda: _check(storage, name))
+    if isinstance(checked, list):
+        raise _CorruptCheckpointError(checked, touched=False)
+    content, selection = checked.content, request.selection
+    tensors, values = ranks.run_on_all("collect the state to load into", lambda: split(state))
     wanted = describe(ranks, tensors)
-
-    def judge() -> Comparison:
-        if not request.selection.is_all:
-            asked = {key for description in wanted for key in description}
-            request.selection.refuse_idle_patterns(
-                [*asked, *content.tensors, *value_names(values), *value_names(content.values)]
-            )
-        judged = compare(list(state), wanted, content.values, content.tensors, takes, cast=request.cast)
-        if told := judged.told(strict=request.strict):
-            raise CheckpointError(told)
-        return judged
-
-    judged = ranks.on_first(f"load {storage.url}/{name}", judge)
-    chosen = {key: tensor for key, tensor in tensors.items() if takes(key) and key in content.tensors}
-    with TensorFiles(storage, name, manifest) as files:
-        damages = _fill(ranks, files, content, chosen, takes)
-    if any(damages):
-        problems = list(dict.fromkeys(told for part in damages for told in part))
-        raise _DamagedError(problems, touched=bool(chosen))
-    entries = _entries_touched(state, content, request.selection)
+    differences = ranks.run_on_rank_0(
+        f"load {storage.url}/{name}", lambda: _compare(list(state), wanted, values, content, request)
+    )
+    chosen = {key: tensor for key, tensor in tensors.items() if selection.includes(key) and key in content.tensors}
+    problems = _fill(ranks, storage, checked, chosen, selection)
+    if problems:
+        raise _CorruptCheckpointError(problems, touched=bool(chosen))
+    entries = _entries_touched(state, content, selection)
 
     def hand_over() -> None:
         for entry in entries:
             stored, present = content.values.get(entry, {}), values.get(entry, {})
-            if not (request.selection.is_all and request.strict):
-                stored = overlaid(present, stored, entry, takes, strict=request.strict)
+            if not (selection.is_all and request.strict):
+                stored = overlay(present, stored, entry, selection.includes, strict=request.strict)
             state[entry].load_state_dict(merge(entry, {entry: stored}, tensors))
 
-    ranks.together(f"load the state of {name}", hand_over)
-    info = info_of(storage, name, manifest)
-    return Loaded(
-        info.step, info.path, info.metadata, info.manifest, judged.missing, judged.unexpected, dict(passed_over)
-    )
+    ranks.run_on_all(f"load the state of {name}", hand_over)
+    info = info_of(storage, name, checked.manifest)
+    return Loaded(info.step, info.path, info.metadata, info.manifest, differences.missing, differences.unexpected)
 
 
-def _looked_at(storage: Storage, name: str, parsed: list[Content]) -> tuple[Manifest, bytes] | list[str]:
-    """Look at all but the tensors: what a damaged checkpoint is usually known by, before anything is touched."""
+def _check(storage: Storage, name: str) -> _Candidate | list[str]:
+    """Check everything but the tensor data, which finds most corruption before the state is touched; rank 0 only.
+
+    Returns:
+        The checkpoint, or its problems.
+    """
     try:
         if not storage.has(name):
             return [ABSENT]
         manifest = read_manifest(storage, name)
-        problems = wrong_sizes(storage, name, manifest)
+        problems = size_problems(storage, name, manifest)
         if problems:
             return problems
-        text = read_state(storage, name, manifest)
-        parsed.append(read_content(text, manifest))
+        return _Candidate(name, manifest, read_content(read_state(storage, name, manifest), manifest))
     except CheckpointError as error:
         return [str(error)]
-    return manifest, text
+
+
+def _compare(
+    entries: Sequence[str],
+    wanted: Sequence[Description],
+    values: Mapping[str, Any],
+    content: Content,
+    request: Request,
+) -> Comparison:
+    """Compare the state with the checkpoint; rank 0 only.
+
+    Raises:
+        CheckpointError: If they do not match; the message lists all differences.
+    """
+    selection = request.selection
+    if not selection.is_all:
+        asked = {key for description in wanted for key in description}
+        selection.check_patterns([*asked, *content.tensors, *value_names(values), *value_names(content.values)])
+    differences = compare(entries, wanted, content, selection, cast=request.cast)
+    if problem := differences.problem(strict=request.strict):
+        raise CheckpointError(problem)
+    return differences
 
 
 def _fill(
-    ranks: Ranks, files: TensorFiles, content: Content, tensors: Mapping[str, Any], takes: Callable[[str], bool]
-) -> list[list[str]]:
-    """Fill tensors; collective. Returns what is damaged, by rank."""
-    planned: list[Reads] = []
+    ranks: Ranks, storage: Storage, checked: _Candidate, tensors: Mapping[str, torch.Tensor], selection: Selection
+) -> list[str]:
+    """Fill this rank's shards of tensors; collective. Returns the corruption that any rank found."""
+    content = checked.content
+    with TensorFiles(storage, checked.name, checked.manifest) as files:
 
-    def plan() -> tuple[str, int]:
-        layouts = Layouts()
-        wanted = (
-            Wanted(key, content.tensors[key], part.box, held)
-            for key, tensor in tensors.items()
-            for part, held in layouts.parts_of(key, tensor)
+        def plan() -> tuple[Reads, tuple[str, int]]:
+            layouts = ShardLayouts()
+            wanted = (
+                Wanted(key, content.tensors[key], part.box, held)
+                for key, tensor in tensors.items()
+                for part, held in layouts.local_parts(key, tensor)
+            )
+            reads = plan_reads(files, content.piece_bytes, wanted)
+            return reads, (machine_id(), reads.nbytes)
+
+        reads, shares = ranks.run_and_share(f"find the tensors of {checked.name}", plan)
+        # Replicas want the same bytes. Then ranks of one machine share its page cache, so that the disk is read once.
+        here = sum(nbytes for machine, nbytes in shares if machine == machine_id())
+        selected = sum(spec.nbytes for key, spec in content.tensors.items() if selection.includes(key))
+        found = ranks.gather_from_all(
+            f"read the tensors of {checked.name}",
+            lambda: execute_reads(files, reads, bypass_cache=here < 2 * selected),
         )
-        planned.append(plan_reads(files, content.piece_bytes, wanted))
-        return machine(), planned[0].nbytes
-
-    shares = ranks.share(f"find the tensors of {files.name}", plan)
-    # Where ranks of one machine want the same bytes, which replicas do, its disk is to be read once for all of them.
-    asked_here = sum(nbytes for where, nbytes in shares if where == machine())
-    once = asked_here < 2 * sum(spec.nbytes for key, spec in content.tensors.items() if takes(key))
-    return ranks.share(f"read the tensors of {files.name}", lambda: carry_out(files, planned[0], once=once))
+    return list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
 
 
 def _entries_touched(state: Mapping[str, Stateful], content: Content, selection: Selection) -> list[str]:
-    """Return the entries of which anything is loaded; the same on all ranks, whichever tensors each of them has."""
+    """Return the entries of which anything is loaded; the same on all ranks, whatever tensors each of them has."""
     names = [*content.tensors, *value_names(content.values)]
-    touched = {parts_of(name)[0] for name in names if selection.takes(name)}
+    touched = {path_of(name)[0] for name in names if selection.includes(name)}
     if selection.is_all:
         touched |= content.values.keys()
     return [entry for entry in state if entry in touched]

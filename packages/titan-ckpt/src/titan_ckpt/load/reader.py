@@ -1,4 +1,4 @@
-"""One checkpoint, opened: its manifest, its values, and its tensors, read whole or in parts and always checked."""
+"""`open_checkpoint`: read the manifest, the values and single tensors of one checkpoint, always verified."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.boxes import Box, whole
+from titan_ckpt.format.boxes import Box, full_box
 from titan_ckpt.format.index import Content, TensorSpec, read_content, read_state
 from titan_ckpt.format.json_values import decode
 from titan_ckpt.format.manifest import Manifest, read_manifest
@@ -19,12 +19,12 @@ from titan_ckpt.storage.open import open_storage, parent_and_name
 
 
 class CheckpointReader:
-    """A checkpoint that is open for reading; made by `open_checkpoint`. Several threads may read from it.
+    """A checkpoint open for reading, as returned by `open_checkpoint`; thread-safe.
 
     Attributes:
-        path: its path or URL.
-        manifest: what is known of it as a whole.
-        tensors: its tensors by name, with type, shape and chunks.
+        path: Its path or URL.
+        manifest: Its manifest.
+        tensors: Dtype, shape and chunks of its tensors, by name.
     """
 
     def __init__(self, storage: Storage, name: str, manifest: Manifest, content: Content) -> None:
@@ -36,65 +36,65 @@ class CheckpointReader:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What is not a tensor, by top-level entry; a fresh copy each time."""
+        """Everything that is not a tensor, by top-level entry; a new copy on each access."""
         return {name: decode(value) for name, value in self._content.values.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole, to CPU memory.
+        """Read a full tensor to CPU memory.
 
         Args:
-            name: its name in `tensors`.
+            name: A name in `tensors`.
 
         Returns:
             The tensor, in its own dtype.
 
         Raises:
-            CheckpointError: when there is none of that name, or what it takes is damaged.
+            CheckpointError: If there is no such tensor, or its data is corrupt.
         """
         shape = self._spec(name).shape
         return self.read_slice(name, (0,) * len(shape), shape)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Read a part of one tensor, to CPU memory; only the pieces that hold it are read.
+        """Read a slice of a tensor to CPU memory; only the pieces that hold it are read.
 
         Args:
-            name: the tensor's name.
-            offsets: where the part begins.
-            sizes: its shape.
+            name: The tensor's name.
+            offsets: Start of the slice.
+            sizes: Shape of the slice.
 
         Returns:
-            The part, in the tensor's dtype.
+            The slice, in the tensor's dtype.
 
         Raises:
-            CheckpointError: when there is no such part, or what it takes is damaged.
+            CheckpointError: If there is no such slice, or its data is corrupt.
         """
         part = torch.empty(tuple(sizes), dtype=self._spec(name).dtype)
         self.read_into(name, part, offsets)
         return part
 
     def read_into(self, name: str, destination: torch.Tensor, offsets: Sequence[int] | None = None) -> None:
-        """Fill a tensor with a part of one tensor.
+        """Fill a tensor from a slice of a tensor in the checkpoint.
 
         Args:
-            name: the tensor's name.
-            destination: what to fill: on any device, with any strides; another dtype is cast to.
-            offsets: where the part begins, which has the shape of `destination`; None for the beginning.
+            name: The name of the tensor in the checkpoint.
+            destination: The tensor to fill, on any device, with any strides; values are cast to its dtype.
+            offsets: Start of the slice, which has the shape of `destination`; None for zeros.
 
         Raises:
-            CheckpointError: when there is no such part, or what it takes is damaged; then what was sound of it may
-                have been copied, nothing else.
+            CheckpointError: If there is no such slice, or its data is corrupt. In the latter case `destination` may
+                be partly filled, with verified data only.
         """
         spec = self._spec(name)
-        box = Box(whole(destination.shape).offsets if offsets is None else tuple(offsets), tuple(destination.shape))
+        box = Box(full_box(destination.shape).offsets if offsets is None else tuple(offsets), tuple(destination.shape))
         if len(box.offsets) != len(spec.shape) or any(
             at < 0 or at + length > size for at, length, size in zip(*box, spec.shape, strict=False)
         ):
             raise CheckpointError(
-                f"{name} has the shape {list(spec.shape)}, and no part {list(box.lengths)} at {box[0]}"
+                f"{name} has the shape {list(spec.shape)}: it has no slice of shape {list(box.lengths)} at {box[0]}"
             )
-        damages = fill(self._files, self._content.piece_bytes, [Wanted(name, spec, box, destination.detach())])
-        if damages:
-            raise CheckpointError(f"{self.path} is damaged: {'; '.join(damages)}")
+        problems = fill(self._files, self._content.piece_bytes, [Wanted(name, spec, box, destination.detach())])
+        if problems:
+            raise CheckpointError(f"{self.path} is corrupt: {'; '.join(problems)}")
 
     def close(self) -> None:
         """Close its files."""
@@ -115,16 +115,22 @@ class CheckpointReader:
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:
-    """Open a checkpoint to look at it and to read from it, without a model and without torch.distributed.
+    """Open a checkpoint to inspect it and read from it, without a model and without torch.distributed.
 
     Args:
-        path: its folder, as a path or URL.
+        path: The checkpoint's directory, as a path or URL.
 
     Returns:
-        It; close it, or use it in a `with` statement.
+        The open checkpoint. Close it, or use it in a `with` statement.
 
     Raises:
-        CheckpointError: when it is no checkpoint, or its manifest or state.json is damaged.
+        CheckpointError: If it is not a checkpoint, or its manifest or state.json is corrupt.
+
+    Example:
+        >>> with open_checkpoint("runs/x/checkpoints/step-00000100") as checkpoint:
+        ...     print(checkpoint.values["progress"], checkpoint.tensors["model/weight"].shape)
+        ...     row = checkpoint.read_slice("model/weight", offsets=(0, 0), sizes=(1, 8))
+        {'step': 100} (1, 8)
     """
     parent, name = parent_and_name(str(path))
     storage = open_storage(parent)

@@ -1,7 +1,8 @@
-"""From files to tensors: reads the pieces that hold what is wanted, checks each, and copies from it.
+"""From files to tensors: read the checksum pieces that hold the wanted data, verify each, and copy from it.
 
-A piece is used once it has matched its checksum and not before, so nothing damaged ever reaches a tensor; and it is
-read once. Besides the tensors, memory holds one piece per thread.
+A piece is copied only after it has matched its checksum, so corrupt data never reaches a tensor, and each piece is read
+once. Besides the tensors, memory holds one piece per thread. Called by `loading` (planned first, so that ranks can
+compare what they read) and by `reader` (`fill`).
 """
 
 import math
@@ -18,19 +19,18 @@ from titan_ckpt.format.boxes import Box, boxes_of_range, intersection
 from titan_ckpt.format.checksum import checksum
 from titan_ckpt.format.index import Chunk, TensorSpec
 from titan_ckpt.format.open_files import TensorFiles
-from titan_ckpt.storage.direct_io import BLOCK, room
+from titan_ckpt.storage.direct_io import BLOCK, allocate_buffer
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A part of a tensor, and where to put it.
+    """A slice of a tensor in a checkpoint, and the tensor to fill with it.
 
     Attributes:
-        name: the tensor's name in the checkpoint.
-        spec: what the checkpoint says of it.
-        box: the part.
-        destination: a tensor of the part's shape, on any device, with any strides; another dtype than the
-            checkpoint's is cast to.
+        name: The tensor's name in the checkpoint.
+        spec: Its metadata in the checkpoint.
+        box: The slice.
+        destination: A tensor of the slice's shape, on any device, with any strides; values are cast to its dtype.
     """
 
     name: str
@@ -41,87 +41,87 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Job:
-    """One piece of one chunk, wanted for one tensor."""
+    """One piece of one chunk, needed for one tensor."""
 
     wanted: Wanted
     chunk: Chunk
-    part: Box  # what is wanted of the chunk, counted from the chunk's own beginning
-    number: int  # the piece's
-    at: int  # in the chunk, in bytes
-    start: int  # in the file, in bytes
+    part: Box  # what is needed of the chunk, relative to the chunk
+    number: int  # index of the piece in the chunk
+    at: int  # start of the piece in the chunk, in bytes
+    start: int  # start of the piece in the file, in bytes
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What is to be read to fill some tensors.
+    """A read plan.
 
     Attributes:
-        groups: what is read at one stroke each.
-        nbytes: how much that is.
-        damages: what stands against reading already, one sentence each.
-        pinned: whether anything of it goes to a GPU.
+        groups: Adjacent pieces, each group read with one request.
+        nbytes: Total size in bytes.
+        problems: Corruption found while planning, one sentence each.
+        pinned: Whether any destination is on a GPU, so that buffers are pinned.
     """
 
     groups: Sequence[list[_Job]]
     nbytes: int
-    damages: Sequence[str]
+    problems: Sequence[str]
     pinned: bool
 
 
 def fill(files: TensorFiles, piece_bytes: int, wanted: Iterable[Wanted]) -> list[str]:
-    """Fill tensors from a checkpoint that nobody else reads.
+    """Fill tensors from a checkpoint that no other process of this machine reads.
 
     Args:
-        files: the checkpoint's files.
-        piece_bytes: how many bytes each checksum is of.
-        wanted: what to fill.
+        files: The checkpoint's files.
+        piece_bytes: Bytes per checksum.
+        wanted: What to fill.
 
     Returns:
-        As of `carry_out`.
+        See `execute_reads`.
     """
-    return carry_out(files, plan_reads(files, piece_bytes, wanted), once=True)
+    return execute_reads(files, plan_reads(files, piece_bytes, wanted), bypass_cache=True)
 
 
 def plan_reads(files: TensorFiles, piece_bytes: int, wanted: Iterable[Wanted]) -> Reads:
-    """Find out what to read.
+    """Find the pieces that hold the wanted slices, and join adjacent ones into larger reads.
 
     Args:
-        files: the checkpoint's files.
-        piece_bytes: how many bytes each checksum is of.
-        wanted: what to fill.
+        files: The checkpoint's files.
+        piece_bytes: Bytes per checksum.
+        wanted: What to fill.
 
     Returns:
-        What to read for it.
+        The plan.
     """
     jobs: list[_Job] = []
-    damages: list[str] = []
+    problems: list[str] = []
     pinned = False
     for want in wanted:
         pinned |= want.destination.is_cuda
         try:
             jobs += _jobs_of(files, piece_bytes, want)
         except CheckpointError as error:
-            damages.append(f"{error} (needed for {want.name})")
+            problems.append(f"{error} (needed for {want.name})")
     jobs.sort(key=lambda job: (job.chunk.file, job.start))
     groups = list(_grouped(jobs, piece_bytes))
-    return Reads(groups, sum(job.nbytes for job in jobs), damages, pinned)
+    return Reads(groups, sum(job.nbytes for job in jobs), problems, pinned)
 
 
-def carry_out(files: TensorFiles, reads: Reads, *, once: bool) -> list[str]:
-    """Read, check and copy.
+def execute_reads(files: TensorFiles, reads: Reads, *, bypass_cache: bool) -> list[str]:
+    """Read, verify and copy, with several threads.
 
     Args:
-        files: the checkpoint's files.
-        reads: what to read.
-        once: whether no other process of this machine reads the same.
+        files: The checkpoint's files.
+        reads: The plan.
+        bypass_cache: Whether to read past the page cache, because no other process of this machine reads the same.
 
     Returns:
-        What is damaged, one sentence each; empty when everything was filled. Nothing damaged was copied, but what is
-        sound was, so after damage the tensors are a mixture.
+        The corruption found, one sentence each; empty if everything was filled. Corrupt data is not copied but valid
+        data is, so in case of corruption the tensors are partly filled.
     """
     if not reads.groups:
-        return _distinct(reads.damages)
+        return _distinct(reads.problems)
     size = max(_span(group).stop - _span(group).start for group in reads.groups)
     buffers = threading.local()
 
@@ -130,19 +130,24 @@ def carry_out(files: TensorFiles, reads: Reads, *, once: bool) -> list[str]:
             buffers.buffer = (
                 torch.empty(size, dtype=torch.uint8, pin_memory=True)
                 if reads.pinned
-                else torch.frombuffer(room(size), dtype=torch.uint8)
+                else torch.frombuffer(allocate_buffer(size), dtype=torch.uint8)
             )
-        return _read_group(files, group, buffers.buffer, once)
+        return _read_group(files, group, buffers.buffer, bypass_cache=bypass_cache)
 
     if len(reads.groups) == 1 or files.parallel == 1:
         found = [work(group) for group in reads.groups]
     else:
         with ThreadPoolExecutor(min(files.parallel, len(reads.groups)), "titan-ckpt-read") as pool:
             found = list(pool.map(work, reads.groups))
-    return _distinct([*reads.damages, *(told for part in found for told in part)])
+    return _distinct([*reads.problems, *(problem for of_group in found for problem in of_group)])
 
 
 def _jobs_of(files: TensorFiles, piece_bytes: int, wanted: Wanted) -> Iterator[_Job]:
+    """Yield the pieces that hold a wanted slice.
+
+    In each chunk that overlaps the slice, these are the pieces from the slice's first byte to its last one. Pieces in
+    between may hold none of it when the slice is narrow; reading them in one request is cheaper than skipping them.
+    """
     itemsize = wanted.spec.dtype.itemsize
     for chunk in wanted.spec.chunks:
         shared = intersection(chunk.box, wanted.box)
@@ -150,7 +155,6 @@ def _jobs_of(files: TensorFiles, piece_bytes: int, wanted: Wanted) -> Iterator[_
             continue
         entry = files.entry_of(wanted.name, wanted.spec, chunk, piece_bytes)
         part = shared.within(chunk.box)
-        # The run of bytes from the part's first element to its last; what lies between need not all belong to it.
         last = tuple(at + length - 1 for at, length in zip(*part, strict=True))
         first_byte = _position(chunk.lengths, part.offsets) * itemsize
         last_byte = _position(chunk.lengths, last) * itemsize
@@ -161,6 +165,7 @@ def _jobs_of(files: TensorFiles, piece_bytes: int, wanted: Wanted) -> Iterator[_
 
 
 def _position(shape: Sequence[int], index: Sequence[int]) -> int:
+    """Return the row-major position of an element."""
     position = 0
     for size, at in zip(shape, index, strict=True):
         position = position * size + at
@@ -168,13 +173,13 @@ def _position(shape: Sequence[int], index: Sequence[int]) -> int:
 
 
 def _grouped(jobs: Sequence[_Job], most: int) -> Iterator[list[_Job]]:
-    """Join pieces that lie side by side, so that many small tensors are one read."""
+    """Join adjacent pieces up to `most` bytes, so that many small tensors become one read."""
     group: list[_Job] = []
     for job in jobs:
         if group:
             first, last = group[0], group[-1]
-            beside = last.chunk.file == job.chunk.file and last.start + last.nbytes == job.start
-            if not beside or job.start + job.nbytes - first.start > most:
+            adjacent = last.chunk.file == job.chunk.file and last.start + last.nbytes == job.start
+            if not adjacent or job.start + job.nbytes - first.start > most:
                 yield group
                 group = []
         group.append(job)
@@ -183,36 +188,41 @@ def _grouped(jobs: Sequence[_Job], most: int) -> Iterator[list[_Job]]:
 
 
 def _span(group: Sequence[_Job]) -> range:
-    """Return which bytes of the file are read for a group: whole blocks of the disk."""
+    """Return the byte range of the file to read for a group, rounded to disk blocks."""
     first, last = group[0], group[-1]
     return range(first.start // BLOCK * BLOCK, -(-(last.start + last.nbytes) // BLOCK) * BLOCK)
 
 
-def _read_group(files: TensorFiles, group: list[_Job], buffer: torch.Tensor, once: bool) -> list[str]:
+def _read_group(files: TensorFiles, group: list[_Job], buffer: torch.Tensor, *, bypass_cache: bool) -> list[str]:
+    """Read a group with one request, verify each piece, and copy the valid ones."""
     source, _ = files[group[0].chunk.file]
     start, stop = _span(group).start, min(_span(group).stop, source.size)
     try:
-        source.read_into(start, memoryview(as_buffer(buffer[: stop - start])), once=once)
+        source.read_into(start, memoryview(as_buffer(buffer[: stop - start])), bypass_cache=bypass_cache)
     except OSError as error:
-        return [f"{job.chunk.file} does not read ({error}), needed for {job.wanted.name}" for job in group]
-    damages = []
+        return [f"{job.chunk.file} cannot be read ({error}), needed for {job.wanted.name}" for job in group]
+    problems = []
     for job in group:
         piece = buffer[job.start - start : job.start - start + job.nbytes]
         if checksum(as_buffer(piece)) != job.chunk.checksums[job.number]:
-            damages.append(f"{job.chunk.file} does not match its checksum in the tensor {job.wanted.name}")
+            problems.append(f"{job.chunk.file} does not match its checksum in the tensor {job.wanted.name}")
         else:
             _copy(job, piece)
-    return damages
+    return problems
 
 
 def _copy(job: _Job, piece: torch.Tensor) -> None:
-    """Copy what is wanted of a piece."""
+    """Copy the wanted elements of a piece to their destination.
+
+    The piece is a range of the chunk's elements, so it is cut into boxes first; each is intersected with what is wanted
+    of the chunk, and the intersection is copied.
+    """
     dtype, wanted = job.wanted.spec.dtype, job.wanted
-    first = job.at // dtype.itemsize  # which element of the chunk the piece begins with
-    if piece.storage_offset() % dtype.itemsize:  # only in files that others wrote
+    first = job.at // dtype.itemsize  # index of the piece's first element in the chunk
+    if piece.storage_offset() % dtype.itemsize:  # only in files that other programs wrote
         piece = piece.clone()
     elements = piece.view(dtype)
-    # The part of the destination that this chunk fills; its element 0 is the first of job.part.
+    # The region of the destination that this chunk fills; its first element is the first of `job.part`.
     at = tuple(
         chunk_at + part_at - wanted_at
         for chunk_at, part_at, wanted_at in zip(job.chunk.offsets, job.part.offsets, wanted.box.offsets, strict=True)
@@ -233,5 +243,5 @@ def as_buffer(tensor: torch.Tensor) -> Any:
     return tensor.numpy()
 
 
-def _distinct(told: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(told))
+def _distinct(problems: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(problems))

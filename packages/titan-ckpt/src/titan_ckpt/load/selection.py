@@ -1,4 +1,7 @@
-"""What of a state to load, and how what is asked for compares with what a checkpoint holds."""
+"""Which names of a state to load, and how they compare with what a checkpoint holds.
+
+Called by `loading`: `Selection` answers for each name, `compare` lists all differences before anything is read.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +12,8 @@ import torch
 
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.index import TensorSpec
-from titan_ckpt.format.json_values import TUPLE_KEY, key_of, parts_of
+from titan_ckpt.format.index import Content
+from titan_ckpt.format.json_values import TUPLE_KEY, key_of, path_of
 from titan_ckpt.format.manifest import digest_of
 from titan_ckpt.format.safetensors_header import dtype_name, dtype_of
 
@@ -20,11 +23,11 @@ Description = dict[str, tuple[str, list[int]]]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which parts of a state to load, by the names of tensors and of values (a value's name is its path, too).
+    """The names to load, given by patterns. Names are those of tensors and of values (the path of a value).
 
     Attributes:
-        only: shell patterns; what matches none of them keeps its present value. None for everything.
-        frozen: shell patterns; what matches one keeps its present value.
+        only: Shell patterns; a name that matches none of them keeps its current value. None selects everything.
+        frozen: Shell patterns; a name that matches one of them keeps its current value.
     """
 
     only: Sequence[str] | None = None
@@ -32,55 +35,55 @@ class Selection:
 
     @property
     def is_all(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether everything is selected."""
         return self.only is None and not self.frozen
 
-    def takes(self, name: str) -> bool:
-        """Tell whether a name is to be loaded."""
+    def includes(self, name: str) -> bool:
+        """Return whether a name is to be loaded."""
         chosen = self.only is None or any(fnmatchcase(name, pattern) for pattern in self.only)
         return chosen and not any(fnmatchcase(name, pattern) for pattern in self.frozen)
 
-    def refuse_idle_patterns(self, names: Sequence[str]) -> None:
-        """See that each pattern means something.
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Check that each pattern matches something, to catch typos.
 
         Args:
-            names: all that could be meant, in the state and in the checkpoint.
+            names: All names in the state and in the checkpoint.
 
         Raises:
-            CheckpointError: when a pattern matches none of them.
+            CheckpointError: If a pattern matches none of them.
         """
         for pattern in (*(self.only or ()), *self.frozen):
             if not any(fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(sorted(names)[:5])
-                raise CheckpointError(f"the pattern {pattern!r} matches no name; names are such as {shown}")
+                raise CheckpointError(f"the pattern {pattern!r} matches no name; names are, for example, {shown}")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How what is asked for compares with what there is; of what is selected.
+    """The differences between the selected part of a state and a checkpoint.
 
     Attributes:
-        missing: asked for, not in the checkpoint.
-        unexpected: in the checkpoint, within entries asked for, but not asked for.
-        differing: of another shape, or of a type that cannot be cast; one clause each.
+        missing: Names in the state but not in the checkpoint.
+        unexpected: Names in the checkpoint, within entries of the state, but not in the state.
+        differing: Names with another shape, or with a dtype that cannot be cast; one clause each.
     """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     differing: tuple[str, ...]
 
-    def told(self, *, strict: bool) -> str:
-        """Return all that stands against loading, in one text; empty when nothing does."""
+    def problem(self, *, strict: bool) -> str:
+        """Return everything that prevents loading as one text; empty if nothing does."""
         groups = {
             "missing in the checkpoint": self.missing if strict else (),
             "unexpected, in the checkpoint but not asked for": self.unexpected if strict else (),
-            "of another shape or type": self.differing,
+            "of another shape or dtype": self.differing,
         }
         if not any(groups.values()):
             return ""
         lines = [
-            "it does not fit the state to load into. Load into what was saved, or say which part to load (only, "
-            "frozen), that names may be missing (strict=False), or that types may be cast (cast=True)."
+            "the checkpoint does not match the state to load into. Load into the same state that was saved, select a "
+            "part of it (only, frozen), allow missing names (strict=False), or allow casts (cast=True)."
         ]
         for title, names in groups.items():
             if names:
@@ -89,52 +92,47 @@ class Comparison:
 
 
 def describe(ranks: Ranks, tensors: Mapping[str, torch.Tensor]) -> list[Description]:
-    """Bring to rank 0 what all ranks want to load; collective.
+    """Bring the dtypes and shapes that all ranks want to load to rank 0; collective.
 
     Args:
-        ranks: who takes part.
-        tensors: this rank's tensors by name.
+        ranks: The participating ranks.
+        tensors: This rank's tensors by name.
 
     Returns:
-        On rank 0 each description that differs from the others (under FSDP there is but one), an empty list elsewhere.
+        On rank 0 the distinct descriptions (under FSDP there is one), an empty list elsewhere.
     """
     own = {name: (dtype_name(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
     digests = ranks.all_gather(digest_of(own))
     first_of_its_kind = digests.index(digests[ranks.rank]) == ranks.rank
-    return [told for told in ranks.gather(own if first_of_its_kind else None) if told is not None]
+    return [described for described in ranks.gather(own if first_of_its_kind else None) if described is not None]
 
 
 def compare(
-    entries: Sequence[str],
-    wanted: Sequence[Description],
-    values: Mapping[str, Any],
-    tensors: Mapping[str, TensorSpec],
-    takes: Callable[[str], bool],
-    *,
-    cast: bool,
+    entries: Sequence[str], wanted: Sequence[Description], content: Content, selection: Selection, *, cast: bool
 ) -> Comparison:
-    """Compare what is asked for with what a checkpoint holds.
+    """Compare the selected part of a state with a checkpoint.
 
     Args:
-        entries: the top-level entries asked for.
-        wanted: the tensors asked for, as `describe` returns them.
-        values: the checkpoint's values by top-level entry.
-        tensors: the checkpoint's tensors.
-        takes: tells which names are selected.
-        cast: whether another type will do.
+        entries: The top-level entries of the state.
+        wanted: The tensors of the state, as returned by `describe`.
+        content: The checkpoint's index.
+        selection: Which names count.
+        cast: Whether dtypes may differ.
 
     Returns:
         The differences.
     """
+    tensors, includes = content.tensors, selection.includes
     asked = set(entries)
-    absent = {entry for entry in asked - set(values) - {parts_of(name)[0] for name in tensors} if takes(f"{entry}/")}
-    missing = {f"{entry} (the whole entry)" for entry in absent}
+    held = set(content.values) | {path_of(name)[0] for name in tensors}
+    absent = {entry for entry in asked - held if includes(f"{entry}/")}
+    missing = {f"{entry} (the entire entry)" for entry in absent}
     differing: set[str] = set()
     expected: set[str] = set()
     for description in wanted:
         expected |= description.keys()
         for name, (dtype, shape) in description.items():
-            if parts_of(name)[0] in absent or not takes(name):
+            if path_of(name)[0] in absent or not includes(name):
                 continue
             if name not in tensors:
                 missing.add(name)
@@ -142,38 +140,38 @@ def compare(
             spec = tensors[name]
             castable = cast and torch.can_cast(spec.dtype, dtype_of(dtype))
             if list(spec.shape) != shape or (dtype_name(spec.dtype) != dtype and not castable):
-                held = f"{dtype_name(spec.dtype)} {list(spec.shape)}"
-                differing.add(f"{name}: {held} in the checkpoint, {dtype} {shape} asked for")
-    within = {name for name in tensors if parts_of(name)[0] in asked and takes(name)}
+                found = f"{dtype_name(spec.dtype)} {list(spec.shape)}"
+                differing.add(f"{name}: {found} in the checkpoint, {dtype} {shape} asked for")
+    within = {name for name in tensors if path_of(name)[0] in asked and includes(name)}
     return Comparison(tuple(sorted(missing)), tuple(sorted(within - expected)), tuple(sorted(differing)))
 
 
-def overlaid(present: Any, stored: Any, entry: str, takes: Callable[[str], bool], *, strict: bool) -> Any:
-    """Put together an entry's values from those it has and those that are stored.
+def overlay(present: Any, stored: Any, entry: str, includes: Callable[[str], bool], *, strict: bool) -> Any:
+    """Combine an entry's current values with the stored ones.
 
     Args:
-        present: the entry's present values, encoded.
-        stored: those in the checkpoint, encoded.
-        entry: its name.
-        takes: tells which names come from the checkpoint.
-        strict: whether selected values that the checkpoint lacks go, rather than stay.
+        present: The entry's current values, encoded.
+        stored: The values in the checkpoint, encoded.
+        entry: The entry's name.
+        includes: Whether a name is taken from the checkpoint.
+        strict: Whether a selected value that the checkpoint lacks is dropped; otherwise it keeps its current value.
 
     Returns:
-        The values, encoded.
+        The combined values, encoded.
     """
     had, has = dict(_leaves(present, (entry,))), dict(_leaves(stored, (entry,)))
     merged: dict[str, Any] = {}
     for path, value in had.items():
-        if not takes(key_of(path)) or (not strict and path not in has):
+        if not includes(key_of(path)) or (not strict and path not in has):
             _put(merged, path[1:], value)
     for path, value in has.items():
-        if takes(key_of(path)):
+        if includes(key_of(path)):
             _put(merged, path[1:], value)
     return merged
 
 
 def value_names(values: Mapping[str, Any]) -> list[str]:
-    """Return the names of all values: their paths, joined as tensors' are."""
+    """Return the flat names of all values, formed like those of tensors."""
     return [key_of(path) for entry, value in values.items() for path, _ in _leaves(value, (entry,))]
 
 

@@ -1,5 +1,5 @@
-"""What is done to finished checkpoints: list, pin, verify, remove.
+"""What is done with finished checkpoints: list, pin, verify, remove.
 
 Called by the command line, by `save` (retention) and by `load` (to choose a checkpoint).
-Hands on `CheckpointInfo` records and lists of problems; `listing` and `retention` do without torch.
+Hands on `CheckpointInfo` records and lists of problems; `listing` and `retention` do not import torch.
 """

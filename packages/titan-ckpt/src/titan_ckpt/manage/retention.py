@@ -1,4 +1,8 @@
-"""Which checkpoints to keep, decided from storage alone, so that it survives restarts. Deciding deletes nothing."""
+"""Retention: which checkpoints to keep, decided from storage alone, so that it survives restarts.
+
+`plan_prune` decides and deletes nothing; `prune` deletes what a plan says. Called after each save and by
+`titan-ckpt prune`.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,19 +13,19 @@ from typing import Literal
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import Manifest, read_manifest, step_of
 from titan_ckpt.manage.listing import latest_in, pins_in, step_names
-from titan_ckpt.manage.size_check import wrong_sizes
+from titan_ckpt.manage.size_check import size_problems
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.open import open_storage
 
 
 @dataclass(frozen=True)
 class KeepBest:
-    """Keep the checkpoints that are best by a number given at save.
+    """Keep the checkpoints that are best by a metric.
 
     Attributes:
-        metric: its name in `save(..., metrics={...})`.
-        mode: whether the smallest or the largest is best.
-        count: how many to keep.
+        metric: Its name in `save(..., metrics={...})`.
+        mode: Whether the smallest or the largest value is best.
+        count: How many checkpoints to keep.
     """
 
     metric: str
@@ -31,12 +35,12 @@ class KeepBest:
 
 @dataclass(frozen=True)
 class Retention:
-    """What to keep; a checkpoint is kept when any of these says so, and all are when none is given.
+    """What to keep. A checkpoint is kept if any rule applies to it; without rules, all are kept.
 
     Attributes:
-        keep_last: the newest so many.
-        keep_every: those whose step is a multiple of this, for good.
-        keep_best: the best so many by a number.
+        keep_last: The number of newest checkpoints to keep.
+        keep_every: Keep each checkpoint whose step is a multiple of this, permanently.
+        keep_best: Keep the best checkpoints by a metric.
     """
 
     keep_last: int | None = None
@@ -64,78 +68,63 @@ class PrunePlan:
     """What pruning would do.
 
     Attributes:
-        keep: the checkpoints that stay, by folder name, each with the reasons.
-        remove: the checkpoints that go, by folder name, oldest first, each with its size in bytes.
+        keep: The checkpoints that stay, by directory name, each with the reasons.
+        remove: The checkpoints to remove, by directory name, oldest first, each with its size in bytes.
     """
 
     keep: Mapping[str, list[str]] = field(default_factory=dict)
     remove: Mapping[str, int] = field(default_factory=dict)
 
 
-def plan_prune(folder: str | Path | Storage, policy: Retention, newest: int | None = None) -> PrunePlan:
+def plan_prune(directory: str | Path | Storage, policy: Retention, newest: int | None = None) -> PrunePlan:
     """Decide what to remove; nothing is deleted.
 
-    What is damaged on its face (files missing or cut short) is neither counted as kept nor removed: it is evidence.
-    Folders without a manifest that reads are never touched. The newest sound one always stays.
+    Checkpoints with missing or truncated files are neither counted nor deleted, so that they can be inspected.
+    Directories without a readable manifest are never touched. The newest valid checkpoint, the one `latest` points to
+    and pinned ones always stay.
 
     Args:
-        folder: where the checkpoints are.
-        policy: what to keep.
-        newest: count from this step backwards and leave newer ones alone (a run went back to before them); None for
+        directory: The directory of checkpoints.
+        policy: What to keep.
+        newest: Count from this step backwards and leave newer ones alone (a run went back to an earlier step); None for
             the newest there is.
 
     Returns:
-        What stays, and why, and what goes.
+        What stays and why, and what would be removed.
     """
-    storage = open_storage(str(folder)) if isinstance(folder, str | Path) else folder
+    storage = open_storage(str(directory)) if isinstance(directory, str | Path) else directory
     if policy.keeps_all:
         return PrunePlan({name: ["all are kept"] for name in step_names(storage)})
     found = _Found(storage)
-    reasons: dict[str, list[str]] = {}
-    considered = []
-    for name, step in found.steps.items():
-        if newest is not None and step > newest:
-            reasons[name] = [f"is newer than step {newest}"]
-        else:
-            considered.append(name)
-    for name in found.sound(considered, policy.keep_last or 1):
-        told = f"is among the last {policy.keep_last}" if policy.keep_last else "is the newest sound one"
-        reasons.setdefault(name, []).append(told)
-    for name in considered:
-        if policy.keep_every is not None and found.steps[name] % policy.keep_every == 0:
-            reasons.setdefault(name, []).append(f"is of a step that {policy.keep_every} divides")
-    if policy.keep_best is not None:
-        for name in _best(found, policy.keep_best):
-            reasons.setdefault(name, []).append(f"is best by {policy.keep_best.metric}")
-    for pinned, name in pins_in(storage).items():
-        reasons.setdefault(name, []).append(f"is pinned as {pinned!r}")
-    if (latest := latest_in(storage)) is not None:
-        reasons.setdefault(latest, []).append("is what `latest` points to")
+    considered = [name for name, step in found.steps.items() if newest is None or step <= newest]
+    reasons = _reasons_to_keep(storage, found, considered, policy, newest)
     remove: dict[str, int] = {}
     for name in reversed(considered):
         if name in reasons or (manifest := found.manifest(name)) is None:
             continue
-        if found.sound([name], 1):
+        if found.valid([name], 1):
             remove[name] = manifest.nbytes
         else:
-            reasons[name] = ["is damaged"]
+            reasons[name] = ["is corrupt"]
     return PrunePlan({name: reasons[name] for name in reversed(found.steps) if name in reasons}, remove)
 
 
 def prune(storage: Storage, plan: PrunePlan) -> None:
-    """Remove what a plan says, each checkpoint's validity before its files.
+    """Remove what a plan says. Each checkpoint becomes invalid before its files are deleted.
 
     Args:
-        storage: where the checkpoints are.
-        plan: what `plan_prune` decided.
+        storage: The directory of checkpoints.
+        plan: A plan made by `plan_prune`.
     """
     for name in plan.remove:
         storage.remove(name)
 
 
 class _Found:
-    """What there is. No more manifests are read than the question needs: a run that keeps a thousand checkpoints for
-    good does not read them all after each save.
+    """The checkpoints of a directory.
+
+    Manifests are read only when needed: a run that keeps a thousand checkpoints permanently must not read all of them
+    after each save.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -145,7 +134,7 @@ class _Found:
         self.steps = {name: step for name in reversed(step_names(storage)) if (step := step_of(name)) is not None}
 
     def manifest(self, name: str) -> Manifest | None:
-        """Return a checkpoint's manifest, or None where there is none that reads."""
+        """Return a checkpoint's manifest, or None if it cannot be read."""
         if name not in self._manifests:
             try:
                 self._manifests[name] = read_manifest(self._storage, name)
@@ -153,21 +142,46 @@ class _Found:
                 self._manifests[name] = None
         return self._manifests[name]
 
-    def sound(self, names: Iterable[str], count: int) -> list[str]:
-        """Return the first so many of which all files are there, as long as they should be."""
+    def valid(self, names: Iterable[str], count: int) -> list[str]:
+        """Return the first `count` names whose files all exist with the right size."""
         found: list[str] = []
         for name in names:
             if len(found) == count:
                 break
             manifest = self.manifest(name)
-            if manifest is not None and not wrong_sizes(self._storage, name, manifest):
+            if manifest is not None and not size_problems(self._storage, name, manifest):
                 found.append(name)
         return found
 
 
+def _reasons_to_keep(
+    storage: Storage, found: _Found, considered: list[str], policy: Retention, newest: int | None
+) -> dict[str, list[str]]:
+    """Apply each rule; return the checkpoints it keeps with the reason."""
+    reasons: dict[str, list[str]] = {
+        name: [f"is newer than step {newest}"]
+        for name, step in found.steps.items()
+        if newest is not None and step > newest
+    }
+    last = f"is among the last {policy.keep_last}" if policy.keep_last else "is the newest valid one"
+    for name in found.valid(considered, policy.keep_last or 1):
+        reasons.setdefault(name, []).append(last)
+    for name in considered:
+        if policy.keep_every is not None and found.steps[name] % policy.keep_every == 0:
+            reasons.setdefault(name, []).append(f"its step is a multiple of {policy.keep_every}")
+    if policy.keep_best is not None:
+        for name in _best(found, policy.keep_best):
+            reasons.setdefault(name, []).append(f"is best by {policy.keep_best.metric}")
+    for pinned, name in pins_in(storage).items():
+        reasons.setdefault(name, []).append(f"is pinned as {pinned!r}")
+    if (latest := latest_in(storage)) is not None:
+        reasons.setdefault(latest, []).append("is what `latest` points to")
+    return reasons
+
+
 def _best(found: _Found, policy: KeepBest) -> list[str]:
-    told = {name: manifest.metrics.get(policy.metric) for name in found.steps if (manifest := found.manifest(name))}
-    # NaN compares with nothing, so it would come out best or worst by chance.
-    known = {name: value for name, value in told.items() if value is not None and not math.isnan(value)}
+    values = {name: manifest.metrics.get(policy.metric) for name in found.steps if (manifest := found.manifest(name))}
+    # NaN compares false with everything, so its rank would be arbitrary.
+    known = {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
     sign = 1 if policy.mode == "min" else -1
-    return found.sound(sorted(known, key=lambda name: sign * known[name]), policy.count)
+    return found.valid(sorted(known, key=lambda name: sign * known[name]), policy.count)

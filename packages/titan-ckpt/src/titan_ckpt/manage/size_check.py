@@ -1,4 +1,4 @@
-"""The quick look at a checkpoint: are all of its files there, as long as the manifest says?"""
+"""The quick check of a checkpoint: do all of its files exist with the size that the manifest says?"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,43 +6,42 @@ from titan_ckpt.format.manifest import Manifest
 from titan_ckpt.storage.base import Storage
 
 
-def wrong_sizes(storage: Storage, name: str, manifest: Manifest) -> list[str]:
-    """Compare the length of a checkpoint's files with the manifest.
+def size_problems(storage: Storage, name: str, manifest: Manifest) -> list[str]:
+    """Compare the sizes of a checkpoint's files with the manifest.
 
     Args:
-        storage: the folder the checkpoint lies in.
-        name: its name.
-        manifest: its manifest.
+        storage: The directory of checkpoints.
+        name: The checkpoint's name.
+        manifest: Its manifest.
 
     Returns:
-        What is wrong, one sentence per file.
+        The problems, one sentence per file.
     """
 
-    def told_of(file: str) -> str | None:
+    def problem_of(file: str) -> str | None:
         return size_problem(storage, name, manifest, file)
 
     with ThreadPoolExecutor(storage.parallel, thread_name_prefix="titan-ckpt-size") as pool:
-        return [told for told in pool.map(told_of, manifest.files) if told is not None]
+        return [problem for problem in pool.map(problem_of, manifest.files) if problem is not None]
 
 
 def size_problem(storage: Storage, name: str, manifest: Manifest, file: str) -> str | None:
-    """Compare the length of one file with the manifest.
+    """Compare the size of one file with the manifest.
 
     Args:
-        storage: the folder the checkpoint lies in.
-        name: its name.
-        manifest: its manifest.
-        file: the file.
+        storage: The directory of checkpoints.
+        name: The checkpoint's name.
+        manifest: Its manifest.
+        file: The file.
 
     Returns:
-        What is wrong; None when nothing is.
+        The problem, or None.
     """
     try:
         size = storage.size(f"{name}/{file}")
     except (FileNotFoundError, NotADirectoryError):
         return f"{file} is missing"
     except OSError as error:
-        return f"{file} does not read ({error})"
-    return (
-        f"{file} has {size} bytes instead of {manifest.files[file].size}" if size != manifest.files[file].size else None
-    )
+        return f"{file} cannot be read ({error})"
+    expected = manifest.files[file].size
+    return f"{file} has {size} bytes instead of {expected}" if size != expected else None

@@ -1,4 +1,4 @@
-"""Looking for damage: sizes, or every byte; file by file, so that ranks and threads can share the work."""
+"""Verification: sizes, or every byte; per file, so that ranks and threads can share the work."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,23 +10,23 @@ from titan_ckpt.format.checksum import PIECE_BYTES, checksum, pieces, running_ch
 from titan_ckpt.format.index import Chunk, Content, TensorSpec, read_content, read_state
 from titan_ckpt.format.manifest import STATE, Manifest, read_manifest
 from titan_ckpt.format.open_files import TensorFiles
-from titan_ckpt.manage.size_check import size_problem, wrong_sizes
+from titan_ckpt.manage.size_check import size_problem, size_problems
 from titan_ckpt.storage.base import Storage
-from titan_ckpt.storage.direct_io import room
+from titan_ckpt.storage.direct_io import allocate_buffer
 from titan_ckpt.storage.open import open_storage, parent_and_name
 
 Level = Literal["size", "checksum"]
 
 
 def verify(path: str | Path, level: Level = "size") -> list[str]:
-    """Check a checkpoint.
+    """Verify a checkpoint.
 
     Args:
-        path: its folder, as a path or URL.
-        level: "size" looks at the manifest and the files' lengths, "checksum" also reads every byte.
+        path: The checkpoint's directory, as a path or URL.
+        level: "size" checks the manifest and the sizes of the files, "checksum" also reads every byte.
 
     Returns:
-        What is wrong with it, one sentence each, with the names of damaged tensors; empty when it is sound.
+        The problems, one sentence each, with the names of corrupt tensors; empty if the checkpoint is valid.
     """
     if level not in ("size", "checksum"):
         raise ValueError(f'level must be "size" or "checksum", not {level!r}')
@@ -38,56 +38,56 @@ def verify(path: str | Path, level: Level = "size") -> list[str]:
         return [str(error)]
     files = list(manifest.files)
     if level == "size":
-        return wrong_sizes(storage, name, manifest)
+        return size_problems(storage, name, manifest)
     with ThreadPoolExecutor(storage.parallel, thread_name_prefix="titan-ckpt-verify") as pool:
-        found = pool.map(lambda file: damage_in(storage, name, manifest, [file]), files)
-        return list(dict.fromkeys(told for part in found for told in part))
+        found = pool.map(lambda file: find_corruption(storage, name, manifest, [file]), files)
+        return list(dict.fromkeys(problem for of_file in found for problem in of_file))
 
 
-def damage_in(
+def find_corruption(
     storage: Storage,
     name: str,
     manifest: Manifest,
     files: Sequence[str],
     advance: Callable[[int], object] = lambda nbytes: None,
 ) -> list[str]:
-    """Read files in full and compare them with their checksums.
+    """Read files completely and compare them with their checksums.
 
     Args:
-        storage: the folder the checkpoint lies in.
-        name: its name.
-        manifest: its manifest.
-        files: which of its files to read.
-        advance: called with a number of bytes that have been read since the last call.
+        storage: The directory of checkpoints.
+        name: The checkpoint's name.
+        manifest: Its manifest.
+        files: The files to read.
+        advance: Called with the number of bytes read since the last call.
 
     Returns:
-        What is wrong, one sentence each: for tensor files one per damaged tensor.
+        The problems, one sentence each: for tensor files, one per corrupt tensor.
     """
     found: list[str] = []
     for file in files:
-        told = size_problem(storage, name, manifest, file)
+        problem = size_problem(storage, name, manifest, file)
         try:
-            if told is not None:
-                found.append(told)
+            if problem is not None:
+                found.append(problem)
             elif file == STATE:
-                _consistent(storage, name, manifest)
+                _check_consistency(storage, name, manifest)
             elif not _matches(storage, f"{name}/{file}", manifest.files[file].checksum, advance):
-                found += _damaged_tensors(storage, name, manifest, file)
+                found += _corrupt_tensors(storage, name, manifest, file)
         except CheckpointError as error:
             found.append(str(error))
         except OSError as error:
-            found.append(f"{file} does not read ({error})")
+            found.append(f"{file} cannot be read ({error})")
     return found
 
 
-def _consistent(storage: Storage, name: str, manifest: Manifest) -> None:
-    """See that state.json is intact and says the same as the headers of the files it refers to."""
+def _check_consistency(storage: Storage, name: str, manifest: Manifest) -> None:
+    """Check that state.json is intact and agrees with the headers of the files it refers to."""
     content = read_content(read_state(storage, name, manifest), manifest)
     files = TensorFiles(storage, name, manifest)
     try:
         for tensor, spec in content.tensors.items():
             for chunk in spec.chunks:
-                if not size_problem(storage, name, manifest, chunk.file):  # else it is told for the file itself
+                if not size_problem(storage, name, manifest, chunk.file):  # else it is reported for that file
                     files.entry_of(tensor, spec, chunk, content.piece_bytes)
     finally:
         files.close()
@@ -96,9 +96,9 @@ def _consistent(storage: Storage, name: str, manifest: Manifest) -> None:
 def _matches(storage: Storage, path: str, expected: str, advance: Callable[[int], object]) -> bool:
     source, running = storage.open(path), running_checksum()
     try:
-        buffer = room(min(PIECE_BYTES, source.size))
+        buffer = allocate_buffer(min(PIECE_BYTES, source.size))
         for start, stop in pieces(source.size):
-            source.read_into(start, buffer[: stop - start], once=True)  # and leaves the kernel's cache to others
+            source.read_into(start, buffer[: stop - start], bypass_cache=True)
             running.update(buffer[: stop - start])
             advance(stop - start)
     finally:
@@ -106,27 +106,27 @@ def _matches(storage: Storage, path: str, expected: str, advance: Callable[[int]
     return running.hexdigest() == expected
 
 
-def _damaged_tensors(storage: Storage, name: str, manifest: Manifest, file: str) -> list[str]:
-    """Find out which tensors a damaged file spoils; read a second time, for this is rare."""
-    plain = [f"{file} does not match its checksum"]
+def _corrupt_tensors(storage: Storage, name: str, manifest: Manifest, file: str) -> list[str]:
+    """Find which tensors of a corrupt file are affected. Reads the file a second time, which is rarely needed."""
+    general = [f"{file} does not match its checksum"]
     try:
         content = read_content(read_state(storage, name, manifest), manifest)
     except CheckpointError:
-        return plain
+        return general
     found = []
     files = TensorFiles(storage, name, manifest)
     try:
         for tensor, spec in content.tensors.items():
-            if any(_is_damaged(files, content, tensor, spec, chunk) for chunk in spec.chunks if chunk.file == file):
+            if any(_is_corrupt(files, content, tensor, spec, chunk) for chunk in spec.chunks if chunk.file == file):
                 found.append(f"{file} does not match its checksum in the tensor {tensor}")
-    except CheckpointError as error:  # the damage is in the header, so all of its tensors are lost
-        return [*plain, str(error)]
+    except CheckpointError as error:  # the header is corrupt, so all tensors of the file are lost
+        return [*general, str(error)]
     finally:
         files.close()
-    return found or plain
+    return found or general
 
 
-def _is_damaged(files: TensorFiles, content: Content, tensor: str, spec: TensorSpec, chunk: Chunk) -> bool:
+def _is_corrupt(files: TensorFiles, content: Content, tensor: str, spec: TensorSpec, chunk: Chunk) -> bool:
     entry = files.entry_of(tensor, spec, chunk, content.piece_bytes)
     source, _ = files[chunk.file]
     buffer = memoryview(bytearray(min(content.piece_bytes, entry.nbytes)))

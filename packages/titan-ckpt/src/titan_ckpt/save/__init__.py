@@ -1,5 +1,5 @@
-"""From a state to files: snapshot, plan who writes what, write, publish.
+"""From a state to files: take a snapshot, plan which rank writes what, write, publish.
 
-Called by `Checkpointer.save` on every rank. The writer process imports this package: keep this file free of torch.
-Hands on a published checkpoint, which is valid from the moment `storage` publishes its manifest.
+Called by `Checkpointer.save` on every rank, and by the importer of external weights.
+Hands on a published checkpoint, valid from the moment `storage` publishes its manifest.
 """

@@ -1,6 +1,7 @@
-"""One safetensors file, streamed: the header is known beforehand, and what passes by is hashed on its way.
+"""Stream one safetensors file to storage; the bytes are hashed on the way.
 
-Nothing here imports torch: a process that only writes has no use for it.
+Called by the checkpointer for each planned file. The header is known beforehand (`format.safetensors_header`); the
+checksums are handed to `writer`, which puts them into the index and the manifest.
 """
 
 from collections import deque
@@ -12,19 +13,19 @@ from typing import Any
 from titan_ckpt.format.checksum import PIECE_BYTES, checksum, pieces, running_checksum
 from titan_ckpt.storage.base import SinkFile, Storage
 
-_AHEAD = 1  # buffers written but not yet hashed
-_SMALL = 64 << 10  # bytes: buffers below this are gathered, for handing on each by itself costs more than the bytes do
-_GATHERED = 1 << 20
+_AHEAD = 1  # buffers that may be written but not yet hashed
+_SMALL = 64 << 10  # bytes: smaller buffers are joined, because the overhead per buffer exceeds the cost of its bytes
+_JOINED = 1 << 20  # bytes: joined buffers are written when they reach this
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What came of writing a file.
+    """Size and checksums of a file that was written.
 
     Attributes:
-        size: its length in bytes.
-        checksum: of all of it.
-        pieces: the checksums of each chunk's pieces, by chunk.
+        size: Length in bytes.
+        checksum: Checksum of the full content.
+        pieces: The checksums of each chunk's pieces, by chunk.
     """
 
     size: int
@@ -33,22 +34,22 @@ class WrittenFile:
 
 
 def write_file(storage: Storage, path: str, header: bytes, runs: Iterable[tuple[Any, Sequence[int]]]) -> WrittenFile:
-    """Write a file, one buffer after the other, and sync it to the disk.
+    """Write a file, one buffer after the other, and make it durable.
 
     Args:
-        storage: where.
-        path: the file, which must not be there yet.
-        header: its first bytes.
-        runs: the rest: buffers of bytes, each with the lengths of the chunks that follow one another in it. A buffer is
-            asked for when the one before is written, and let go of before the next but one is.
+        storage: The directory of checkpoints.
+        path: The file, which must not exist yet.
+        header: Its first bytes.
+        runs: The remaining content: byte buffers, each with the lengths of the chunks stored one after the other in it.
+            The next buffer is requested when the one before is written, and at most two are held at a time.
 
     Returns:
-        Its size and checksums, of the bytes that were handed to the disk.
+        Size and checksums of the bytes that were handed to the storage.
     """
     sink = storage.create(path)
     try:
-        # One thread hashes while this one writes. Each takes a buffer as a whole: where training holds the
-        # interpreter's lock, every return to Python waits for it, so there are to be few.
+        # One thread hashes while this one writes. Each works on full buffers: every return to Python may wait for the
+        # GIL while training holds it, so there should be few.
         with ThreadPoolExecutor(1, thread_name_prefix="titan-ckpt-hash") as hashing:
             written = _Stream(sink, hashing).write(header, runs)
     except BaseException:
@@ -59,53 +60,53 @@ def write_file(storage: Storage, path: str, header: bytes, runs: Iterable[tuple[
 
 
 class _Stream:
-    """What goes to a sink, hashed on its way in the order in which it goes."""
+    """Writes buffers to a sink, and hashes them in the same order in another thread."""
 
     def __init__(self, sink: SinkFile, hashing: ThreadPoolExecutor) -> None:
         self._sink, self._hashing = sink, hashing
-        self._whole = running_checksum()
-        self._behind: deque[Future[list[tuple[str, ...]]]] = deque()
+        self._running = running_checksum()
+        self._pending: deque[Future[list[tuple[str, ...]]]] = deque()
         self._found: list[tuple[str, ...]] = []
-        self._gathered = bytearray()
+        self._joined = bytearray()
         self._lengths: list[int] = []
         self._size = 0
 
     def write(self, header: bytes, runs: Iterable[tuple[Any, Sequence[int]]]) -> WrittenFile:
         """Write everything."""
-        self._hand_on(memoryview(header), ())
+        self._write_buffer(memoryview(header), ())
         for buffer, lengths in runs:
             view = memoryview(buffer)
             if len(view) < _SMALL:
-                self._gathered += view
+                self._joined += view
                 self._lengths += lengths
-                if len(self._gathered) >= _GATHERED:
+                if len(self._joined) >= _JOINED:
                     self._flush()
             else:
                 self._flush()
-                self._hand_on(view, lengths)
+                self._write_buffer(view, lengths)
         self._flush()
-        self._catch_up(0)
-        return WrittenFile(self._size, self._whole.hexdigest(), self._found)
+        self._collect_hashes(0)
+        return WrittenFile(self._size, self._running.hexdigest(), self._found)
 
     def _flush(self) -> None:
         if self._lengths:
-            gathered, lengths = self._gathered, self._lengths
-            self._gathered, self._lengths = bytearray(), []
-            self._hand_on(memoryview(gathered), lengths)
+            joined, lengths = self._joined, self._lengths
+            self._joined, self._lengths = bytearray(), []
+            self._write_buffer(memoryview(joined), lengths)
 
-    def _hand_on(self, view: memoryview, lengths: Sequence[int]) -> None:
-        self._behind.append(self._hashing.submit(self._digest, view, lengths))
+    def _write_buffer(self, view: memoryview, lengths: Sequence[int]) -> None:
+        self._pending.append(self._hashing.submit(self._hash, view, lengths))
         self._size += len(view)
         self._sink.write(view)
-        self._catch_up(_AHEAD)
+        self._collect_hashes(_AHEAD)
 
-    def _catch_up(self, behind: int) -> None:
-        while len(self._behind) > behind:
-            self._found += self._behind.popleft().result()
+    def _collect_hashes(self, most_pending: int) -> None:
+        while len(self._pending) > most_pending:
+            self._found += self._pending.popleft().result()
 
-    def _digest(self, view: memoryview, lengths: Sequence[int]) -> list[tuple[str, ...]]:
-        """Hash a buffer as part of the whole, and each piece of its chunks by itself."""
-        self._whole.update(view)
+    def _hash(self, view: memoryview, lengths: Sequence[int]) -> list[tuple[str, ...]]:
+        """Hash a buffer into the file's checksum, and each piece of its chunks separately."""
+        self._running.update(view)
         found, at = [], 0
         for length in lengths:
             ends = pieces(length, PIECE_BYTES)

@@ -1,8 +1,5 @@
-"""Host memory that a save is copied to, so that training goes on while it is written; kept from save to save."""
+"""The host memory that an asynchronous save copies the state to; kept from save to save."""
 
-import mmap
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,22 +8,16 @@ import torch
 from titan_ckpt.save.plan import PlannedFile
 from titan_ckpt.state.shards import Part
 
-_ALIGNMENT = 4096  # that of memory pages, so that each file's bytes can go to the disk directly
+_ALIGNMENT = 4096  # bytes: a memory page, so that each file's data can be written with direct I/O
 
 
 class HostBuffer:
-    """One copy of what this rank writes. It grows when it must, and is kept until `close`.
+    """Holds one copy of what this rank writes. It grows when necessary, and is kept until `close`.
 
-    Where there are CUDA tensors it is pinned, unless another process is to see it.
+    The memory is pinned if any tensor is on a CUDA device.
     """
 
-    def __init__(self, *, shared: bool) -> None:
-        """Prepare; takes no memory yet.
-
-        Args:
-            shared: whether another process has to see it.
-        """
-        self.handle = _anonymous_file() if shared else None
+    def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
         self._files: Sequence[PlannedFile] | None = None
         self._views: dict[Part, torch.Tensor] = {}
@@ -34,22 +25,22 @@ class HostBuffer:
 
     @property
     def nbytes(self) -> int:
-        """How much memory it has."""
+        """Size of the allocated memory in bytes."""
         return 0 if self._memory is None else self._memory.numel()
 
     def copy(self, files: Sequence[PlannedFile], tensors: Mapping[Part, torch.Tensor]) -> list[tuple[int, int]]:
-        """Copy what is to be written; returns when all of it is there.
+        """Copy what is to be written; return when the copy is complete.
 
         Args:
-            files: what this rank writes.
-            tensors: what holds each part, on any device.
+            files: The files that this rank writes.
+            tensors: The tensor that holds each part, on any device.
 
         Returns:
-            Where each file's chunks start and stop in the memory; within, they follow one another without gaps.
+            Start and stop of each file's data in the memory; the file's chunks are stored there without gaps.
         """
         on_cuda = any(tensors[part].is_cuda for file in files for part in file.parts)
         if self._files is not files:
-            self._lay_out(files, pinned=on_cuda and self.handle is None)
+            self._lay_out(files, pinned=on_cuda)
         for part, view in self._views.items():
             view.copy_(tensors[part], non_blocking=on_cuda)
         for device in {tensors[part].device for part in self._views if tensors[part].is_cuda}:
@@ -57,16 +48,13 @@ class HostBuffer:
         return self._extents
 
     def bytes_at(self, start: int, stop: int) -> Any:
-        """Return a part of the memory as a buffer."""
+        """Return a range of the memory as a buffer."""
         assert self._memory is not None
         return self._memory[start:stop].numpy()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._views, self._files, self._memory = {}, None, None
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
 
     def _lay_out(self, files: Sequence[PlannedFile], *, pinned: bool) -> None:
         self._extents, size = [], 0
@@ -84,20 +72,7 @@ class HostBuffer:
     def _reserve(self, size: int, *, pinned: bool) -> torch.Tensor:
         if self._memory is not None and self._memory.numel() >= size and self._memory.is_pinned() >= pinned:
             return self._memory
-        self._views, self._memory = {}, None  # first, so that there are never two
-        if self.handle is None:
-            memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
-            self._memory = memory[-memory.data_ptr() % _ALIGNMENT :][:size]
-        else:
-            os.ftruncate(self.handle, max(size, 1))
-            self._memory = torch.frombuffer(mmap.mmap(self.handle, max(size, 1)), dtype=torch.uint8)
+        self._views, self._memory = {}, None  # freed before allocating, so that there are never two
+        memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+        self._memory = memory[-memory.data_ptr() % _ALIGNMENT :][:size]
         return self._memory
-
-
-def _anonymous_file() -> int:
-    """Open memory that has no name, so that nothing is left of it whoever is killed."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("titan-ckpt")
-    handle, name = tempfile.mkstemp()
-    os.unlink(name)
-    return handle

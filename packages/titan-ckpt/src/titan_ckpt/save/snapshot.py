@@ -1,8 +1,11 @@
-"""What one save has to write, taken at one instant and agreed upon by all ranks."""
+"""The snapshot: what one save has to write, collected at one instant and agreed upon by all ranks.
+
+Called by `Checkpointer.save`; hands on a `Snapshot` to the host buffer and the writer.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,22 +13,22 @@ from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.json_values import encode
 from titan_ckpt.format.manifest import digest_of
-from titan_ckpt.save.plan import FILE_BYTES, PlannedFile, divide
-from titan_ckpt.state.shards import Layouts, Part, collect
+from titan_ckpt.save.plan import FILE_BYTES, PlannedFile, assign_writes
+from titan_ckpt.state.shards import Part, ShardLayouts, collect
 from titan_ckpt.state.tree import Stateful, split
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state taken apart, and who writes what of it.
+    """A state split into tensors and values, and who writes what of it.
 
     Attributes:
-        values: the JSON by top-level name; the same on every rank.
-        metadata: the caller's words on the checkpoint, encoded.
-        metrics: the caller's numbers.
-        tensors: what holds each part that this rank has, by part; the live memory.
-        own: this rank's files.
-        all_files: every rank's files, in order of rank; on rank 0, empty elsewhere.
+        values: The encoded values by top-level name; the same on every rank.
+        metadata: The caller's metadata, encoded.
+        metrics: The caller's metrics.
+        tensors: The tensor that holds each part of this rank; the live memory.
+        own: This rank's files.
+        all_files: Every rank's files in rank order on rank 0, empty elsewhere.
     """
 
     values: dict[str, Any]
@@ -36,12 +39,30 @@ class Snapshot:
     all_files: list[PlannedFile]
 
 
+class _Collected(NamedTuple):
+    """What a rank collected from its own state, before the ranks agree."""
+
+    values: dict[str, Any]
+    parts: list[Part]
+    tensors: list[torch.Tensor]
+    metadata: Any
+    metrics: dict[str, float]
+
+
+class _Summary(NamedTuple):
+    """What the ranks compare."""
+
+    step: int
+    digests: dict[str, str]  # of the values, by top-level name
+    unchanged: bool  # whether this rank's parts are those of the last plan
+
+
 class Planner:
-    """Takes snapshots; keeps the plan of the last one for as long as the state keeps its form."""
+    """Takes snapshots; reuses the write plan as long as the state's structure stays the same."""
 
     def __init__(self, ranks: Ranks, file_bytes: int = FILE_BYTES) -> None:
         self._ranks, self._file_bytes = ranks, file_bytes
-        self._layouts = Layouts()
+        self._layouts = ShardLayouts()
         self._parts: list[Part] | None = None
         self._own: list[PlannedFile] = []
         self._all: list[PlannedFile] = []
@@ -49,68 +70,69 @@ class Planner:
     def take(
         self, step: int, state: Mapping[str, Stateful], metadata: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> Snapshot:
-        """Take the state apart and see that the ranks agree on it; collective.
+        """Collect the state and check that the ranks agree on it; collective.
 
         Args:
-            step: the step it belongs to.
-            state: what to save, by top-level name.
-            metadata: the caller's words on the checkpoint.
-            metrics: the caller's numbers.
+            step: The step.
+            state: What to save, by top-level name.
+            metadata: The caller's metadata.
+            metrics: The caller's metrics.
 
         Returns:
             The snapshot; its tensors are the live ones.
 
         Raises:
-            CheckpointError: on all ranks, when something cannot be saved or the ranks' values differ.
+            CheckpointError: On all ranks, if something cannot be saved or the ranks' values differ.
         """
-        taken: list[Any] = []
 
-        def take() -> tuple[int, dict[str, str], bool]:
+        def collect_own() -> tuple[_Collected, _Summary]:
             if type(step) is not int or not 0 <= step < 10**18:
                 raise CheckpointError(f"the step must be an int from 0 upwards, not {step!r}")
             tensors, values = split(state)
             parts, held = collect(self._layouts, tensors)
-            taken.extend([values, parts, held, encode(dict(metadata), "metadata"), _numbers(metrics)])
-            return step, {name: digest_of(values.get(name)) for name in state}, parts == self._parts
+            collected = _Collected(values, parts, held, encode(dict(metadata), "metadata"), _check_metrics(metrics))
+            digests = {name: digest_of(values.get(name)) for name in state}
+            return collected, _Summary(step, digests, parts == self._parts)
 
-        told = self._ranks.share(f"collect the state of step {step}", take)
-        _refuse_differences([(its_step, digests) for its_step, digests, _ in told])
-        values, parts, held, encoded, numbers = taken
-        if not all(same for _, _, same in told):
-            self._plan(parts)
-        tensors = dict(zip(parts, held, strict=True))
-        return Snapshot(values, encoded, numbers, tensors, self._own, self._all)
+        own, summaries = self._ranks.run_and_share(f"collect the state of step {step}", collect_own)
+        _check_agreement(summaries)
+        if not all(summary.unchanged for summary in summaries):
+            self._plan(own.parts)
+        tensors = dict(zip(own.parts, own.tensors, strict=True))
+        return Snapshot(own.values, own.metadata, own.metrics, tensors, self._own, self._all)
 
     def _plan(self, parts: Sequence[Part]) -> None:
         self._parts = None
         held = self._ranks.gather(parts)
-        own = self._ranks.deal("divide the tensors over the ranks", lambda: self._divided(held))
+        own = self._ranks.scatter_from_rank_0("plan which rank writes what", lambda: self._assign(held))
         self._own, self._parts = own, list(parts)
 
-    def _divided(self, held: Sequence[Sequence[Part]]) -> list[list[PlannedFile]]:
-        files = divide(held, self._file_bytes)
+    def _assign(self, held: Sequence[Sequence[Part]]) -> list[list[PlannedFile]]:
+        files = assign_writes(held, self._file_bytes)
         self._all = [file for of_rank in files for file in of_rank]
         return files
 
 
-def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+def _check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     for name, value in metrics.items():
         if type(name) is not str or type(value) not in (int, float) or (type(value) is int and abs(value) > 2**53):
-            raise CheckpointError(f"metrics[{name!r}] is {value!r}: metrics are names and plain numbers")
+            raise CheckpointError(f"metrics[{name!r}] is {value!r}: metrics must be names and plain numbers")
     return dict(metrics)
 
 
-def _refuse_differences(told: Sequence[tuple[int, dict[str, str]]]) -> None:
-    """Compare what the ranks told with what rank 0 told; all ranks see the same list and come to the same end."""
-    first_step, first = told[0]
-    for rank, (step, digests) in enumerate(told):
-        if step != first_step:
-            raise CheckpointError(f"rank {rank} saves step {step} where rank 0 saves step {first_step}")
-        if digests.keys() != first.keys():
-            raise CheckpointError(f"rank {rank} saves the entries {list(digests)} where rank 0 saves {list(first)}")
-        for name in first:
-            if digests[name] != first[name]:
+def _check_agreement(summaries: Sequence[_Summary]) -> None:
+    """Compare every rank with rank 0. All ranks see the same list, so all raise or none does."""
+    first = summaries[0]
+    for rank, summary in enumerate(summaries):
+        if summary.step != first.step:
+            raise CheckpointError(f"rank {rank} saves step {summary.step} but rank 0 saves step {first.step}")
+        if summary.digests.keys() != first.digests.keys():
+            raise CheckpointError(
+                f"rank {rank} saves the entries {list(summary.digests)} but rank 0 saves {list(first.digests)}"
+            )
+        for name, digest in first.digests.items():
+            if summary.digests[name] != digest:
                 raise CheckpointError(
-                    f'state["{name}"] is not the same on all ranks: what is not a tensor differs on rank {rank} from '
-                    "rank 0. It is saved once, so it must be; keep what belongs to one rank in a sharded tensor"
+                    f'state["{name}"]: values that are not tensors differ between rank {rank} and rank 0. They are '
+                    "saved once, so they must be the same on all ranks; put per-rank data into a sharded tensor"
                 )

@@ -1,7 +1,7 @@
-"""One save, from planned parts to a published checkpoint.
+"""One save, from planned files to a published checkpoint.
 
-Nothing that readers look at changes before the one act that publishes. A kill at any instant leaves either the whole
-checkpoint or none, and never touches another one.
+Called by the checkpointer with a `WriteJob`. Nothing that readers look at changes before `storage.publish`. A kill at
+any instant leaves either the complete checkpoint or none, and never affects another one.
 """
 
 import logging
@@ -24,32 +24,32 @@ from titan_ckpt.format.manifest import (
     STATE,
     FileRecord,
     Manifest,
-    folder_name,
+    directory_name,
     manifest_text,
     read_manifest,
 )
 from titan_ckpt.format.safetensors_header import make_header
 from titan_ckpt.manage.listing import LATEST
 from titan_ckpt.manage.retention import Retention, plan_prune, prune
-from titan_ckpt.manage.verify import damage_in
+from titan_ckpt.manage.verify import find_corruption
 from titan_ckpt.save.file_writer import WrittenFile
 from titan_ckpt.save.plan import PlannedFile
 from titan_ckpt.state.shards import Part
-from titan_ckpt.storage.base import Staged, Storage
-from titan_ckpt.storage.lock import FolderLock
+from titan_ckpt.storage.base import PendingCheckpoint, Storage
+from titan_ckpt.storage.lock import DirectoryLock
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What is written about a checkpoint besides its content.
+    """What the manifest says about a checkpoint besides its files.
 
     Attributes:
-        step: the step.
-        metadata: the caller's words, encoded.
-        metrics: the caller's numbers.
-        parent: step and digest of the checkpoint that this run loaded or saved before; None for none.
+        step: The step.
+        metadata: The caller's metadata, encoded.
+        metrics: The caller's metrics.
+        parent: Step and digest of the checkpoint that this run loaded or saved before; None if there is none.
     """
 
     step: int
@@ -59,15 +59,15 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Order:
+class WriteJob:
     """What one rank has to write.
 
     Attributes:
-        origin: what is written about the checkpoint.
-        values: what is not a tensor, encoded; rank 0's count.
-        own: this rank's files.
-        all_files: every rank's files; known to rank 0, empty elsewhere.
-        write_file: writes one of this rank's files: given its place in `own`, the path and the header.
+        origin: What the manifest says about the checkpoint.
+        values: The encoded values; those of rank 0 are written.
+        own: This rank's files.
+        all_files: Every rank's files in rank order on rank 0, empty elsewhere.
+        write_file: Writes one of this rank's files, given its index in `own`, its path and its header.
     """
 
     origin: Origin
@@ -77,36 +77,37 @@ class Order:
     write_file: Callable[[int, str, bytes], WrittenFile]
 
 
-def write_checkpoint(ranks: Ranks, storage: Storage, lock: FolderLock | None, order: Order) -> str | None:
+def write_checkpoint(ranks: Ranks, storage: Storage, lock: DirectoryLock | None, job: WriteJob) -> str | None:
     """Write and publish a checkpoint; collective.
 
     Args:
-        ranks: who takes part.
-        storage: where the checkpoints are.
-        lock: rank 0's right to write there, None elsewhere.
-        order: what to write.
+        ranks: The participating ranks.
+        storage: The directory of checkpoints.
+        lock: The lock of the directory on rank 0, None elsewhere.
+        job: What to write.
 
     Returns:
-        The digest of its manifest; None when the step was there already and sound.
+        The digest of its manifest; None if the step exists already and is valid.
 
     Raises:
-        CheckpointError: on all ranks, when it failed on one; former checkpoints are untouched.
+        CheckpointError: On all ranks, if it failed on any; existing checkpoints are untouched.
     """
-    final = folder_name(order.origin.step)
-    if _stands(ranks, storage, final):
+    final = directory_name(job.origin.step)
+    if _exists_valid(ranks, storage, final):
         return None
-    staged = ranks.on_first(f"begin a checkpoint in {storage.url}", lambda: storage.stage(final))
+    pending = ranks.run_on_rank_0(f"begin a checkpoint in {storage.url}", lambda: storage.begin(final))
     try:
         written = ranks.gather(
-            ranks.together(f"write the tensors to {storage.url}", lambda: _write_own(storage, staged, order))
+            ranks.run_on_all(f"write the tensors to {storage.url}", lambda: _write_own(storage, pending, job))
         )
-        digest = ranks.on_first(
+        files = [file for of_rank in written for file in of_rank]
+        digest = ranks.run_on_rank_0(
             f"publish {storage.url}/{final}",
-            lambda: _publish(storage, lock, staged, order, [file for part in written for file in part], ranks.world),
+            lambda: _publish(storage, lock, pending, job, _Written(files, ranks.world_size)),
         )
     except BaseException:
         if ranks.rank == 0:
-            storage.abandon(staged)
+            storage.abort(pending)
         raise
     if ranks.rank == 0:
         logger.info("saved %s/%s", storage.url, final)
@@ -114,30 +115,30 @@ def write_checkpoint(ranks: Ranks, storage: Storage, lock: FolderLock | None, or
     return digest
 
 
-def tidy(storage: Storage, lock: FolderLock, retention: Retention, published: int) -> None:
-    """Clear away what is no longer wanted; the checkpoint is safe by now, so a failure here is only told.
+def prune_old(storage: Storage, lock: DirectoryLock, retention: Retention, published: int) -> None:
+    """Apply the retention policy after a save. The new checkpoint is safe by then, so a failure is only logged.
 
     Args:
-        storage: where the checkpoints are.
-        lock: the right to write there.
-        retention: what to keep.
-        published: the step just saved.
+        storage: The directory of checkpoints.
+        lock: Its lock.
+        retention: What to keep.
+        published: The step just saved.
     """
     try:
         lock.confirm()
         plan = plan_prune(storage, retention, published)
         prune(storage, plan)
         for name in plan.remove:
-            logger.info("removed %s: %s does not keep it", name, retention)
+            logger.info("removed %s, not kept by %s", name, retention)
         for name in storage.clear_leftovers():
-            logger.info("removed %s, left by a job that was cut off", name)
-    except Exception as error:  # a store's client has exceptions of its own
-        logger.warning("could not clear away old checkpoints in %s: %s", storage.url, error)
+            logger.info("removed %s, left by an interrupted job", name)
+    except Exception as error:  # clients of object stores have exceptions of their own
+        logger.warning("could not remove old checkpoints in %s: %s", storage.url, error)
 
 
-def _stands(ranks: Ranks, storage: Storage, final: str) -> bool:
-    """Tell whether the step is there already, in good order; a damaged one is moved aside."""
-    manifest, problem = ranks.on_first(f"look for {storage.url}/{final}", lambda: _present(storage, final))
+def _exists_valid(ranks: Ranks, storage: Storage, final: str) -> bool:
+    """Return whether the step exists already and is valid; a corrupt one is moved aside."""
+    manifest, problem = ranks.run_on_rank_0(f"look for {storage.url}/{final}", lambda: _existing(storage, final))
     if manifest is not None:
         problems = shared_check(ranks, storage, final, manifest)
     elif problem is not None:
@@ -146,30 +147,33 @@ def _stands(ranks: Ranks, storage: Storage, final: str) -> bool:
         return False
     if not problems:
         if ranks.rank == 0:
-            logger.warning("%s/%s exists and is sound: it is not written again", storage.url, final)
+            logger.warning("%s/%s exists and is valid: not written again", storage.url, final)
         return True
 
     def move() -> None:
         aside = storage.set_aside(final)
-        logger.warning("%s/%s was damaged (%s): moved to %s", storage.url, final, "; ".join(problems), aside)
+        logger.warning("%s/%s was corrupt (%s): moved to %s", storage.url, final, "; ".join(problems), aside)
 
-    ranks.on_first(f"move the damaged {final} aside", move)
+    ranks.run_on_rank_0(f"move the corrupt {final} aside", move)
     return False
 
 
 def shared_check(ranks: Ranks, storage: Storage, name: str, manifest: Manifest) -> list[str]:
-    """Check every byte of a checkpoint, each rank its share of the files; collective.
+    """Verify every byte of a checkpoint, each rank its share of the files; collective.
 
     Returns:
-        What is wrong with it, the same on all ranks; empty when it is sound.
+        The problems, the same on all ranks; empty if it is valid.
     """
-    # The largest first, dealt out one by one: the ranks read about as much each.
-    files = sorted(manifest.files, key=lambda file: -manifest.files[file].size)[ranks.rank :: ranks.world]
-    told = ranks.share(f"check {storage.url}/{name}", lambda: damage_in(storage, name, manifest, files))
-    return list(dict.fromkeys(problem for part in told for problem in part))
+    # Dealt out one by one in order of size, so that all ranks read about the same amount.
+    files = sorted(manifest.files, key=lambda file: -manifest.files[file].size)[ranks.rank :: ranks.world_size]
+    found = ranks.gather_from_all(
+        f"verify {storage.url}/{name}", lambda: find_corruption(storage, name, manifest, files)
+    )
+    return list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
 
 
-def _present(storage: Storage, final: str) -> tuple[Manifest | None, str | None]:
+def _existing(storage: Storage, final: str) -> tuple[Manifest | None, str | None]:
+    """Return the manifest of an existing checkpoint, or what is wrong with it; nothing if there is none."""
     if not storage.has(final):
         return None, None
     try:
@@ -178,51 +182,59 @@ def _present(storage: Storage, final: str) -> tuple[Manifest | None, str | None]
         return None, str(error)
 
 
-def _write_own(storage: Storage, staged: Staged, order: Order) -> list[WrittenFile]:
+def _write_own(storage: Storage, pending: PendingCheckpoint, job: WriteJob) -> list[WrittenFile]:
     written = []
-    for place, file in enumerate(order.own):
+    for place, file in enumerate(job.own):
         header = make_header(
             [(chunk_key(part.name, part.shape, part.box), part.dtype, part.box.lengths) for part in file.parts]
         )
-        written.append(order.write_file(place, f"{staged.folder}/{staged.prefix}{file.name}", header))
+        written.append(job.write_file(place, f"{pending.directory}/{pending.prefix}{file.name}", header))
     return written
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What all ranks wrote.
+
+    Attributes:
+        files: The result for each of `WriteJob.all_files`.
+        world_size: The number of ranks.
+    """
+
+    files: Sequence[WrittenFile]
+    world_size: int
+
+
 def _publish(
-    storage: Storage,
-    lock: FolderLock | None,
-    staged: Staged,
-    order: Order,
-    written: Sequence[WrittenFile],
-    world: int,
+    storage: Storage, lock: DirectoryLock | None, pending: PendingCheckpoint, job: WriteJob, written: _Written
 ) -> str:
+    """Write state.json and the manifest and publish the checkpoint; return its digest. Rank 0 only."""
     records: dict[str, FileRecord] = {}
     chunks: dict[str, list[tuple[Part, str, tuple[str, ...]]]] = {}
-    for file, result in zip(order.all_files, written, strict=True):
-        name = f"{staged.prefix}{file.name}"
+    for file, result in zip(job.all_files, written.files, strict=True):
+        name = f"{pending.prefix}{file.name}"
         records[name] = FileRecord(result.size, result.checksum)
         for part, hashes in zip(file.parts, result.pieces, strict=True):
             chunks.setdefault(part.name, []).append((part, name, hashes))
-    text = content_text(order.values, {name: _spec(chunks[name]) for name in sorted(chunks)}, PIECE_BYTES)
-    sink = storage.create(f"{staged.folder}/{STATE}")
+    text = content_text(job.values, {name: _spec(chunks[name]) for name in sorted(chunks)}, PIECE_BYTES)
+    sink = storage.create(f"{pending.directory}/{STATE}")
     try:
         sink.write(text)
     except BaseException:
         sink.discard()
         raise
     sink.close()
-    origin = order.origin
     manifest = manifest_text(
-        origin.step,
-        datetime.now(UTC).isoformat(timespec="seconds"),
-        {STATE: FileRecord(len(text), checksum(text)), **records},
-        _lineage(origin, world),
-        origin.metrics,
-        origin.metadata,
+        step=job.origin.step,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files={STATE: FileRecord(len(text), checksum(text)), **records},
+        lineage=_lineage(job.origin, written.world_size),
+        metrics=job.origin.metrics,
+        metadata=job.origin.metadata,
     )
     if lock is not None:
         lock.confirm()
-    storage.publish(staged, manifest.text)
+    storage.publish(pending, manifest.text)
     return manifest.digest
 
 
@@ -234,12 +246,12 @@ def _spec(chunks: Sequence[tuple[Part, str, tuple[str, ...]]]) -> TensorSpec:
     return TensorSpec(first.dtype, first.shape, tuple(sorted(found, key=lambda chunk: chunk.offsets)))
 
 
-def _lineage(origin: Origin, world: int) -> dict[str, Any]:
-    told = decode(origin.metadata)
+def _lineage(origin: Origin, world_size: int) -> dict[str, Any]:
+    metadata = decode(origin.metadata)
     return {
-        **{key: told.get(key) for key in LINEAGE_FROM_METADATA},
+        **{key: metadata.get(key) for key in LINEAGE_FROM_METADATA},
         "parent": origin.parent,
-        "world_size": world,
+        "world_size": world_size,
         "versions": {
             "python": ".".join(map(str, sys.version_info[:3])),
             "titan_ckpt": own_version(),
@@ -251,8 +263,8 @@ def _lineage(origin: Origin, world: int) -> dict[str, Any]:
 def _point_at(storage: Storage, final: str) -> None:
     try:
         storage.replace(LATEST, f"{final}\n".encode())
-    except Exception as error:  # readers do not need it: the checkpoint is there
-        logger.warning("could not move %s/%s to %s: %s", storage.url, LATEST, final, error)
+    except Exception as error:  # readers do not need the pointer: the checkpoint is published
+        logger.warning("could not update %s/%s to %s: %s", storage.url, LATEST, final, error)
 
 
 def own_version() -> str:

@@ -1,11 +1,11 @@
-"""State dicts taken apart into tensors and JSON, and put together again.
+"""State dicts split into tensors and JSON values, and merged again.
 
-A tensor's key is its path through the nested dicts, joined with "/": `model/layers.0.wq.weight`. Within one part of
-the path "~" is written "~0" and "/" is written "~1", as JSON pointers do (RFC 6901), so no two paths share a key. "@",
-which sets a chunk's offsets apart from its tensor's name, is written "~2".
+A tensor's name is its path through the nested dicts, joined with "/": `model/layers.0.wq.weight`. Within one part of
+the path "~" is written "~0" and "/" is written "~1", as in JSON pointers (RFC 6901), so no two paths share a name. "@",
+which separates a tensor's name from a chunk's offsets, is written "~2".
 
-What is not a tensor stays where it was, as JSON. Dicts that hold nothing but tensors leave no trace in it: where
-pipeline stages own different weights, the ranks' JSON is still the same.
+Values that are not tensors keep their place in the nesting. Dicts that hold only tensors leave no trace there: where
+pipeline stages own different weights, the ranks' values are still the same.
 """
 
 import json
@@ -15,39 +15,40 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.json_values import MOST_SAVED, checked_key, decode, encode, key_of, parts_of, type_name
+from titan_ckpt.format.json_values import MOST_SAVED, checked_key, decode, encode, key_of, path_of, type_name
 
-_CUT = object()  # stands for a branch of which nothing but tensors was left
+_ONLY_TENSORS = object()  # stands for a branch that held nothing but tensors
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What can be saved: anything with a state dict.
+    """What can be saved: any object with a state dict.
 
-    The state is a dict, nested as you like, whose keys are strings and whose leaves are tensors (plain or DTensor)
-    or JSON values: None, bool, int, float, str, and lists, tuples and dicts of these.
+    The state is a dict, nested at will, whose keys are strings and whose leaves are tensors (regular or DTensor) or
+    JSON
+    values: None, bool, int, float, str, and lists, tuples and dicts of these.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the present state; its tensors may be the live ones."""
+        """Return the current state; its tensors may be the live ones."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
-        """Take back a state of the same nesting."""
+        """Restore a state of the same nesting."""
         ...
 
 
 def split(state: Mapping[str, Stateful]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Take the state dicts of `state` apart.
+    """Split the state dicts of `state` into tensors and values.
 
     Args:
-        state: the objects by their top-level names.
+        state: The objects by top-level name.
 
     Returns:
-        The tensors by flat key, and the JSON by top-level name (absent where there are tensors alone).
+        The tensors by flat name, and the encoded values by top-level name (absent where there are only tensors).
 
     Raises:
-        CheckpointError: when something in it can be saved neither as a tensor nor as JSON.
+        CheckpointError: If something in it can be saved neither as a tensor nor as JSON.
     """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
@@ -59,29 +60,29 @@ def split(state: Mapping[str, Stateful]) -> tuple[dict[str, torch.Tensor], dict[
         nested = part.state_dict()
         if not isinstance(nested, dict):
             raise CheckpointError(f"{_shown((name,))}.state_dict() returned a {type_name(nested)}; it must be a dict")
-        rest = _cut_tensors(nested, (checked_key(name, "state"),), tensors)
-        if rest is not _CUT:
+        rest = _take_tensors(nested, (checked_key(name, "state"),), tensors)
+        if rest is not _ONLY_TENSORS:
             values[name] = rest
     return tensors, values
 
 
 def merge(name: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Put one top-level entry together again.
+    """Rebuild the state dict of one top-level entry.
 
     Args:
-        name: the entry.
-        values: the JSON of all entries, as `split` made it.
-        tensors: the tensors by flat key; those of other entries are passed over.
+        name: The entry.
+        values: The encoded values of all entries, as returned by `split`.
+        tensors: The tensors by flat name; those of other entries are ignored.
 
     Returns:
         The entry's state dict.
 
     Raises:
-        CheckpointError: when a tensor's place is taken by a JSON value.
+        CheckpointError: If a value is stored where a tensor's path leads through.
     """
     merged: dict[str, Any] = decode(values.get(name, {}))
     for key, tensor in tensors.items():
-        first, *path = parts_of(key)
+        first, *path = path_of(key)
         if first != name:
             continue
         place = merged
@@ -93,22 +94,22 @@ def merge(name: str, values: Mapping[str, Any], tensors: Mapping[str, torch.Tens
     return merged
 
 
-def _cut_tensors(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> Any:
-    """Move the tensors of `value` into `tensors`; return what is left as JSON, or _CUT when nothing is."""
+def _take_tensors(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> Any:
+    """Move the tensors of `value` into `tensors`; return the rest encoded, or _ONLY_TENSORS if nothing is left."""
     if isinstance(value, torch.Tensor):
         if value.is_meta or value.layout is not torch.strided:
-            kind = "on the meta device, without values" if value.is_meta else f"of layout {value.layout}"
-            raise CheckpointError(f"{_shown(path)} is a tensor {kind}: give it memory (dense, strided) first")
+            kind = "on the meta device, without data" if value.is_meta else f"of layout {value.layout}"
+            raise CheckpointError(f"{_shown(path)} is a tensor {kind}: only dense tensors with data can be saved")
         tensors[key_of(path)] = value
-        return _CUT
+        return _ONLY_TENSORS
     if not isinstance(value, dict):
         return encode(value, _shown(path), len(path))
     where = _shown(path)
     if len(path) > MOST_SAVED:
-        raise CheckpointError(f"{where[:80]}... is nested deeper than {MOST_SAVED} levels, or holds itself")
-    kept = {key: _cut_tensors(item, (*path, checked_key(key, where)), tensors) for key, item in value.items()}
-    kept = {key: item for key, item in kept.items() if item is not _CUT}
-    return _CUT if value and not kept else kept
+        raise CheckpointError(f"{where[:80]}... is nested deeper than {MOST_SAVED} levels, or contains itself")
+    kept = {key: _take_tensors(item, (*path, checked_key(key, where)), tensors) for key, item in value.items()}
+    kept = {key: item for key, item in kept.items() if item is not _ONLY_TENSORS}
+    return _ONLY_TENSORS if value and not kept else kept
 
 
 def _shown(path: tuple[str, ...]) -> str:

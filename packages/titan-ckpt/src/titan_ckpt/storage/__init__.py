@@ -1,5 +1,5 @@
-"""Where checkpoints lie: a local file system or an object store, and the lock of a folder.
+"""Where checkpoints are stored (a local file system or an object store), and the lock of a checkpoint directory.
 
-Called by everything that touches a file. The writer process imports this package: keep this file free of torch.
-Hands on the `Storage` protocol; a checkpoint becomes valid in `publish`, and nowhere else.
+Called by everything that touches a file. Hands on the `Storage` protocol: a checkpoint becomes valid in
+`Storage.publish` and nowhere else. Nothing here imports torch, so `titan-ckpt ls` and `prune` start fast.
 """

@@ -1,80 +1,84 @@
-"""Where checkpoints lie: what titan-ckpt asks of a file system or an object store.
+"""The interface between titan-ckpt and a file system or an object store.
 
-Two kinds answer: `local.LocalStorage` for a folder, `objectstore.ObjectStorage` for whatever fsspec reaches by a URL.
-Paths are relative to the folder of checkpoints, with "/" between their parts, whatever the machine.
+Two implementations: `local.LocalStorage` for a directory, `object_store.ObjectStorage` for any fsspec URL. Paths are
+relative to the directory of checkpoints and use "/" on every operating system.
 """
 
 from typing import NamedTuple, Protocol
 
 
 class SourceFile(Protocol):
-    """A file that is read."""
+    """A file opened for reading."""
 
     @property
     def size(self) -> int:
-        """Its length in bytes."""
+        """Length in bytes."""
         ...
 
-    def read_into(self, start: int, buffer: memoryview, *, once: bool = False) -> None:
-        """Fill a buffer; raises OSError when the file ends before it is full.
+    def read_into(self, start: int, buffer: memoryview, *, bypass_cache: bool = False) -> None:
+        """Fill a buffer from a position in the file.
 
         Args:
-            start: where in the file to begin, in bytes.
-            buffer: what to fill.
-            once: whether these bytes are wanted by nobody else on this machine, so that no cache need hold them.
+            start: Position of the first byte.
+            buffer: The memory to fill.
+            bypass_cache: Whether to keep these bytes out of the operating system's page cache: no other process on
+                this machine needs them.
+
+        Raises:
+            OSError: If the file ends before the buffer is full.
         """
         ...
 
     def close(self) -> None:
-        """Give it back."""
+        """Close the file."""
         ...
 
 
 class SinkFile(Protocol):
-    """A file that is written from its beginning to its end."""
+    """A file written sequentially from its beginning."""
 
     def write(self, content: bytes | memoryview) -> None:
         """Append bytes."""
         ...
 
     def close(self) -> None:
-        """Make what was written durable; only then is it there."""
+        """Make the content durable and close the file. Before this returns the file may not exist."""
         ...
 
     def discard(self) -> None:
-        """Give up on it; what is there of it is cleared away with its checkpoint."""
+        """Abandon the file. Remains are deleted together with the pending checkpoint."""
         ...
 
 
-class Staged(NamedTuple):
-    """A checkpoint that is being written.
+class PendingCheckpoint(NamedTuple):
+    """A checkpoint that is being written and that no reader sees yet.
 
     Attributes:
-        final: the name it will have, e.g. `step-00000100`.
-        folder: the folder that holds it now.
-        prefix: what the names of its tensor files begin with, relative to the checkpoint.
+        final: The name it gets when published, e.g. `step-00000100`.
+        directory: The directory its files are written to, relative to the storage.
+        prefix: Prefix of the names of its tensor files, relative to the checkpoint.
     """
 
     final: str
-    folder: str
+    directory: str
     prefix: str
 
 
 class Storage(Protocol):
-    """A folder of checkpoints. Any method may raise OSError; FileNotFoundError says that something is not there."""
+    """A directory of checkpoints. Any method may raise OSError; FileNotFoundError means that something is absent."""
 
     @property
     def url(self) -> str:
-        """The folder, as a person would name it."""
+        """The directory as a path or URL, for messages."""
         ...
 
     @property
     def parallel(self) -> int:
-        """How many reads are best in flight at once."""
+        """The number of concurrent reads that gives the best throughput."""
         ...
 
-    def names(self, folder: str = "") -> list[str]:
-        """Return the names directly in a folder, in no order; none when there is no such folder."""
+    def names(self, directory: str = "") -> list[str]:
+        """Return the names directly in a directory, unordered; empty if it does not exist."""
         ...
 
     def size(self, path: str) -> int:
@@ -82,61 +86,61 @@ class Storage(Protocol):
         ...
 
     def read(self, path: str) -> bytes:
-        """Return a small file's content."""
+        """Return the content of a small file."""
         ...
 
     def open(self, path: str) -> SourceFile:
-        """Open a file to read parts of it; several threads may."""
+        """Open a file for partial reads; thread-safe."""
         ...
 
     def create(self, path: str) -> SinkFile:
-        """Begin a file that is not there yet, and the folders above it."""
+        """Create a new file, and its parent directories."""
         ...
 
     def replace(self, path: str, content: bytes) -> None:
-        """Write a small file at one stroke: whoever reads it finds the old content or the new."""
+        """Write a small file atomically: readers see the old content or the new."""
         ...
 
     def create_once(self, path: str, content: bytes) -> bool:
-        """Write a small file unless there is one; tell whether it was written."""
+        """Write a small file if it does not exist yet; return whether it was written."""
         ...
 
     def delete(self, path: str) -> None:
-        """Delete a file; one that is not there is no error."""
+        """Delete a file. A missing file is not an error."""
         ...
 
     def has(self, name: str) -> bool:
-        """Tell whether a checkpoint is there under a name, sound or damaged; what a killed save left is none."""
+        """Return whether a checkpoint exists, valid or corrupt. Remains of a killed save do not count."""
         ...
 
-    def stage(self, final: str) -> Staged:
-        """Begin a checkpoint, in a place that no reader looks at."""
+    def begin(self, final: str) -> PendingCheckpoint:
+        """Begin a checkpoint in a place that no reader looks at."""
         ...
 
-    def publish(self, staged: Staged, manifest: bytes) -> None:
-        """Make a staged checkpoint one that readers see, by one act: before it there is none, after it there is.
+    def publish(self, pending: PendingCheckpoint, manifest: bytes) -> None:
+        """Write the manifest and make the checkpoint visible to readers in one atomic operation.
 
         Raises:
-            FileExistsError: when a checkpoint of that name is there.
+            FileExistsError: If a checkpoint of that name exists.
         """
         ...
 
-    def abandon(self, staged: Staged) -> None:
-        """Delete what was staged."""
+    def abort(self, pending: PendingCheckpoint) -> None:
+        """Delete the files of a pending checkpoint."""
         ...
 
     def remove(self, name: str) -> None:
-        """Delete a checkpoint; it stops being one before its files go."""
+        """Delete a checkpoint. It becomes invalid before its files are deleted."""
         ...
 
     def set_aside(self, name: str) -> str:
-        """Give a damaged checkpoint a name that no reader looks at; return that name."""
+        """Rename a corrupt checkpoint so that no reader looks at it; return the new name."""
         ...
 
     def clear_leftovers(self) -> list[str]:
-        """Delete what killed jobs left half-written or half-deleted; called by the one who holds the folder's lock.
+        """Delete what killed jobs left partly written or partly deleted. Only the holder of the lock may call this.
 
         Returns:
-            The names of what was deleted.
+            The deleted names.
         """
         ...

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder of a file system: published by one rename, after everything is on the disk."""
+"""Checkpoints in a directory of a file system: published by one rename, after everything is synced to the disk."""
 
 import os
 import re
@@ -7,25 +7,25 @@ import shutil
 import stat
 from pathlib import Path
 
-from titan_ckpt.storage.base import SinkFile, SourceFile, Staged
-from titan_ckpt.storage.direct_io import LEAST, DirectFile, is_remembered
+from titan_ckpt.storage.base import PendingCheckpoint, SinkFile, SourceFile
+from titan_ckpt.storage.direct_io import LEAST, DirectFile, is_cached
 
-_AT_ONCE = 256 << 20  # bytes
+_AT_ONCE = 256 << 20  # bytes per system call
 _LEFTOVER = re.compile(r"\.(staging|removing|writing)-.+-[0-9a-f]{8}")
 
 
 class LocalStorage:
-    """A folder that every rank sees. `fsync` and `rename` must mean there what they say."""
+    """A directory that every rank sees, on a file system that honors `fsync` and atomic `rename`."""
 
-    def __init__(self, folder: str) -> None:
-        self._root = Path(folder).absolute()
+    def __init__(self, directory: str) -> None:
+        self._root = Path(directory).absolute()
         self.url = str(self._root)
         self.parallel = 4
 
-    def names(self, folder: str = "") -> list[str]:
-        """Return the names directly in a folder; none when there is no such folder."""
+    def names(self, directory: str = "") -> list[str]:
+        """Return the names directly in a directory; empty if it does not exist."""
         try:
-            return os.listdir(self._root / folder)
+            return os.listdir(self._root / directory)
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -34,79 +34,79 @@ class LocalStorage:
         return self._inside(path).stat().st_size
 
     def read(self, path: str) -> bytes:
-        """Return a small file's content."""
+        """Return the content of a small file."""
         return self._inside(path).read_bytes()
 
     def open(self, path: str) -> SourceFile:
-        """Open a file to read parts of it."""
+        """Open a file for partial reads."""
         return _Source(self._inside(path))
 
     def create(self, path: str) -> SinkFile:
-        """Begin a file that is not there yet, and the folders above it."""
-        whole = self._root / path
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        return _Sink(whole)
+        """Create a new file, and its parent directories."""
+        target = self._root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _Sink(target)
 
     def replace(self, path: str, content: bytes) -> None:
-        """Write a small file at one stroke, by a rename."""
-        whole = self._root / path
-        os.replace(self._written_aside(whole, content), whole)
-        _sync_folder(whole.parent)
+        """Write a small file atomically, by a rename."""
+        target = self._root / path
+        os.replace(self._write_temporary(target, content), target)
+        _sync_directory(target.parent)
 
     def create_once(self, path: str, content: bytes) -> bool:
-        """Write a small file unless there is one; tell whether it was written."""
-        whole = self._root / path
-        aside = self._written_aside(whole, content)
+        """Write a small file if it does not exist yet; return whether it was written."""
+        target = self._root / path
+        temporary = self._write_temporary(target, content)
         try:
-            os.link(aside, whole)  # fails where there is one, and never shows a half
+            os.link(temporary, target)  # fails if the target exists, and never shows a partial file
         except FileExistsError:
             return False
         finally:
-            aside.unlink()
+            temporary.unlink()
         return True
 
     def delete(self, path: str) -> None:
-        """Delete a file; one that is not there is no error."""
+        """Delete a file. A missing file is not an error."""
         (self._root / path).unlink(missing_ok=True)
 
     def has(self, name: str) -> bool:
-        """Tell whether a checkpoint is there under a name: a save that is killed leaves nothing under it."""
+        """Return whether a checkpoint exists: a killed save leaves nothing under the final name."""
         return bool(self.names(name))
 
-    def stage(self, final: str) -> Staged:
+    def begin(self, final: str) -> PendingCheckpoint:
         """Begin a checkpoint under a staging name."""
-        folder = _aside("staging", final)
-        (self._root / folder).mkdir(parents=True)
-        return Staged(final, folder, "")
+        directory = _temporary_name("staging", final)
+        (self._root / directory).mkdir(parents=True)
+        return PendingCheckpoint(final, directory, "")
 
-    def publish(self, staged: Staged, manifest: bytes) -> None:
-        """Write the manifest, sync the folder, and rename it to what it is."""
-        folder, final = self._root / staged.folder, self._root / staged.final
-        sink = self.create(f"{staged.folder}/manifest.json")
+    def publish(self, pending: PendingCheckpoint, manifest: bytes) -> None:
+        """Write the manifest, sync the directory, and rename it to its final name."""
+        staging, final = self._root / pending.directory, self._root / pending.final
+        sink = self.create(f"{pending.directory}/manifest.json")
         sink.write(manifest)
         sink.close()
-        _sync_folder(folder)
-        os.rename(folder, final)  # fails where something holds files under that name: nothing is ever overwritten
-        _sync_folder(self._root)
+        _sync_directory(staging)
+        os.rename(staging, final)  # fails if `final` is a directory with files in it: nothing is ever overwritten
+        _sync_directory(self._root)
 
-    def abandon(self, staged: Staged) -> None:
-        """Delete what was staged."""
-        shutil.rmtree(self._root / staged.folder, ignore_errors=True)
+    def abort(self, pending: PendingCheckpoint) -> None:
+        """Delete the files of a pending checkpoint."""
+        shutil.rmtree(self._root / pending.directory, ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Delete a checkpoint; renamed first, it is gone at one stroke, and a kill leaves no half of it."""
-        doomed = self._root / _aside("removing", name)
-        (self._root / name).rename(doomed)
-        shutil.rmtree(doomed)
+        """Delete a checkpoint. The rename comes first, so that a kill never leaves half of it under its name."""
+        renamed = self._root / _temporary_name("removing", name)
+        (self._root / name).rename(renamed)
+        shutil.rmtree(renamed)
 
     def set_aside(self, name: str) -> str:
-        """Rename a damaged checkpoint; return its new name."""
-        aside = _aside("damaged", name)
+        """Rename a corrupt checkpoint; return its new name."""
+        aside = _temporary_name("damaged", name)
         (self._root / name).rename(self._root / aside)
         return aside
 
     def clear_leftovers(self) -> list[str]:
-        """Delete what killed jobs left half-written or half-deleted."""
+        """Delete what killed jobs left partly written or partly deleted."""
         found = [name for name in self.names() if _LEFTOVER.fullmatch(name)]
         for name in found:
             path = self._root / name
@@ -114,44 +114,50 @@ class LocalStorage:
         return found
 
     def _inside(self, path: str) -> Path:
-        """Return where a file lies that is read: a plain file, not one that a link makes seem to be in its folder."""
-        whole = self._root / path
-        folder = os.path.realpath(self._root / path.split("/")[0])  # which may itself be a link, of whoever keeps it
-        real = os.path.realpath(whole)
-        if real != folder and not real.startswith(folder + os.sep):
-            raise OSError(f"{path} is a link to {real}, outside of its folder")
-        kind = os.stat(real).st_mode
-        if not stat.S_ISREG(kind):  # a pipe, say, which who opens it waits for
-            raise OSError(f"{path} is no regular file")
-        return whole
+        """Return the path of a file to read; refuse links that leave the checkpoint, and special files.
 
-    def _written_aside(self, whole: Path, content: bytes) -> Path:
-        aside = self._root / _aside("writing", whole.name)
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        sink = _Sink(aside)
+        The checkpoint's own directory may be a link (its owner's choice); a file within it that points elsewhere would
+        let a downloaded checkpoint read any file of this machine.
+        """
+        target = self._root / path
+        directory = os.path.realpath(self._root / path.split("/")[0])
+        real = os.path.realpath(target)
+        if real != directory and not real.startswith(directory + os.sep):
+            raise OSError(f"{path} is a link to {real}, outside of its directory")
+        if not stat.S_ISREG(os.stat(real).st_mode):  # e.g. a pipe: opening one blocks forever
+            raise OSError(f"{path} is not a regular file")
+        return target
+
+    def _write_temporary(self, target: Path, content: bytes) -> Path:
+        temporary = self._root / _temporary_name("writing", target.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sink = _Sink(temporary)
         try:
             sink.write(content)
             sink.close()
         except BaseException:
             sink.discard()
             raise
-        return aside
+        return temporary
 
 
 class _Source:
+    """A file opened for reading."""
+
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDONLY)
         self._direct = DirectFile(path, os.O_RDONLY)
         self.size = os.fstat(self._handle).st_size
 
-    def read_into(self, start: int, buffer: memoryview, *, once: bool = False) -> None:
+    def read_into(self, start: int, buffer: memoryview, *, bypass_cache: bool = False) -> None:
         done = 0
-        # Memory is quicker than any disk. One looks at the middle: the ends may be known from what lies beside them.
-        if once and len(buffer) >= LEAST and not is_remembered(self._handle, start + len(buffer) // 2):
+        # The page cache is faster than any disk, so it is used where it holds the bytes. The middle page decides: those
+        # at the ends may be cached because of a neighboring read.
+        if bypass_cache and len(buffer) >= LEAST and not is_cached(self._handle, start + len(buffer) // 2):
             while count := self._direct.read(buffer[done:], start + done):
                 done += count
         if done < len(buffer) and hasattr(os, "posix_fadvise"):
-            # All at once: the kernel by itself reads ahead little, and less when threads take turns in a file.
+            # Request everything at once: the kernel's own read-ahead is small, and smaller with several threads.
             os.posix_fadvise(self._handle, start + done, len(buffer) - done, os.POSIX_FADV_WILLNEED)
         while done < len(buffer):
             count = os.preadv(self._handle, [buffer[done:]], start + done)
@@ -165,7 +171,7 @@ class _Source:
 
 
 class _Sink:
-    """A new file. What lies at whole pages of memory goes to the disk directly."""
+    """A new file. Page-aligned memory is written with direct I/O."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._at = path, 0
@@ -181,24 +187,24 @@ class _Sink:
 
     def close(self) -> None:
         os.fsync(self._handle)
-        self._let_go()
+        self._close_handles()
 
     def discard(self) -> None:
-        self._let_go()
+        self._close_handles()
         self._path.unlink(missing_ok=True)
 
-    def _let_go(self) -> None:
+    def _close_handles(self) -> None:
         os.close(self._handle)
         self._direct.close()
 
 
-def _aside(why: str, name: str) -> str:
-    """Return a fresh name for what is on its way in or out, e.g. `.staging-step-00000100-1f2e3d4c`."""
-    return f".{why}-{name}-{secrets.token_hex(4)}"
+def _temporary_name(purpose: str, name: str) -> str:
+    """Return a new hidden name, e.g. `.staging-step-00000100-1f2e3d4c`."""
+    return f".{purpose}-{name}-{secrets.token_hex(4)}"
 
 
-def _sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, not only the bytes of its files."""
+def _sync_directory(path: Path) -> None:
+    """Make the names in a directory durable; syncing files covers only their content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,38 +1,38 @@
-"""Checkpoints in an object store, or in whatever else fsspec reaches: published by their manifest, written last.
+"""Checkpoints in an object store, or anything else fsspec reaches: published by their manifest, written last.
 
-There is no rename and no fsync: an object is there, whole, once its upload is finished. So a checkpoint's files are
-uploaded under its final name, where no reader looks at them before there is a manifest. Each attempt has a folder of
-its own in there, so that an upload of a killed job that ends late cannot replace a file of the job that took its place.
+There is no rename and no fsync; an object exists once its upload has finished. So a checkpoint's files are uploaded
+under its final name, where readers ignore them until there is a manifest. Each attempt writes to a sub-directory of its
+own, so that a late upload of a killed job cannot replace a file of the job that took its place.
 """
 
 import contextlib
 import re
 import secrets
-from typing import Any, cast
+from typing import Any
 
 import fsspec
 
-from titan_ckpt.storage.base import SinkFile, SourceFile, Staged
+from titan_ckpt.storage.base import PendingCheckpoint, SinkFile, SourceFile
 
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-[0-9]{8,}")
-_PART_BYTES = 64 << 20  # of a multi-part upload: what is held in memory per file being written
+_PART_BYTES = 64 << 20  # of a multi-part upload: the memory used per file being written
 _WRITE_BYTES = 8 << 20
 
 
 class ObjectStorage:
-    """A prefix of an object store, by a URL of fsspec."""
+    """A prefix of an object store, given by an fsspec URL."""
 
-    parallel = 16  # one request is slow, many are fast
+    parallel = 16  # a single request is slow, many together are fast
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
         self._fs, root = fsspec.core.url_to_fs(url)
         self._root = root.rstrip("/")
 
-    def names(self, folder: str = "") -> list[str]:
-        """Return the names directly under a prefix; none when there is nothing."""
-        at = self._at(folder)
+    def names(self, directory: str = "") -> list[str]:
+        """Return the names directly under a prefix; empty if there is nothing."""
+        at = self._at(directory)
         self._fs.invalidate_cache()
         try:
             found = self._fs.ls(at, detail=False)
@@ -44,36 +44,37 @@ class ObjectStorage:
     def size(self, path: str) -> int:
         """Return an object's length in bytes."""
         self._fs.invalidate_cache()
-        told = self._fs.info(self._at(path))
-        if told["type"] != "file":
+        info = self._fs.info(self._at(path))
+        if info["type"] != "file":
             raise FileNotFoundError(path)
-        return int(told["size"])
+        return int(info["size"])
 
     def read(self, path: str) -> bytes:
-        """Return a small object's content."""
-        return cast(bytes, self._fs.cat_file(self._at(path)))
+        """Return the content of a small object."""
+        content: bytes = self._fs.cat_file(self._at(path))
+        return content
 
     def open(self, path: str) -> SourceFile:
-        """Open an object to read ranges of it."""
+        """Open an object for ranged reads."""
         return _Source(self._fs, self._at(path), self.size(path))
 
     def create(self, path: str) -> SinkFile:
-        """Begin an object; it appears when it is closed."""
-        whole = self._at(path)
-        self._make_folder(whole)
-        return _Sink(self._fs.open(whole, "wb", block_size=_PART_BYTES))
+        """Begin an object; it exists once it is closed."""
+        target = self._at(path)
+        self._make_parent(target)
+        return _Sink(self._fs.open(target, "wb", block_size=_PART_BYTES))
 
     def replace(self, path: str, content: bytes) -> None:
         """Write a small object, by one upload."""
-        whole = self._at(path)
-        self._make_folder(whole)
-        self._fs.pipe_file(whole, content)
+        target = self._at(path)
+        self._make_parent(target)
+        self._fs.pipe_file(target, content)
 
     def create_once(self, path: str, content: bytes) -> bool:
-        """Write a small object unless there is one.
+        """Write a small object if it does not exist yet; return whether it was written.
 
-        Most stores cannot do this at one stroke. What was written is read again, so of two that come at the same time,
-        but for the narrowest of moments, one is told the truth; whoever relies on it has to look again later.
+        Most stores cannot do this atomically. The object is read back after writing, so of two jobs that write at the
+        same time, one nearly always learns that it lost. Callers that depend on it must check again later.
         """
         if self._exists(path):
             return False
@@ -81,33 +82,33 @@ class ObjectStorage:
         return self.read(path) == content
 
     def delete(self, path: str) -> None:
-        """Delete an object; one that is not there is no error."""
+        """Delete an object. A missing object is not an error."""
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(path))
 
     def has(self, name: str) -> bool:
-        """Tell whether a checkpoint is there under a name: whether it has a manifest."""
+        """Return whether a checkpoint exists: whether it has a manifest."""
         return self._exists(f"{name}/{_MANIFEST}")
 
-    def stage(self, final: str) -> Staged:
-        """Begin a checkpoint under its final name, in a folder of this attempt's own."""
-        self._delete_all(final)  # what a killed attempt left there
-        return Staged(final, final, f"{secrets.token_hex(4)}/")
+    def begin(self, final: str) -> PendingCheckpoint:
+        """Begin a checkpoint under its final name, in a sub-directory of this attempt's own."""
+        self._delete_all(final)  # what a killed attempt left
+        return PendingCheckpoint(final, final, f"{secrets.token_hex(4)}/")
 
-    def publish(self, staged: Staged, manifest: bytes) -> None:
+    def publish(self, pending: PendingCheckpoint, manifest: bytes) -> None:
         """Write the manifest."""
-        path = f"{staged.final}/{_MANIFEST}"
-        if self.has(staged.final):
+        path = f"{pending.final}/{_MANIFEST}"
+        if self.has(pending.final):
             raise FileExistsError(f"{self.url}/{path}")
         self.replace(path, manifest)
 
-    def abandon(self, staged: Staged) -> None:
+    def abort(self, pending: PendingCheckpoint) -> None:
         """Delete what this attempt wrote, unless it became a checkpoint."""
         try:
-            if not self.has(staged.final):
-                self._delete_all(staged.final)
+            if not self.has(pending.final):
+                self._delete_all(pending.final)
         except Exception:
-            pass  # it is no checkpoint in any case, and cleared away by a later save
+            pass  # without a manifest it is not a checkpoint, and a later save deletes it
 
     def remove(self, name: str) -> None:
         """Delete a checkpoint, the manifest first."""
@@ -115,24 +116,24 @@ class ObjectStorage:
         self._delete_all(name)
 
     def set_aside(self, name: str) -> str:
-        """Copy a damaged checkpoint to another name and delete it here."""
+        """Copy a corrupt checkpoint to another name and delete the original."""
         aside = f".damaged-{name}-{secrets.token_hex(4)}"
         for path in self._fs.find(self._at(name)):
             inside = str(path).rpartition(f"{name}/")[2]
-            self._make_folder(self._at(f"{aside}/{inside}"))
+            self._make_parent(self._at(f"{aside}/{inside}"))
             self._fs.copy(path, self._at(f"{aside}/{inside}"))
         self.remove(name)
         return aside
 
     def clear_leftovers(self) -> list[str]:
-        """Delete the files of steps that have no manifest: killed amid saving, or amid deleting."""
+        """Delete the files of steps without a manifest: a save or a removal was killed."""
         found = [name for name in self.names() if _STEP.fullmatch(name) and not self.has(name)]
         for name in found:
             self._delete_all(name)
         return found
 
     def _exists(self, path: str) -> bool:
-        # fsspec's own `exists` says no when the store does not answer, and what is not there gets deleted.
+        # Not fsspec's `exists`: it returns False when the store does not answer, and what "does not exist" is deleted.
         try:
             self.size(path)
         except FileNotFoundError:
@@ -144,9 +145,9 @@ class ObjectStorage:
             self._fs.rm(self._at(name), recursive=True)
         self._fs.invalidate_cache()
 
-    def _make_folder(self, whole: str) -> None:
-        # Stores have no folders, but fsspec's memory and SFTP file systems do.
-        parent = whole.rpartition("/")[0]
+    def _make_parent(self, target: str) -> None:
+        # Object stores have no directories, but fsspec's memory and SFTP file systems do.
+        parent = target.rpartition("/")[0]
         if parent and parent != self._root:
             self._fs.makedirs(parent, exist_ok=True)
 
@@ -158,7 +159,7 @@ class _Source:
     def __init__(self, fs: Any, path: str, size: int) -> None:
         self._fs, self._path, self.size = fs, path, size
 
-    def read_into(self, start: int, buffer: memoryview, *, once: bool = False) -> None:
+    def read_into(self, start: int, buffer: memoryview, *, bypass_cache: bool = False) -> None:
         content = self._fs.cat_file(self._path, start=start, end=start + len(buffer)) if len(buffer) else b""
         if len(content) != len(buffer):
             raise OSError(f"the object ends at byte {start + len(content)}")
@@ -174,13 +175,13 @@ class _Sink:
 
     def write(self, content: bytes | memoryview) -> None:
         view = memoryview(content)
-        for start in range(0, len(view), _WRITE_BYTES):  # fsspec copies what it gets before it sends it
+        for start in range(0, len(view), _WRITE_BYTES):  # fsspec copies each write before sending it
             self._file.write(view[start : start + _WRITE_BYTES])
 
     def close(self) -> None:
         self._file.close()
 
     def discard(self) -> None:
-        # Closing would finish the upload. Dropped, it never appears: a store forgets parts that no one finishes.
+        # Closing would finish the upload. Dropped, the object never exists: stores expire unfinished uploads.
         if hasattr(self._file, "discard"):
             self._file.discard()

@@ -1,27 +1,27 @@
-"""From a folder's path or URL to its storage."""
+"""From a directory's path or URL to its storage."""
 
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.local import LocalStorage
 
 
-def open_storage(folder: str) -> Storage:
-    """Return the storage of a folder.
+def open_storage(directory: str) -> Storage:
+    """Return the storage of a directory.
 
     Args:
-        folder: a path, or a URL that fsspec knows, e.g. `s3://bucket/run`.
+        directory: A path, or an fsspec URL such as `s3://bucket/run`.
 
     Returns:
-        Its storage; nothing is created.
+        The storage; nothing is created.
     """
-    if "://" in folder and not folder.startswith("file://"):
-        from titan_ckpt.storage.object_store import ObjectStorage  # fsspec, and what it brings, only where it is used
+    if "://" in directory and not directory.startswith("file://"):
+        from titan_ckpt.storage.object_store import ObjectStorage  # imports fsspec only where it is used
 
-        return ObjectStorage(folder)
-    return LocalStorage(folder.removeprefix("file://"))
+        return ObjectStorage(directory)
+    return LocalStorage(directory.removeprefix("file://"))
 
 
 def parent_and_name(path: str) -> tuple[str, str]:
-    """Split a checkpoint's path or URL into the folder it lies in and its own name."""
+    """Split a checkpoint's path or URL into its parent directory and its name."""
     parent, slash, name = path.rstrip("/").rpartition("/")
     if not slash:
         return ".", name

@@ -1,15 +1,11 @@
-"""DCP's `.metadata`, a pickle, read without running it.
+"""DCP's `.metadata`, a pickle, read without executing it.
 
-A pickle is a program that names classes and functions and calls them. Here it names in vain: each name that a real
-`.metadata` needs (the list below) becomes an inert record that notes what it is given, and any other name ends the
-reading. What comes out is then checked like any other foreign data.
-
-Python's unpickler in Python is used, not the one in C: in Python 3.11 that one fills gigabytes of memory when
-a hostile file stores an object under a large number. The price is time, three to four times as much.
+A pickle is a program that names classes and functions and calls them. Here no name is resolved: each class that a real
+`.metadata` needs (the list below) is replaced by an inert record that stores its arguments; any other name raises. The
+result is then checked like any other untrusted data.
 """
 
 import io
-import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +14,7 @@ from typing import Any
 
 import torch
 
+from titan_ckpt._compat import PythonUnpickler
 from titan_ckpt.convert._assemble import check_cover
 from titan_ckpt.convert._files import file_size
 from titan_ckpt.convert.source import Spec
@@ -27,7 +24,7 @@ from titan_ckpt.format.dtypes import TYPE_NAMES
 from titan_ckpt.format.safetensors_header import dtype_name
 
 METADATA = ".metadata"
-_LIMIT = 1 << 30  # bytes: some million pieces
+_LIMIT = 1 << 30  # bytes: some millions of chunks
 
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": (
@@ -43,7 +40,7 @@ _RECORDS = {
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
-    # Where the checkpoint was written, by which Python on which system.
+    # The path the checkpoint was written to; the class depends on the operating system and the version of Python.
     "pathlib": ("Path", "PosixPath", "WindowsPath"),
     "pathlib._local": ("Path", "PosixPath", "WindowsPath"),
 }
@@ -51,8 +48,8 @@ _DTYPES = {dtype_name(dtype): dtype for dtype in [*TYPE_NAMES, torch.complex128]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one entry lies: a file of the folder, and the bytes in it."""
+class Location:
+    """Where an entry is stored: a file of the directory, and a range of bytes in it."""
 
     file: str
     start: int
@@ -61,25 +58,25 @@ class Place:
 
 @dataclass
 class DcpIndex:
-    """What `.metadata` says, checked.
+    """The content of `.metadata`, checked.
 
     Attributes:
-        tensors: type and shape by DCP's flat name.
-        pieces: the pieces of each tensor.
-        places: where each piece lies, in the order of `pieces`.
-        objects: where each entry lies that is no tensor.
-        paths: the path through the nested state, where DCP kept it.
+        tensors: Dtype and shape by DCP's flat name.
+        chunks: The chunks of each tensor.
+        locations: Where each chunk is stored, in the order of `chunks`.
+        objects: Where each entry that is not a tensor is stored.
+        paths: The path through the nested state, where DCP kept it.
     """
 
     tensors: dict[str, Spec] = field(default_factory=dict)
-    pieces: dict[str, list[Box]] = field(default_factory=dict)
-    places: dict[str, list[Place]] = field(default_factory=dict)
-    objects: dict[str, Place] = field(default_factory=dict)
+    chunks: dict[str, list[Box]] = field(default_factory=dict)
+    locations: dict[str, list[Location]] = field(default_factory=dict)
+    objects: dict[str, Location] = field(default_factory=dict)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class _Record:
-    """What stands for an object of a class that is admitted: what it was made from, and nothing that acts."""
+    """Replaces an object of an allowed class: stores its arguments and state, and does nothing."""
 
     kind = ""
     __slots__ = ("args", "state")
@@ -98,19 +95,19 @@ class _Record:
         self.state = state
 
 
-def read_dcp_metadata(folder: Path) -> DcpIndex:
+def read_dcp_metadata(directory: Path) -> DcpIndex:
     """Read `.metadata`.
 
     Args:
-        folder: a folder that DCP wrote.
+        directory: A directory that DCP wrote.
 
     Returns:
-        What it says.
+        Its content.
 
     Raises:
-        CheckpointError: when it is absent, damaged, names anything but what is admitted, or contradicts itself.
+        CheckpointError: If it is absent, corrupt, names anything that is not allowed, or contradicts itself.
     """
-    path = folder / METADATA
+    path = directory / METADATA
     file_size(path, _LIMIT)
     try:
         metadata = _unpickle(path.read_bytes())
@@ -118,20 +115,21 @@ def read_dcp_metadata(folder: Path) -> DcpIndex:
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     except OSError as error:
-        raise CheckpointError(f"{path} does not read ({error.strerror or error})") from error
-    except Exception as error:  # a pickle that is no pickle makes the unpickler raise anything
-        raise CheckpointError(f"{path} is refused: it is damaged ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # an invalid pickle can make the unpickler raise anything
+        raise CheckpointError(f"{path} is refused: it is corrupt ({type(error).__name__}: {error})") from error
 
 
 def _unpickle(data: bytes) -> Any:
-    # Fresh classes each time: a file can set attributes on what it is given, and no other file may see them.
+    # New classes for each file: a pickle can set attributes on the classes it is given, which must not affect other
+    # files.
     records: dict[tuple[str, str], Any] = {
         (module, name): type(name, (_Record,), {"kind": name, "__slots__": ()})
         for module, names in _RECORDS.items()
         for name in names
     }
 
-    class Restricted(pickle._Unpickler):
+    class Restricted(PythonUnpickler):
         def find_class(self, module: str, name: str) -> Any:
             if module == "torch" and name in _DTYPES:
                 return _DTYPES[name]
@@ -139,75 +137,75 @@ def _unpickle(data: bytes) -> Any:
                 return records[module, name]
             except KeyError:
                 raise CheckpointError(
-                    f"it names {module}.{name}, which a checkpoint has no use for. Nothing was executed"
+                    f"it names {module}.{name}, which a checkpoint does not need. Nothing was executed"
                 ) from None
 
     return Restricted(io.BytesIO(data)).load()
 
 
 def _index_of(metadata: Any) -> DcpIndex:
-    said = _fields(metadata, "Metadata")
-    named = _typed(said.get("state_dict_metadata"), dict, "the table of tensors")
-    stored = _places(_typed(said.get("storage_data"), dict, "the table of places"))
-    places_of = Counter(name for name, _ in stored)
-    index = DcpIndex(paths=_paths(said.get("planner_data")))
+    content = _fields(metadata, "Metadata")
+    named = _typed(content.get("state_dict_metadata"), dict, "the dict of tensors")
+    stored = _locations(_typed(content.get("storage_data"), dict, "the dict of locations"))
+    stored_chunks = Counter(name for name, _ in stored)
+    index = DcpIndex(paths=_paths(content.get("planner_data")))
     for name, entry in named.items():
         _typed(name, str, "a name")
         if isinstance(entry, _Record) and entry.kind == "BytesStorageMetadata":
-            index.objects[name] = _place_of(stored, name, None)
+            index.objects[name] = _location_of(stored, name, None)
             continue
         fields = _fields(entry, "TensorStorageMetadata")
-        pieces = _pieces(name, fields.get("chunks"), places_of[name])
+        chunks = _chunks(name, fields.get("chunks"), stored_chunks[name])
         index.tensors[name] = Spec(_dtype(fields.get("properties")), _size(fields.get("size")))
-        check_cover(name, index.tensors[name].shape, pieces)
-        index.pieces[name] = pieces
-        index.places[name] = [_place_of(stored, name, piece.offsets) for piece in pieces]
+        check_cover(name, index.tensors[name].shape, chunks)
+        index.chunks[name] = chunks
+        index.locations[name] = [_location_of(stored, name, chunk.offsets) for chunk in chunks]
     return index
 
 
-def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], Place]:
-    places: dict[tuple[str, tuple[int, ...] | None], Place] = {}
+def _locations(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], Location]:
+    locations: dict[tuple[str, tuple[int, ...] | None], Location] = {}
     for key, value in stored.items():
-        where, info = _fields(key, "MetadataIndex"), _fields(value, "_StorageInfo")
-        name = _typed(where.get("fqn"), str, "a name")
-        offset = where.get("offset")
+        entry, info = _fields(key, "MetadataIndex"), _fields(value, "_StorageInfo")
+        name = _typed(entry.get("fqn"), str, "a name")
+        offset = entry.get("offset")
         key_of = (name, None if offset is None else _size(offset))
-        if key_of in places:
-            raise CheckpointError(f"{name} lies in two places")
+        if key_of in locations:
+            raise CheckpointError(f"{name} is stored in two places")
         if info.get("transform_descriptors"):
             raise CheckpointError(f"{name} is compressed or otherwise transformed, which is not supported")
         file = _typed(info.get("relative_path"), str, "a file name")
         if not file or file != Path(file).name or file in (".", "..") or "\\" in file or "\0" in file:
-            raise CheckpointError(f"{name} is said to lie in {file!r}, which is not a file of its folder")
+            raise CheckpointError(f"{name} refers to {file!r}, which is not a file of its directory")
         start, length = _count(info.get("offset")), _count(info.get("length"))
-        places[key_of] = Place(file, start, length)
-    return places
+        locations[key_of] = Location(file, start, length)
+    return locations
 
 
-def _place_of(
-    places: Mapping[tuple[str, tuple[int, ...] | None], Place], name: str, offsets: tuple[int, ...] | None
-) -> Place:
+def _location_of(
+    locations: Mapping[tuple[str, tuple[int, ...] | None], Location], name: str, offsets: tuple[int, ...] | None
+) -> Location:
     try:
-        return places[name, offsets]
+        return locations[name, offsets]
     except KeyError:
-        raise CheckpointError(f"it does not say where {name} lies") from None
+        raise CheckpointError(f"it does not say where {name} is stored") from None
 
 
-def _pieces(name: str, value: Any, most: int) -> list[Box]:
-    listed = _typed(value, list, "a list of pieces")
+def _chunks(name: str, value: Any, most: int) -> list[Box]:
+    listed = _typed(value, list, "a list of chunks")
     if len(listed) > most:
-        # A list may be named a million times in a small file: what it is worth is bounded before it is gone through.
-        raise CheckpointError(f"{name} has {len(listed)} pieces and {most} places where they lie")
+        # A small file can refer to one list a million times, so the length is limited before the list is walked.
+        raise CheckpointError(f"{name} has {len(listed)} chunks but only {most} of them are stored")
     fields = [_fields(item, "ChunkStorageMetadata") for item in listed]
-    return [Box(_size(piece.get("offsets")), _size(piece.get("sizes"))) for piece in fields]
+    return [Box(_size(chunk.get("offsets")), _size(chunk.get("sizes"))) for chunk in fields]
 
 
 def _paths(value: Any) -> dict[str, tuple[str, ...]]:
-    """Take the planner's paths where they are what DCP's own planner keeps; other planners keep other things."""
+    """Return the planner's paths if they have the form that DCP's default planner stores."""
     paths: dict[str, tuple[str, ...]] = {}
     for name, path in value.items() if isinstance(value, dict) else ():
-        sound = isinstance(name, str) and isinstance(path, tuple) and 0 < len(path) <= 64
-        if sound and all(type(part) in (str, int) for part in path):
+        valid = isinstance(name, str) and isinstance(path, tuple) and 0 < len(path) <= 64
+        if valid and all(type(part) in (str, int) for part in path):
             paths[name] = tuple(str(part) for part in path)
     return paths
 
@@ -218,33 +216,33 @@ def _dtype(properties: Any) -> torch.dtype:
     state = properties.state
     dtype = state[0] if isinstance(state, tuple) and state else None
     if not isinstance(dtype, torch.dtype):
-        raise CheckpointError("a tensor has no type")
+        raise CheckpointError("a tensor has no dtype")
     return dtype
 
 
 def _size(value: Any) -> tuple[int, ...]:
-    """Read a torch.Size: one argument, the tuple of its numbers."""
+    """Return the sizes of a torch.Size, whose one argument is the tuple of its sizes."""
     if not isinstance(value, _Record) or value.kind != "Size" or len(value.args) != 1:
-        raise CheckpointError("a shape is none")
+        raise CheckpointError(f"invalid shape: expected a torch.Size, found a {type(value).__name__}")
     sizes = value.args[0]
     if type(sizes) is not tuple or len(sizes) > MOST_DIMENSIONS:
-        raise CheckpointError("a shape is none")
+        raise CheckpointError(f"invalid shape {str(sizes)[:80]}")
     return tuple(_count(size) for size in sizes)
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise CheckpointError(f"{str(value)[:40]!r} stands where a size or an offset is wanted")
+        raise CheckpointError(f"expected a size or an offset, found {str(value)[:40]!r}")
     return value
 
 
 def _fields(value: Any, kind: str) -> dict[str, Any]:
     if not isinstance(value, _Record) or value.kind != kind or not isinstance(value.state, dict):
-        raise CheckpointError(f"there is no {kind} where one is wanted")
+        raise CheckpointError(f"expected a {kind}, found a {type(value).__name__}")
     return value.state
 
 
 def _typed(value: Any, kind: Callable[..., Any], what: str) -> Any:
     if type(value) is not kind:
-        raise CheckpointError(f"a {type(value).__name__} stands where {what} is wanted")
+        raise CheckpointError(f"expected {what}, found a {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""A folder of torch's distributed checkpoint (DCP), such as torchtitan's, as a source of tensors."""
+"""A directory of torch's distributed checkpoint (DCP), such as torchtitan's, as a source of tensors."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -10,91 +10,94 @@ import torch
 from titan_ckpt.convert._assemble import assemble
 from titan_ckpt.convert._files import file_size
 from titan_ckpt.convert._torch_load import load_entry
-from titan_ckpt.convert.dcp.metadata import METADATA, Place, read_dcp_metadata
+from titan_ckpt.convert.dcp.metadata import METADATA, Location, read_dcp_metadata
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.boxes import Box
 from titan_ckpt.format.json_values import encode, key_of
 
 
-class DcpFolder:
-    """The content of a DCP folder.
+class DcpDirectory:
+    """The content of a DCP directory.
 
-    Names are paths joined with "/" where DCP kept the path of its flat names (`model.layers.0.w` may have been
-    `model` and `layers.0.w`), and its flat names otherwise.
+    Names are paths joined with "/" where DCP kept the path of its flat names (`model.layers.0.w` may have been `model`
+    and `layers.0.w`), and its flat names otherwise.
 
     Attributes:
-        tensors: the tensors, in the order of the record.
-        values: the entries that are no tensors but JSON, by their paths, nested.
-        left_out: the entries that are neither, with the reason.
+        tensors: The tensors, in the order of `.metadata`.
+        values: The entries that are JSON values, nested by their paths.
+        left_out: The remaining entries, with the reason why each is left out.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Open a folder; no tensor is read.
+    def __init__(self, directory: str | Path) -> None:
+        """Open a directory; no tensor is read.
 
         Args:
-            folder: a folder with `.metadata`.
+            directory: A directory with `.metadata`.
 
         Raises:
-            CheckpointError: when the record is absent, damaged or hostile, or files are missing or too short.
+            CheckpointError: If `.metadata` is absent, corrupt or hostile, or files are missing or truncated.
         """
-        self.folder = Path(folder)
-        index = read_dcp_metadata(self.folder)
+        self.directory = Path(directory)
+        index = read_dcp_metadata(self.directory)
         paths = {flat: index.paths.get(flat, (flat,)) for flat in [*index.tensors, *index.objects]}
         try:
             names = {flat: key_of(path) for flat, path in paths.items()}
         except CheckpointError as error:
-            raise CheckpointError(f"{self.folder / METADATA} is refused: {error}") from error
+            raise CheckpointError(f"{self.directory / METADATA} is refused: {error}") from error
         if len(set(names.values())) != len(names):
-            raise CheckpointError(f"{self.folder / METADATA} is refused: it gives two entries one path")
-        self._check_files(place for places in index.places.values() for place in places)
+            raise CheckpointError(f"{self.directory / METADATA} is refused: it gives two entries the same path")
+        self._check_files(location for locations in index.locations.values() for location in locations)
         self._check_files(index.objects.values())
         self.tensors = {names[flat]: spec for flat, spec in index.tensors.items()}
-        self._pieces = {names[flat]: pieces for flat, pieces in index.pieces.items()}
-        self._places = {names[flat]: places for flat, places in index.places.items()}
+        self._chunks = {names[flat]: chunks for flat, chunks in index.chunks.items()}
+        self._locations = {names[flat]: locations for flat, locations in index.locations.items()}
         self.values: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
-        for flat, place in index.objects.items():
-            self._read_value(names[flat], paths[flat], place)
+        for flat, location in index.objects.items():
+            self._read_value(names[flat], paths[flat], location)
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor whole."""
+        """Read a full tensor."""
         shape = self.tensors[name].shape
         return self.read_slice(name, (0,) * len(shape), shape)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """Read a part of one tensor, from the pieces that it touches."""
-        pieces, places, dtype = self._pieces[name], self._places[name], self.tensors[name].dtype
+        """Read a slice of a tensor from the chunks that hold it."""
+        chunks, locations, dtype = self._chunks[name], self._locations[name], self.tensors[name].dtype
 
         def read(which: int, part: Box) -> torch.Tensor:
-            file = self.folder / places[which].file
-            piece = self._load(places[which], f"a piece of {name} in {file}")
-            kind = (piece.dtype, tuple(piece.shape)) if isinstance(piece, torch.Tensor) else None
-            if kind != (dtype, pieces[which].lengths):
-                raise CheckpointError(f"{file} holds something else where a piece of {name} should be")
-            tensor: torch.Tensor = piece[part.slices]
+            file = self.directory / locations[which].file
+            chunk = self._load(locations[which], f"a chunk of {name} in {file}")
+            kind = (chunk.dtype, tuple(chunk.shape)) if isinstance(chunk, torch.Tensor) else None
+            if kind != (dtype, chunks[which].lengths):
+                raise CheckpointError(f"{file}: expected a chunk of {name}, found something else")
+            tensor: torch.Tensor = chunk[part.slices]
             return tensor
 
-        return assemble(dtype, Box(tuple(offsets), tuple(sizes)), pieces, read)
+        return assemble(dtype, Box(tuple(offsets), tuple(sizes)), chunks, read)
 
-    def _check_files(self, places: Iterable[Place]) -> None:
+    def _check_files(self, locations: Iterable[Location]) -> None:
         sizes: dict[str, int] = {}
-        for place in places:
-            path = self.folder / place.file
-            if place.file not in sizes:
-                sizes[place.file] = file_size(path)
-            if place.start + place.length > sizes[place.file]:
-                raise CheckpointError(f"{path} is cut short: it has {sizes[place.file]} bytes")
+        for location in locations:
+            path = self.directory / location.file
+            if location.file not in sizes:
+                sizes[location.file] = file_size(path)
+            end = location.start + location.length
+            if end > sizes[location.file]:
+                raise CheckpointError(
+                    f"{path} is truncated: it has {sizes[location.file]} bytes instead of {end} or more"
+                )
 
-    def _load(self, place: Place, what: str) -> Any:
-        with (self.folder / place.file).open("rb") as file:
-            file.seek(place.start)
-            data = file.read(place.length)
+    def _load(self, location: Location, what: str) -> Any:
+        with (self.directory / location.file).open("rb") as file:
+            file.seek(location.start)
+            data = file.read(location.length)
         return load_entry(io.BytesIO(data), len(data), what)
 
-    def _read_value(self, name: str, path: tuple[str, ...], place: Place) -> None:
+    def _read_value(self, name: str, path: tuple[str, ...], location: Location) -> None:
         try:
-            value = self._load(place, f"{name} in {self.folder / place.file}")
-            encode(value, name)  # refuses what is no JSON
+            value = self._load(location, f"{name} in {self.directory / location.file}")
+            encode(value, name)  # raises for anything that is not JSON
             put(self.values, path, value)
         except CheckpointError as error:
             self.left_out[name] = str(error)
@@ -104,16 +107,16 @@ def put(nested: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """Put a value into nested dicts.
 
     Args:
-        nested: the outermost dict.
-        path: where to.
-        value: what.
+        nested: The outermost dict.
+        path: The keys that lead to the value.
+        value: The value.
 
     Raises:
-        CheckpointError: when something else is in the way.
+        CheckpointError: If another value is in the way.
     """
     at: Any = nested
     for part in path[:-1]:
         at = at.setdefault(part, {}) if isinstance(at, dict) else None
     if not isinstance(at, dict) or path[-1] in at:
-        raise CheckpointError(f"{key_of(path)} has no place beside the other entries")
+        raise CheckpointError(f"{key_of(path)} conflicts with another entry of the same path")
     at[path[-1]] = value

@@ -1,5 +1,5 @@
-"""Hugging Face folders of safetensors files, read and written.
+"""Hugging Face directories of safetensors files, read and written.
 
 Called by `convert.formats` (reading), `HuggingFaceExport` after a save, and the `convert` command.
-The reader hands on a `TensorSource`; the writer publishes a whole folder or nothing.
+The reader returns a `TensorSource`; the writer publishes a complete directory or nothing.
 """

@@ -47,7 +47,7 @@ def point_elsewhere(path: Path) -> None:
     (path / "state.json").write_text(json.dumps(state))
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bit flipped in a tensor": (
         lambda path: flip_bit(path / DATA),
         "does not match its checksum in the tensor model/weight",
@@ -56,7 +56,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda path: flip_bit(path / DATA, -1),
         "checksum in the tensor model/nested/bias",
     ),
-    "bit flipped in a header": (lambda path: flip_bit(path / DATA, 9), "is no sound safetensors file: its header"),
+    "bit flipped in a header": (lambda path: flip_bit(path / DATA, 9), "is not a valid safetensors file: its header"),
     "bit flipped in state.json": (lambda path: flip_bit(path / "state.json"), "state.json does not match its checksum"),
     "bit flipped in the manifest": (flip_manifest, "does not match its own digest"),
     "file cut short": (lambda path: os.truncate(path / DATA, 1000), f"{DATA} has 1000 bytes instead of"),
@@ -64,20 +64,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "file missing": (lambda path: (path / DATA).unlink(), f"{DATA} is missing"),
     "file longer": (lambda path: (path / DATA).open("ab").write(b"x") and None, "bytes instead of"),
     "manifest missing": (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
-    "manifest cut short": (lambda path: os.truncate(path / "manifest.json", 60), "manifest.json does not read"),
-    "manifest is a list": (lambda path: (path / "manifest.json").write_text("[]") and None, "does not read"),
-    "manifest is no text": (lambda path: (path / "manifest.json").write_bytes(b"\xff\x00") and None, "does not read"),
-    "format unknown": (edit_manifest(format_version=FORMAT_VERSION + 1), "is of format 2 and this titan-ckpt reads 1"),
-    "field unknown": (edit_manifest(surprise=1), "does not read"),
-    "step of another": (edit_manifest(step=1), "it is of step 1: was the folder renamed"),
-    "algorithm unknown": (edit_manifest(checksum="md5"), "its checksums are 'md5', which this release does not know"),
+    "manifest cut short": (lambda path: os.truncate(path / "manifest.json", 60), "manifest.json cannot be read"),
+    "manifest is a list": (lambda path: (path / "manifest.json").write_text("[]") and None, "cannot be read"),
+    "manifest is not text": (lambda path: (path / "manifest.json").write_bytes(b"\xff\x00") and None, "cannot be read"),
+    "format unknown": (
+        edit_manifest(format_version=FORMAT_VERSION + 1),
+        "has format version 2, this titan-ckpt reads 1",
+    ),
+    "field unknown": (edit_manifest(surprise=1), "cannot be read"),
+    "step of another": (edit_manifest(step=1), "it is of step 1: was the directory renamed"),
+    "algorithm unknown": (edit_manifest(checksum="md5"), "unknown checksum algorithm 'md5'"),
     "size absurd": (
         edit_manifest(files={"state.json": {"size": 2**62, "checksum": "0" * 32}}),
         "instead of 46116860184",
     ),
     "size no number": (
         edit_manifest(files={"state.json": {"size": 1.5, "checksum": "0" * 32}}),
-        "is no size and checksum",
+        "invalid size or checksum",
     ),
     "absolute name": (hostile("/etc/passwd"), "names the file '/etc/passwd', which is not inside"),
     "name above": (hostile("tensors/../../x"), "which is not inside the checkpoint"),
@@ -94,11 +97,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_in_the_newest(folder: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    damage, told = DAMAGES[name]
-    damage(folder / "step-00000002")
-    assert told in "; ".join(verify(folder / "step-00000002", level="checksum"))
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruption_in_the_newest(folder: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    corrupt, message = CORRUPTIONS[name]
+    corrupt(folder / "step-00000002")
+    assert message in "; ".join(verify(folder / "step-00000002", level="checksum"))
 
     ckpt, state = Checkpointer(folder), blank_state()
     with caplog.at_level(logging.WARNING):
@@ -106,17 +109,17 @@ def test_damage_in_the_newest(folder: Path, name: str, caplog: pytest.LogCapture
     assert found is not None
     assert found.step == 1
     assert holds_step(state, 1)
-    assert "step-00000002 is damaged and passed over" in caplog.text
-    assert told in caplog.text
+    assert "step-00000002 is corrupt, skipped" in caplog.text
+    assert message in caplog.text
     assert (folder / "step-00000002").exists()
 
     with pytest.raises(CheckpointError) as error:
         ckpt.load(blank_state(), step=2)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "step-00000001" in str(error.value)
 
     shutil.rmtree(folder / "step-00000001")
-    with pytest.raises(CheckpointError, match="no sound checkpoint, but step-00000002"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint, only step-00000002"):
         ckpt.load(blank_state())
 
 
@@ -152,9 +155,9 @@ def test_the_size_level_reads_no_content(folder: Path) -> None:
 
 
 def test_an_absent_step_is_an_error(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"it does not exist. The folder holds step-00000001, step-00000002"):
+    with pytest.raises(CheckpointError, match=r"it does not exist. The directory holds step-00000001, step-00000002"):
         Checkpointer(folder).load(blank_state(), step=3)
-    with pytest.raises(CheckpointError, match=r"it does not exist. The folder holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"it does not exist. The directory holds no checkpoint"):
         Checkpointer(folder / "none").load(blank_state(), step=3)
 
 
@@ -167,18 +170,18 @@ def test_only_exact_names_are_checkpoints(tmp_path: Path) -> None:
     assert found is not None
     assert Path(found.path).name == "step-00000005"
     shutil.rmtree(tmp_path / "step-00000005")
-    with pytest.raises(CheckpointError, match=r"no sound checkpoint, but .*step-5"):
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint, only .*step-5"):
         Checkpointer(tmp_path).load(blank_state())
 
 
-def test_saving_over_a_damaged_step_moves_it_aside(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_saving_over_a_corrupt_step_moves_it_aside(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     flip_bit(folder / "step-00000002" / DATA)
-    damaged = (folder / "step-00000002" / DATA).read_bytes()
+    corrupt = (folder / "step-00000002" / DATA).read_bytes()
     ckpt = Checkpointer(folder)
     ckpt.save(2, make_state(2))
-    assert "was damaged" in caplog.text
+    assert "was corrupt" in caplog.text
     (aside,) = folder.glob(".damaged-step-00000002-*")
-    assert (aside / DATA).read_bytes() == damaged
+    assert (aside / DATA).read_bytes() == corrupt
     state = blank_state()
     ckpt.load(state, step=2)
     assert holds_step(state, 2)
