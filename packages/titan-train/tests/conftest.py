@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Models this small lose more to handing work between threads than they gain, most of all where cores are busy."""
+    """Use one thread: models this small are slower with several, most of all if the cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

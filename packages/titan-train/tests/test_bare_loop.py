@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import titan_data
 import titan_model
 from ranks import Ranks
-from titan_train.assembly import model_config
+from titan_train.check import model_config
 from titan_train.config import Config
 from titan_train.schedule import lr_factor
 from train_cases import run_here, tiny
@@ -22,7 +22,7 @@ def by_hand(config: Config, file: str, masked: bool) -> tuple[dict[int, float], 
     shape = model_config(config)
     model = titan_model.build(shape, "cpu")
     titan_model.init_parameters(model.named_parameters(), shape, config.run.seed)
-    source = titan_data.load_huggingface("json", data_files=[file])
+    source = titan_data.load_huggingface_dataset("json", data_files=[file])
     sizes = {"seq_len": config.training.seq_len, "global_batch_size": config.training.global_batch_size}
     loader = titan_data.Loader(source, titan_data.ByteTokenizer(), seed=config.run.seed, **sizes)
     groups = [
@@ -49,7 +49,7 @@ def by_hand(config: Config, file: str, masked: bool) -> tuple[dict[int, float], 
 
 def test_same_as_by_hand(ranks1: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    file = tmp_path / "short.jsonl"  # several documents in each row, so that their boundaries matter
+    file = tmp_path / "short.jsonl"  # several documents in each sequence, so that their boundaries matter
     texts = [f"{i} and {i + 1} make {2 * i + 1}." for i in range(300)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = {"data__source": "huggingface", "data__path": "json", "data__files": str(file), "data__packing": "concat"}

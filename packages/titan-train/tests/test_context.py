@@ -1,4 +1,4 @@
-"""titan-model's decoder keeps what its plan says of attention, sequence and positions: ranks can share sequences."""
+"""Context parallelism of titan-model's decoder, by what its plan says about attention, sequence and positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The [data] section: what comes out of it, and what is said when a resumed run has other data."""
+"""The [data] section: the batches of each kind of source, errors, and resuming with other data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import titan_model
 from ranks import Ranks
 from titan_model import LossSums
 from titan_train import load
-from titan_train.assembly import check, model_config
+from titan_train.check import check, model_config
 from titan_train.cli import main
 from titan_train.config import Config
 from titan_train.data import load_tokenizer, open_loader
@@ -70,7 +70,7 @@ def test_token_shards_train_as_the_text_they_were_made_of(corpus: Path, tmp_path
     assert len(curves[0]) == 10
 
 
-def test_mixture_keeps_its_weights_and_stages(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixture_keeps_its_weights_and_phases(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "mixed.toml"
     config.write_text(
         f"""
@@ -86,7 +86,7 @@ def test_mixture_keeps_its_weights_and_stages(corpus: Path, tmp_path: Path, caps
         files = [{json.dumps(str(corpus / "cubes.jsonl"))}]
         name = "cubes"
         weight = 0.25
-        [[data.stages]]
+        [[data.phases]]
         from_step = 6
         weights = {{cubes = 1.0}}
         """
@@ -109,7 +109,7 @@ def mixed(corpus: Path, **more: str) -> dict[str, str]:
     settings = {
         "data.sources": f'[{tables}, {{name = "later", weight = 0.0}}]',
         "data.packing": "best_fit",
-        "data.look_ahead": "8",
+        "data.packing_window": "8",
         "data.long_documents": "crop",
         "training.seq_len": "64",
     }
@@ -144,7 +144,7 @@ def losses_by_hand(config: Config, these: list[titan_data.Batch]) -> dict[str, f
     return {name: total / scored[name] for name, total in sums.items()}
 
 
-HERE = SimpleNamespace(rank=0, world=1)
+HERE = SimpleNamespace(dp_rank=0, dp_world_size=1)
 STILL = {"optimizer.lr": "1e-30", "training.steps": "5", "metrics.log_interval": "3"}  # reported: 1, 2 + 3, 4 + 5
 
 
@@ -162,7 +162,7 @@ STILL = {"optimizer.lr": "1e-30", "training.steps": "5", "metrics.log_interval":
     ],
     ids=["ranks1", "accumulation", "tp", "hsdp"],
 )
-def test_loss_by_source_is_that_of_its_tokens_whoever_had_them(
+def test_loss_by_source_is_that_of_its_tokens_on_any_layout(
     group: str, layout: dict[str, str], corpus: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     ranks: Ranks = request.getfixturevalue(group)
@@ -177,7 +177,7 @@ def test_loss_by_source_is_that_of_its_tokens_whoever_had_them(
             assert abs(found["squares"] - found["cubes"]) > 1e-3, "the test should tell the sources apart"
 
 
-def test_loss_by_source_waits_for_nothing_before_a_report() -> None:
+def test_loss_by_source_does_not_wait_for_the_device_before_a_report() -> None:
     by_source = SourceLosses(["a", "b"], torch.device("meta"))  # where whatever waits for a value fails
     sums = LossSums(*(torch.ones(shape, device="meta") for shape in ((), 2, (), 2)))
     assert by_source.add(sums, None) is sums.total
@@ -194,9 +194,9 @@ def test_one_source_has_the_loss_of_the_run(corpus: Path, tmp_path: Path) -> Non
 def test_sequences_become_longer_at_their_step_on_any_number_of_ranks(
     corpus: Path, tmp_path: Path, ranks1: Ranks, ranks2: Ranks, ranks4: Ranks
 ) -> None:
-    """Unbroken on one rank, and stopped at one switch and after the other with other ranks and layouts."""
-    stages = "[{from_step = 3, seq_len = 96}, {from_step = 5, seq_len = 32, weights = {cubes = 1.0}}]"
-    settings = mixed(corpus, **{"data.stages": stages, "training.steps": "7"})
+    """Without a stop on one rank, and stopped at one change and after the other, with other ranks and layouts."""
+    phases = "[{from_step = 3, seq_len = 96}, {from_step = 5, seq_len = 32, weights = {cubes = 1.0}}]"
+    settings = mixed(corpus, **{"data.phases": phases, "training.steps": "7"})
 
     def part(group: Ranks, folder: str, steps: int, **layout: str) -> dict[str, Any]:
         more = {"training.steps": str(steps), "run.folder": str(tmp_path / folder)}
@@ -204,26 +204,28 @@ def test_sequences_become_longer_at_their_step_on_any_number_of_ranks(
         found: dict[str, Any] = group.run(run_here, config)[0]
         return found
 
-    whole = part(ranks1, "whole", 7)
+    unbroken = part(ranks1, "unbroken", 7)
     parts = [
         part(ranks4, "parts", 3, parallel__dp_shard="2", parallel__tp="2"),
         part(ranks1, "parts", 6, training__microbatch_size="4"),
         part(ranks2, "parts", 7),
     ]
     losses = {step: loss for found in parts for step, loss in found["losses"].items()}
-    assert losses == pytest.approx(whole["losses"], abs=2e-5)
+    assert losses == pytest.approx(unbroken["losses"], abs=2e-5)
     assert [found["resumed"] for found in parts] == [None, 3, 6]
     counts = [{step: value for found in parts for step, value in found[key].items()} for key in ("tokens", "sources")]
     per_step = [8 * 64] * 3 + [8 * 96] * 2 + [8 * 32] * 2
-    assert counts[0] == whole["tokens"] == {step: sum(per_step[:step]) for step in range(1, 8)}
-    for step, sources in whole["sources"].items():
-        for name, figures in sources.items():
-            assert counts[1][step][name] == pytest.approx(figures, abs=2e-5)
+    assert counts[0] == unbroken["tokens"] == {step: sum(per_step[:step]) for step in range(1, 8)}
+    for step, sources in unbroken["sources"].items():
+        for name, numbers in sources.items():
+            assert counts[1][step][name] == pytest.approx(numbers, abs=2e-5)
 
 
-def test_the_switch_is_said_and_speed_counts_its_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = {"data.stages": "[{from_step = 4, seq_len = 128}]"}
-    assert train(tmp_path, stages) == ExitCode.DONE
+def test_a_new_sequence_length_is_printed_and_its_tokens_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = {"data.phases": "[{from_step = 4, seq_len = 128}]"}
+    assert train(tmp_path, phases) == ExitCode.DONE
     shown = " ".join(capsys.readouterr().out.split())
     assert "8 x 32 tokens per step, 8 x 128 after step 4" in shown
     assert f"done: {8 * (4 * 32 + 6 * 128):,} tokens in" in shown
@@ -231,7 +233,7 @@ def test_the_switch_is_said_and_speed_counts_its_tokens(tmp_path: Path, capsys: 
     assert reports(tmp_path)[-1]["mfu"] > 0
 
 
-def test_tokens_of_others_train_as_the_shards_they_are(corpus: Path, tmp_path: Path) -> None:
+def test_raw_and_megatron_tokens_train_like_token_shards(corpus: Path, tmp_path: Path) -> None:
     """The ids of the token shards, written as nanoGPT and as Megatron-LM write them, give the same run."""
     shards = titan_data.TokenShards(corpus / "shards")
     documents = [np.asarray(shards[i], dtype=np.uint16) for i in range(len(shards))]
@@ -275,41 +277,44 @@ def test_ranks_of_one_machine_share_their_tokens(corpus: Path, tmp_path: Path, m
     assert found[2] > 0
 
 
-def test_files_by_format_options_and_index_folder(corpus: Path, tmp_path: Path) -> None:
+def test_files_by_format_options_and_index_directory(corpus: Path, tmp_path: Path) -> None:
     odd = tmp_path / "squares.data"
     odd.write_text((corpus / "squares.jsonl").read_text())
     settings = of_files(
-        odd, format="jsonl", index_folder=str(tmp_path / "index"), storage_options="{auto_mkdir = true}"
+        odd, format="jsonl", index_directory=str(tmp_path / "index"), storage_options="{auto_mkdir = true}"
     )
     assert train(tmp_path / "run", {**settings, "training.steps": "2"}) == ExitCode.DONE
     assert [path.suffix for path in (tmp_path / "index").iterdir()] == [".npy"]
     config = json.dumps(str(tmp_path / "run" / "config.toml"))
-    assert load(json.loads(config)).config.data.storage_options == {"auto_mkdir": True}
+    assert load(json.loads(config)).config.data.source.storage_options == {"auto_mkdir": True}
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"source": "raw", "files": "x.bin"}, 'source "raw" needs dtype: uint16 or uint32'),
+        ({"source": "raw", "files": "x.bin"}, 'source "raw" needs dtype: data type of the ids'),
         ({"source": "megatron"}, 'source "megatron" needs path: the .bin'),
-        ({"eos_id": "0"}, 'eos_id: source "stdlib" does not look at it; it is for source "raw"'),
-        ({"storage_options": "{anon = true}"}, 'storage_options: source "stdlib" does not look at it'),
-        ({"storage_options": "3"}, "--data.storage_options is 3: expected table of text or int or float or true"),
-        ({"dtype": "int8"}, "--data.dtype is 'int8': expected one of uint16, uint32"),
+        ({"eos_id": "0"}, '--data.eos_id: not a setting of source "stdlib", but of "raw"'),
+        ({"storage_options": "{anon = true}"}, 'storage_options: not a setting of source "stdlib", but of "files"'),
+        (
+            {"source": "files", "files": "x", "storage_options": "3"},
+            "--data.storage_options is 3: expected table of text or int or float or true",
+        ),
+        ({"source": "raw", "files": "x", "dtype": "int8"}, "--data.dtype is 'int8': expected one of uint16, uint32"),
         ({"packing": "concat", "long_documents": "crop"}, 'long_documents: packing "concat" never crops'),
-        ({"stages": "[{from_step = 1}]"}, "stages, table 1: it changes nothing: give weights or seq_len"),
-        ({"sources": '[{weight = 1.0}, {source = "raw"}]'}, '[data.sources], table 2 source "raw" needs files'),
-        ({"source": "files", "files": "gone.jsonl"}, "data, source 'files': there is no file"),
+        ({"phases": "[{from_step = 1}]"}, "phases, table 1: nothing changes: set weights or seq_len"),
+        ({"sources": '[{weight = 1.0}, {source = "raw"}]'}, '[data.sources], table 2: source "raw" needs files'),
+        ({"source": "files", "files": "gone.jsonl"}, "data, source 'files': file gone.jsonl does not exist"),
         ({"source": "raw", "files": "gone.bin", "dtype": "uint16"}, "data, source 'raw': cannot read gone.bin"),
         (
             {"sources": '[{}, {source = "megatron", path = "g.idx"}]'},
             "data.sources, table 2, source 'megatron': cannot",
         ),
-        ({"stages": "[{from_step = 1, seq_len = 2048}]"}, "data.stages, table 1: seq_len 2048 is over the model's"),
-        ({"stages": "[{from_step = 4, seq_len = 64}, {from_step = 4, seq_len = 32}]"}, "[data] stages must be in the"),
+        ({"phases": "[{from_step = 1, seq_len = 2048}]"}, "data.phases, table 1: seq_len 2048 is over the model's"),
+        ({"phases": "[{from_step = 4, seq_len = 64}, {from_step = 4, seq_len = 32}]"}, "[data] phases must be in the"),
     ],
 )
-def test_data_that_cannot_be_name_their_key(
+def test_errors_in_data_name_their_key(
     settings: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {f"data.{key}": value for key, value in settings.items()}
@@ -319,13 +324,13 @@ def test_data_that_cannot_be_name_their_key(
     assert "Traceback" not in shown
 
 
-def test_a_longer_stage_must_divide_among_tensor_parallel_ranks(tmp_path: Path) -> None:
-    stages = {"data.stages": "[{from_step = 1, seq_len = 33}]", "parallel.tp": "2"}
+def test_a_longer_phase_must_divide_among_tensor_parallel_ranks(tmp_path: Path) -> None:
+    phases = {"data.phases": "[{from_step = 1, seq_len = 33}]", "parallel.tp": "2"}
     with pytest.raises(ConfigError, match="33"):
-        check(tiny_config({**stages, "model.vocab_size": "300"}), world=2)
+        check(tiny_config({**phases, "model.vocab_size": "300"}), world_size=2)
 
 
-def test_changed_data_are_refused_until_allowed(
+def test_changed_data_is_refused_until_allowed(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.jsonl"
@@ -353,14 +358,14 @@ def test_several_changes_make_one_flag(corpus: Path, tmp_path: Path, capsys: pyt
     assert train(tmp_path, {**text, **others, "data.allow_changes": '["packing", "seed"]'}) == ExitCode.DONE
 
 
-def test_data_that_end_too_early_are_saved_and_said(
+def test_a_run_whose_data_is_exhausted_is_saved(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = {**of_files(corpus / "cubes.jsonl", max_epochs="1"), "training.steps": "4000", "training.seq_len": "128"}
     assert train(tmp_path, few) == ExitCode.FAILED
     last = reports(tmp_path)[-1]["step"]
     shown = capsys.readouterr().err
-    assert f"the data came to its end after step {last} of 4000, which is saved" in shown
+    assert f"data exhausted after step {last} of 4000 (checkpoint saved)" in shown
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [f"step-{last:08}"]
     assert train(tmp_path, {**few, "training.steps": f"{last}"}) == ExitCode.DONE
 

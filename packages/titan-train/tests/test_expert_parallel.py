@@ -1,4 +1,4 @@
-"""Experts spread over ranks and split by tensor parallelism: one loss and one balance in every layout."""
+"""Experts distributed over ranks and split by tensor parallelism: one loss and one balance in every layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ranks import Ranks
-from titan_train.assembly import check
+from titan_train.check import check
 from titan_train.config import Config
 from titan_train.errors import ConfigError
 from train_balance import router_of_parts
@@ -39,8 +39,8 @@ def same(results: list[dict], expected: dict) -> None:
         assert result["initial"] == expected["initial"]
         assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
         assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-        for step, figures in expected["more"].items():
-            assert result["more"][step] == pytest.approx(figures, rel=1e-4)
+        for step, numbers in expected["more"].items():
+            assert result["more"][step] == pytest.approx(numbers, rel=1e-4)
         assert result["buffers"] == expected["buffers"]
 
 
@@ -78,13 +78,13 @@ def test_resumed_on_another_layout(ranks1: Ranks, ranks2: Ranks, tmp_path: Path)
     assert resumed["buffers"] == expected["buffers"]
 
 
-def test_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_errors_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\[parallel\] ep 3 does not divide the number of experts, 4; .*\[1, 2, 4\]"):
-        check(config(tmp_path, parallel__ep="3"), world=3)
-    with pytest.raises(ConfigError, match=r"\[parallel\] ep is 2, but the plan names no module under 'experts'"):
-        check(tiny(parallel__ep="2"), world=2)
+        check(config(tmp_path, parallel__ep="3"), world_size=3)
+    with pytest.raises(ConfigError, match=r"\[parallel\] ep=2 requires plan\['experts'\]"):
+        check(tiny(parallel__ep="2"), world_size=2)
     with pytest.raises(ConfigError, match=r"tp 8 does not divide .*eighths of an expert's width \(moe.ffn_dim / 8\) 4"):
-        check(config(tmp_path, parallel__tp="8"), world=8)
+        check(config(tmp_path, parallel__tp="8"), world_size=8)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from ranks import Ranks
-from titan_train.assembly import check
+from titan_train.check import check
 from titan_train.config import Config
 from titan_train.errors import ConfigError
 from train_cases import run_here, tiny
 
-# A balancing loss that weighs, so that a wrong normaliser shows; and a bias that moves.
+# A large balancing loss, so that a wrong num_target_tokens shows; and a bias that moves.
 EXPERTS = {
     "model__preset": "debug_moe",
     "moe__n_experts": "4",
@@ -36,17 +36,17 @@ def same(result: dict, expected: dict) -> None:
     assert result["initial"] == expected["initial"]
     assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-    for step, figures in expected["more"].items():
-        assert result["more"][step] == pytest.approx(figures, rel=1e-4)
+    for step, numbers in expected["more"].items():
+        assert result["more"][step] == pytest.approx(numbers, rel=1e-4)
     assert result["buffers"] == expected["buffers"]
 
 
 def test_what_is_reported(single: dict) -> None:
     assert single["losses"][1] - single["losses"][10] > 0.2
-    for figures in single["more"].values():
-        assert list(figures) == ["experts/max_load", "experts/idle", "experts/entropy", "experts/balance_loss"]
-        assert 1 < figures["experts/max_load"] <= 2  # of 4 experts, 2 for each token: the mean is half of the tokens
-        assert 0 < figures["experts/entropy"] <= math.log(4)
+    for numbers in single["more"].values():
+        assert list(numbers) == ["experts/max_load", "experts/idle", "experts/entropy", "experts/balance_loss"]
+        assert 1 < numbers["experts/max_load"] <= 2  # of 4 experts, 2 for each token: the mean is half of the tokens
+        assert 0 < numbers["experts/entropy"] <= math.log(4)
     assert list(single["buffers"]) == ["layers.0.ffn.router.bias", "layers.1.ffn.router.bias"]
     assert all(any(biases) for biases in single["buffers"].values())
 
@@ -93,6 +93,6 @@ def test_resumed_on_other_layouts(ranks1: Ranks, ranks4: Ranks, single: dict, tm
     assert resumed["buffers"] == expected["buffers"]
 
 
-def test_experts_of_a_preset_that_has_none() -> None:
+def test_moe_settings_for_a_preset_without_experts() -> None:
     with pytest.raises(ConfigError, match=r"moe.top_k: model.preset 'debug' has no experts; these have: debug_moe, "):
-        check(tiny(moe__top_k="1"), world=1)
+        check(tiny(moe__top_k="1"), world_size=1)

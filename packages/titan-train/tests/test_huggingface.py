@@ -46,7 +46,7 @@ def test_each_checkpoint_is_a_folder_that_transformers_reads(tmp_path: Path) -> 
     assert lineage["parent"]["step"] == 2
 
 
-def test_a_model_that_transformers_has_not_is_refused_at_the_start(
+def test_a_model_that_transformers_lacks_is_refused_at_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags(tmp_path, model__norm="layernorm")) == ExitCode.BAD_CONFIG

@@ -65,7 +65,9 @@ def test_bfloat16_learns_with_float32_weights(ranks1: Ranks, ranks2: Ranks, sing
 
 
 @pytest.mark.slow
-def test_documents_masked_is_another_loss_but_one(ranks1: Ranks, ranks2: Ranks, single: dict, tmp_path: Path) -> None:
+def test_masked_documents_change_the_loss_alike_on_all_layouts(
+    ranks1: Ranks, ranks2: Ranks, single: dict, tmp_path: Path
+) -> None:
     alone = ranks1.run(run_here, tiny(run__folder=str(tmp_path / "1"), data__mask_documents="true"))[0]
     split = ranks2.run(run_here, tiny(run__folder=str(tmp_path / "2"), data__mask_documents="true", parallel__tp="2"))[
         0
@@ -74,7 +76,7 @@ def test_documents_masked_is_another_loss_but_one(ranks1: Ranks, ranks2: Ranks, 
 
 
 @pytest.mark.slow
-def test_normed_heads(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, tmp_path: Path) -> None:
+def test_normalized_heads(ranks1: Ranks, ranks2: Ranks, ranks4: Ranks, tmp_path: Path) -> None:
     # A head norm's weight is the same on all ranks, of which each sees other heads.
     alone, fsdp, tp, both = (
         group.run(run_here, tiny(run__folder=str(tmp_path / name), model__preset="debug_qwen3", parallel__tp=tp))[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ranks import Ranks
-from titan_train.assembly import check
+from titan_train.check import check
 from titan_train.config import Config
 from titan_train.errors import ConfigError
 from train_cases import run_here, sampled, tiny
@@ -37,14 +37,14 @@ def config(folder: Path, schedule: str = "1F1B", **changes: str) -> Config:
 
 
 class Alone(dict[str, dict]):
-    """What one process trains to, each when it is first asked for."""
+    """Results of one process, computed when they are first needed."""
 
     def __init__(self, ranks1: Ranks, folder: Path) -> None:
         self._one, self._folder = ranks1, folder
 
     def __missing__(self, name: str) -> dict:
         changes = {"untied": {}, "tied": {"model__tied_embeddings": "true"}, "experts": EXPERTS}[name]
-        # One row at a time: a router's choice can turn on the rounding of larger products.
+        # One sequence at a time: a router's choice can turn on the rounding of larger products.
         self[name] = self._one.run(run_here, config(self._folder / name, parallel__pp="1", **changes))[0]
         assert self[name]["losses"][1] - self[name]["losses"][6] > 0.1  # a curve to follow
         return self[name]
@@ -61,8 +61,8 @@ def same(results: list[dict], expected: dict) -> None:
         assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
         assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
         assert result["more"].keys() == expected["more"].keys()
-        for step, figures in expected["more"].items():
-            assert result["more"][step] == pytest.approx(figures, rel=1e-4)
+        for step, numbers in expected["more"].items():
+            assert result["more"][step] == pytest.approx(numbers, rel=1e-4)
         seen |= result["weights"]
     assert seen.keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
@@ -122,7 +122,7 @@ def test_resumed_on_other_layouts(ranks1: Ranks, ranks2: Ranks, single: dict[str
 
 
 @pytest.mark.slow
-def test_text_comes_out(ranks1: Ranks, ranks2: Ranks, tmp_path: Path) -> None:
+def test_sample(ranks1: Ranks, ranks2: Ranks, tmp_path: Path) -> None:
     wanted = {"sample__tokens": "5", "sample__prompt": "def"}
     (expected,) = ranks1.run(sampled, config(tmp_path / "1", parallel__pp="1", **wanted))
     assert expected
@@ -145,7 +145,7 @@ def test_text_comes_out(ranks1: Ranks, ranks2: Ranks, tmp_path: Path) -> None:
             {"parallel__stages_per_rank": "3", "parallel__pipeline_schedule": "LoopedBFS"},
             "6 pipeline stages .* 5 blocks",
         ),
-        ({"parallel__pipeline_split": '["layers.7"]'}, "split names what is no block: layers.7"),
+        ({"parallel__pipeline_split": '["layers.7"]'}, "pipeline_split: not the names of blocks: layers.7"),
         (
             {"training__global_batch_size": "1", "parallel__pipeline_schedule": "DualPipeV"},
             "DualPipeV on 2 ranks takes",
@@ -153,15 +153,13 @@ def test_text_comes_out(ranks1: Ranks, ranks2: Ranks, tmp_path: Path) -> None:
     ],
     ids=["schedule", "microbatches", "stages", "split", "rows"],
 )
-def test_misfits_are_told_before_anything_runs(tmp_path: Path, changes: dict[str, str], says: str) -> None:
+def test_errors_before_anything_runs(tmp_path: Path, changes: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        check(config(tmp_path, **changes), world=2)
-    check(config(tmp_path), world=2)
+        check(config(tmp_path, **changes), world_size=2)
+    check(config(tmp_path), world_size=2)
 
 
 def test_microbatches_are_chosen(tmp_path: Path) -> None:
-    from titan_train.assembly import microbatch_size
-
     chosen = {"training__global_batch_size": "64", "training__microbatch_size": "none"}
-    assert microbatch_size(config(tmp_path, **chosen), 1) == 4  # 16 microbatches: idle for 1 of 17
-    assert microbatch_size(config(tmp_path, **chosen, parallel__pp="1"), 1) == 64
+    assert check(config(tmp_path, **chosen), 2).microbatch_size == 4  # 16 microbatches: idle for 1 of 17
+    assert check(config(tmp_path, **chosen, parallel__pp="1"), 1).microbatch_size == 64

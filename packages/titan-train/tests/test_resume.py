@@ -1,4 +1,4 @@
-"""Runs that end and go on: killed, complete, extended, changed. On one CPU process the curve is equal bit for bit."""
+"""Runs that end and resume: killed, complete, extended, changed. On one CPU process curves are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_killed_between_checkpoints_goes_on_bit_for_bit(unbroken: Path, tmp_path: Path) -> None:
+def test_killed_between_checkpoints_resumes_bit_for_bit(unbroken: Path, tmp_path: Path) -> None:
     arguments = flags(tmp_path, training__steps="40", checkpoint__interval="7")
     process = start(arguments)
     wait_for_step(tmp_path, 17, process)
@@ -75,14 +75,14 @@ def test_killed_between_checkpoints_goes_on_bit_for_bit(unbroken: Path, tmp_path
     assert {step: curve(unbroken)[step] for step in before} == before  # nor had the killed run strayed
 
 
-def test_complete_run_says_so_and_can_be_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_is_reported_and_can_be_extended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     constant = {"schedule__decay": "none"}
     assert main(flags(tmp_path / "once", training__steps="12", **constant)) == ExitCode.DONE
     assert main(flags(tmp_path / "twice", training__steps="8", **constant)) == ExitCode.DONE
     capsys.readouterr()
     assert main(flags(tmp_path / "twice", training__steps="8", **constant)) == ExitCode.DONE
     again = capsys.readouterr().out
-    assert "step 8 of 8, nothing is left to do" in again
+    assert "step 8 of 8, the run is complete" in again
     assert main(flags(tmp_path / "twice", training__steps="12", **constant)) == ExitCode.DONE
     assert "step 8 of 12" in capsys.readouterr().out
     assert curve(tmp_path / "twice") == curve(tmp_path / "once")
@@ -102,7 +102,7 @@ def test_another_data_order_in_the_folder_is_refused(tmp_path: Path, capsys: pyt
     assert "seq_len: saved 32, now 16" in capsys.readouterr().err
 
 
-def test_damaged_checkpoints_are_no_fresh_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrupt_checkpoints_never_start_a_new_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(tmp_path, checkpoint__interval="5")) == ExitCode.DONE
     folders = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [folder.name for folder in folders] == ["step-00000005", "step-00000010"]
@@ -123,7 +123,7 @@ def damage_newest(folder: Path) -> None:
     victim.write_bytes(data)
 
 
-def test_a_resume_that_is_required_is_never_a_fresh_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_required_resume_never_starts_a_new_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     required = {"checkpoint__resume": "required", "checkpoint__interval": "5"}
     assert main(flags(tmp_path, **required)) == ExitCode.FAILED
     shown = capsys.readouterr()
@@ -138,13 +138,13 @@ def test_a_resume_that_is_required_is_never_a_fresh_start(tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-def test_damage_may_end_a_run_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_checkpoint_can_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(tmp_path, checkpoint__interval="5")) == ExitCode.DONE
     damage_newest(tmp_path)
-    refused = flags(tmp_path, training__steps="11", checkpoint__on_damage="raise")
+    refused = flags(tmp_path, training__steps="11", checkpoint__on_corruption="raise")
     assert main(refused) == ExitCode.FAILED
     shown = capsys.readouterr().err
-    assert "step-00000010 is damaged" in shown
+    assert "step-00000010 is corrupt" in shown
     assert "Traceback" not in shown
 
 
@@ -160,7 +160,7 @@ def test_the_best_checkpoints_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lineage_tells_the_data_apart(tmp_path: Path) -> None:
+def test_lineage_differs_between_data(tmp_path: Path) -> None:
     first, second = tmp_path / "first.txt", tmp_path / "second.txt"
     first.write_text("one text and another\n" * 200)
     second.write_text("something else\n" * 300)
@@ -183,7 +183,7 @@ def test_lineage_tells_the_data_apart(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(number: signal.Signals, unbroken: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_run_resumes(number: signal.Signals, unbroken: Path, tmp_path: Path) -> None:
     arguments = flags(tmp_path, training__steps="40")
     process = start(arguments)
     wait_for_step(tmp_path, 3, process)
@@ -251,7 +251,7 @@ def test_what_was_saved_before_a_failure_stays(tmp_path: Path) -> None:
     assert verify(path, "checksum") == []
 
 
-def test_not_finite_is_refused_and_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     explosive = {"optimizer__lr": "1e30", "training__max_norm": "none", "schedule__warmup_steps": "0"}
     assert main(flags(tmp_path, **explosive)) == ExitCode.FAILED
     shown = capsys.readouterr().err

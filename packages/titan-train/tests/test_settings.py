@@ -1,4 +1,4 @@
-"""A setting's way from default, file and command line; and what is said when one cannot work."""
+"""Settings from default, file and command line; and the messages about invalid ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from titan_train import settings
-from titan_train.assembly import check
+from titan_train.check import check
 from titan_train.cli import main
+from titan_train.config.fields import all_settings
+from titan_train.config.sources import FilesSource
 from titan_train.errors import ConfigError, ExitCode
 
 
@@ -24,11 +26,11 @@ def message(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     return shown.err
 
 
-@pytest.mark.parametrize("name", settings.preset_names())
+@pytest.mark.parametrize("name", settings.config_names())
 def test_shipped_configs_are_valid(name: str) -> None:
     loaded = settings.load(name)
     assert loaded.config.run.folder == f"runs/{name}"
-    check(loaded.config, world=64 if loaded.config.parallel.tp > 1 else 1)
+    check(loaded.config, world_size=64 if loaded.config.parallel.tp > 1 else 1)
 
 
 def test_the_promised_configs_are_shipped() -> None:
@@ -41,9 +43,9 @@ def test_the_promised_configs_are_shipped() -> None:
         "llama2_70b",
         "llama3_8b",
         "llama3_70b",
-        "llama3_405b",
+        "llama3_1_405b",
     }
-    assert wanted <= set(settings.preset_names())
+    assert wanted <= set(settings.config_names())
 
 
 def test_command_line_over_file_over_default(tmp_path: Path) -> None:
@@ -64,18 +66,18 @@ def test_command_line_over_file_over_default(tmp_path: Path) -> None:
     [
         ("optimizer.lr", "1e-3", 1e-3),
         ("optimizer.lr", "1", 1.0),
-        ("data.streaming", "true", True),
-        ("data.subset", "2012", "2012"),
-        ("data.files", "a.jsonl", ["a.jsonl"]),
-        ("data.files", '["a", "b"]', ["a", "b"]),
+        ("data.shuffle", "false", False),
+        ("data.tokenizer", "2012", "2012"),
+        ("data.allow_changes", "seed", ["seed"]),
+        ("data.allow_changes", '["seed", "data"]', ["seed", "data"]),
         ("parallel.dp_shard", "-1", -1),
         ("training.microbatch_size", "2", 2),
         ("model.tied_embeddings", "false", False),
         ("checkpoint.keep_last", "none", None),
         ("parallel.reshard_after_forward", "2", 2),
         ("parallel.reshard_after_forward", "never", "never"),
-        ("parallel.memory_budget", "0.5", 0.5),
-        ("parallel.save_ops", "aten.mm", ["aten.mm"]),
+        ("parallel.first_stage_less", "0.5", 0.5),
+        ("parallel.float8_skip", "layers.*", ["layers.*"]),
     ],
 )
 def test_flags_take_the_type_of_their_setting(key: str, text: str, value: object) -> None:
@@ -85,7 +87,12 @@ def test_flags_take_the_type_of_their_setting(key: str, text: str, value: object
 
 
 def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
-    overrides = [("training.max_norm", "none"), ("data.files", '["a b", "c\\"d"]'), ("optimizer.eps", "1e-12")]
+    overrides = [
+        ("training.max_norm", "none"),
+        ("data.source", "files"),
+        ("data.files", '["a b", "c\\"d"]'),
+        ("optimizer.eps", "1e-12"),
+    ]
     loaded = settings.load("debug", overrides)
     again = settings.load(write(tmp_path / "config.toml", settings.to_toml(loaded.config, loaded.origins)))
     assert again.config == loaded.config
@@ -95,12 +102,22 @@ def test_mixture_reads_back_equal(tmp_path: Path) -> None:
     file = write(
         tmp_path / "mixed.toml",
         "[[data.sources]]\nname = 'a \"b'\nfiles = ['x', 'y']\nsource = 'files'\nweight = 0.25\nmax_epochs = 2\n"
-        "[[data.sources]]\nweight = 0.0\n[[data.stages]]\nfrom_step = 5\nweights = {'a \"b' = 1.0, stdlib = 2.5}\n",
+        "[[data.sources]]\nweight = 0.0\n[[data.phases]]\nfrom_step = 5\nweights = {'a \"b' = 1.0, stdlib = 2.5}\n",
     )
     loaded = settings.load(file)
     assert [source.name for source in loaded.config.data.sources] == ['a "b', None]
     again = settings.load(write(tmp_path / "config.toml", settings.to_toml(loaded.config, loaded.origins)))
     assert again.config == loaded.config
+
+
+def test_another_kind_of_source_replaces_that_of_the_file() -> None:
+    """The settings of the file's source that the flag's kind does not have go with it; others stay."""
+    loaded = settings.load("llama3_8b", [("data.source", "files"), ("data.files", "a.jsonl"), ("data.workers", "2")])
+    assert loaded.config.data.source == FilesSource(files=["a.jsonl"], streaming=True)
+    assert loaded.origins["data.streaming"] == "preset llama3_8b"
+    assert "data.path" not in loaded.origins
+    again = settings.load("llama3_8b", [("data.source", "huggingface")])
+    assert again.config == settings.load("llama3_8b").config
 
 
 def test_config_is_frozen() -> None:
@@ -120,27 +137,27 @@ def test_config_is_frozen() -> None:
         (["--config", "debug", "--training.steps"], ["expected one argument"]),
         (["--config", "debug", "--nproc", "two"], ["--nproc", "invalid int"]),
         (["--config", "debug", "--nproc", "0"], ["--nproc is 0", "at least 1"]),
-        (["--config", "debug", "steps"], ["cannot make sense of 'steps'"]),
+        (["--config", "debug", "steps"], ["unexpected argument 'steps'"]),
         ([], ["--config is missing", "debug"]),
-        (["--config", "debug", "--model.preset", "llama3_8"], ["no model preset", "llama3_8b"]),
+        (["--config", "debug", "--model.preset", "llama3_8"], ["unknown model preset", "llama3_8b"]),
         (["--config", "debug", "--model.dim", "100"], ["dim 100 is not a multiple of n_heads 8"]),
         (
             ["--config", "debug", "--model.vocab_size", "100"],
             ["vocab_size 100 is less than the tokenizer's 258", "model.vocab_size = 258"],
         ),
         (["--config", "debug", "--training.seq_len", "4096"], ["over the model's max_seq_len 1024"]),
-        (["--config", "debug", "--training.microbatch_size", "3"], ["3 does not divide the 8 rows"]),
+        (["--config", "debug", "--training.microbatch_size", "3"], ["3 does not divide a rank's 8 sequences"]),
         (["--config", "debug", "--parallel.tp", "2"], ["tp 2 = 2", "number of processes, 1"]),
         (["--config", "debug", "--nproc", "3"], ["cannot be split over 3", "9 could"]),
         (["--config", "debug", "--nproc", "3", "--parallel.tp", "3"], ["tp 3 does not divide", "[1, 2, 4"]),
-        (["--config", "debug", "--parallel.reshard_after_forward", "3"], ["no way to share 1 ranks", "'never'"]),
-        (["--config", "debug", "--parallel.async_tp", "true"], ["[parallel] async_tp needs tp above 1"]),
-        (["--config", "debug", "--parallel.memory_budget", "0.5"], ["'none' and memory_budget 0.5: set both"]),
-        (["--config", "debug", "--data.source", "huggingface"], ['source "huggingface" needs path: a hub name']),
-        (["--config", "debug", "--data.source", "shards"], ['source "shards" needs path: the folder']),
+        (["--config", "debug", "--parallel.reshard_after_forward", "3"], ["not divide the 1 ranks that", "'never'"]),
+        (["--config", "debug", "--parallel.async_tp", "true"], ["[parallel] async_tp: requires tp above 1"]),
+        (["--config", "debug", "--parallel.memory_budget", "0.5"], ["memory_budget: is 0.5 while", "'none'; set both"]),
+        (["--config", "debug", "--data.source", "huggingface"], ['source "huggingface" needs path: name of a dataset']),
+        (["--config", "debug", "--data.source", "shards"], ['source "shards" needs path: folder']),
         (["--config", "debug", "--data.source", "files"], ['source "files" needs files']),
         (["--config", "debug", "--data.allow_changes", "date"], ["data.allow_changes", "data, mixture"]),
-        (["--config", "debug", "--data.tokenizer", "gone"], ["data.tokenizer: there is no tokenizer gone"]),
+        (["--config", "debug", "--data.tokenizer", "gone"], ["data.tokenizer: tokenizer gone does not exist"]),
     ],
 )
 def test_mistakes_on_the_command_line(
@@ -159,15 +176,20 @@ def test_mistakes_on_the_command_line(
         ("[training]\nsteps = '5'\n", ["{file}: training.steps is '5'", "expected int"]),
         ("[training]\nsteps = true\n", ["training.steps is True", "expected int"]),
         ("[optimizer]\nlr = -1.0\n", ["optimizer.lr is -1.0", "expected float", "greater than 0"]),
-        ("training = 5\n", ["{file}: training must be a table", "[training]"]),
+        ("training = 5\n", ["{file}: [training] must be a table of settings, not 5"]),
         ("[training\n", ["{file} is not valid TOML", "line 1"]),
         ("[[data.sources]]\nweight = 'a'\n", ["{file}: data.sources, table 1: weight is 'a'", "expected float"]),
         ("[[data.sources]]\nwieght = 1.0\n", ["data.sources, table 1: wieght: unknown", "did you mean weight?"]),
-        ("[[data.sources]]\nsource = 'shards'\n", ["[data.sources], table 1", 'source "shards" needs path']),
+        ("[[data.sources]]\nsource = 'shards'\n", ['[data.sources], table 1: source "shards" needs path: folder']),
         ("[data]\nsources = 5\n", ["data.sources is 5", "expected list of tables"]),
+        ("[data]\nsources = [5]\n", ["[data.sources], table 1 must be a table of settings, not 5"]),
+        ("[data]\nsource = 'file'\n", ["data.source is 'file': expected one of stdlib, files"]),
+        ("[[data.sources]]\nsource = 'file'\n", ["data.sources, table 1: source is 'file': expected one of stdlib"]),
+        ("[data]\npath = 'x'\n", ['data.path: not a setting of source "stdlib", but of "shards" and "huggingface"']),
+        ("[[data.sources]]\neos_id = 0\n", ['table 1: eos_id: not a setting of source "stdlib", but of "raw"']),
         ("[data]\nsplit = 'test'\n[[data.sources]]\n", ["split: set this in each of [[data.sources]]"]),
-        ("[[data.stages]]\nfrom_step = 5\n", ["stages, table 1: it changes nothing"]),
-        ("[[data.stages]]\nfrom_step = 5\nweights = {a = 1.0}\n", ["stages: weights switch between sources"]),
+        ("[[data.phases]]\nfrom_step = 5\n", ["phases, table 1: nothing changes"]),
+        ("[[data.phases]]\nfrom_step = 5\nweights = {a = 1.0}\n", ["phases: weights need several sources"]),
         ("[training]\nsteps = 0\nseq_len = 0\n", ["training.steps is 0", "training.seq_len is 0"]),
     ],
 )
@@ -185,12 +207,12 @@ def test_missing_data_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "none.jsonl" in shown
 
 
-def test_float8_where_it_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_float8_on_a_device_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--run.device", "cpu", "--run.folder", str(tmp_path), "--parallel.float8", "tensorwise"]
-    assert "[parallel] float8 needs " in message("--config", "debug", *flags, capsys=capsys)
+    assert "[parallel] float8: requires " in message("--config", "debug", *flags, capsys=capsys)
 
 
-def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_on_a_machine_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -204,11 +226,12 @@ def test_help_lists_every_setting_with_its_text(capsys: pytest.CaptureFixture[st
         main(["--help"])
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for key, field in settings.fields().items():
+    for key, setting in all_settings().items():
         assert f"--{key} VALUE" in shown
-        assert field.description, f"{key} has no docstring"
-        assert field.description in shown
-        assert f"({settings.type_name(field)}; default: {settings.shown(field.default)})" in shown
+        assert setting.help, f"{key} has no text"
+        assert setting.help in shown
+        default = "no default" if setting.required else f"default: {settings.shown(setting.default)}"
+        assert f"({setting.type_name}; {default})" in shown
 
 
 def test_print_config_says_where_values_come_from(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +242,7 @@ def test_print_config_says_where_values_come_from(capsys: pytest.CaptureFixture[
     assert "max_norm = 1.0  # default\n" in shown
 
 
-def test_a_typo_is_answered_without_loading_torch() -> None:
+def test_a_typo_is_reported_without_importing_torch() -> None:
     import subprocess
     import sys
 

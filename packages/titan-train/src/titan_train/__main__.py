@@ -1,4 +1,4 @@
-"""`python -m titan_train`, for torchrun."""
+"""`python -m titan_train`, which torchrun and `--nproc` start."""
 
 from titan_train.cli import main
 

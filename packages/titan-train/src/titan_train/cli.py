@@ -1,4 +1,7 @@
-"""The command line: `titan-train --config NAME|FILE [--nproc N] [--section.key value ...]`."""
+"""The command line: `titan-train --config NAME|FILE [--nproc N] [--section.key value ...]`.
+
+It reads the settings, then hands on to `titan_train.launch` (with `--nproc`) or to `titan_train.run`.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ import time
 from collections.abc import Sequence
 
 from titan_train import settings
+from titan_train.config.fields import Setting, sections, settings_of
 from titan_train.errors import ConfigError, ExitCode, TrainingError
 
 _USAGE = "titan-train --config NAME|FILE [--nproc N] [--section.key value ...]"
 _EPILOG = """\
 exit codes:
-  0   the last step is done (or was before)
+  0   the last step is done, now or in an earlier run
   1   failed; the message says why
-  2   a setting cannot work; the message says which
-  75  stopped by SIGTERM or Ctrl-C after saving: the same command goes on from there
-  128+n  ended at once by a second signal n
+  2   a setting is invalid; the message says which
+  75  stopped by SIGTERM or Ctrl-C and saved; run the same command to resume
+  128+n  terminated at once by a second signal n
 """
 
 
@@ -32,27 +36,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(settings.to_toml(loaded.config, loaded.origins), end="")
             return ExitCode.DONE
-        # Heavy imports come after all that can be wrong without them: a typo is answered at once.
+        # torch is imported from here on: mistakes that need no torch are reported at once.
         if options.nproc and "WORLD_SIZE" not in os.environ:
-            from titan_train.assembly import check
+            from titan_train.check import check
             from titan_train.launch import launch
 
-            check(loaded.config, options.nproc)  # one message, before there are processes that each would give it
+            check(loaded.config, options.nproc)  # one message instead of one from each process
             return launch(options.nproc, _without_nproc(arguments))
-        from titan_train.running import run
+        from titan_train.run import run
 
         return run(loaded)
     except ConfigError as error:
-        return _refuse(error, ExitCode.BAD_CONFIG)
+        return _report(error, ExitCode.BAD_CONFIG)
     except TrainingError as error:
-        return _refuse(error, ExitCode.FAILED)
-    except KeyboardInterrupt:  # before or after the run, which takes signals itself
+        return _report(error, ExitCode.FAILED)
+    except KeyboardInterrupt:  # before or after the run, which handles signals itself
         return 128 + signal.SIGINT
 
 
-def _refuse(error: Exception, code: ExitCode) -> int:
+def _report(error: Exception, code: ExitCode) -> int:
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)  # all ranks mostly fail alike: rank 0 speaks, and its end ends the others before they do
+        time.sleep(2)  # ranks mostly fail for the same reason: rank 0 prints it, and its exit ends the others first
     for line in str(error).splitlines():
         print(f"titan-train: {line}", file=sys.stderr, flush=True)
     return code
@@ -66,15 +70,15 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[tuple[str, st
         raise SystemExit(ExitCode.DONE)
     if known.config is None:
         raise ConfigError(
-            f"--config is missing; shipped configs: {', '.join(settings.preset_names())}\nusage: {_USAGE}"
+            f"--config is missing: give a preset ({', '.join(settings.config_names())}) or a file\n{_usage()}"
         )
     if known.nproc is not None and known.nproc < 1:
         raise ConfigError(f"--nproc is {known.nproc}: it must be at least 1")
     overrides = [(key, value) for key, value in vars(known).items() if "." in key and value is not None]
-    # What argparse does not know is left to settings.load, which names the nearest setting.
+    # Flags that argparse does not know go to settings.load, which names the nearest setting.
     overrides += [(_key_of(word), "") for word in unknown if word.startswith("--")]
     if unknown and not any(word.startswith("--") for word in unknown):
-        raise ConfigError(f"cannot make sense of {' '.join(unknown)!r}\nusage: {_USAGE}")
+        raise ConfigError(f"unexpected argument {' '.join(unknown)!r}\n{_usage()}")
     return known, overrides
 
 
@@ -82,36 +86,48 @@ def _key_of(word: str) -> str:
     return word.removeprefix("--").split("=", 1)[0]
 
 
+def _usage() -> str:
+    return f"usage: {_USAGE}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="titan-train",
         usage=_USAGE,
-        description="Pre-train a language model.",
+        description="Pre-train a language model. Each run is described by a config: a preset or a TOML file, with any "
+        "setting below changed on the command line.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
-    parser.add_argument("--help", "-h", action="store_true", help="show this and exit")
-    parser.add_argument("--config", metavar="NAME|FILE", help=f"one of {', '.join(settings.preset_names())}; or a file")
-    parser.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine")
-    parser.add_argument("--print-config", action="store_true", help="print every setting and where it comes from")
-    for section, table in settings.sections().items():
-        group = parser.add_argument_group(section, table.__doc__)
-        for key, field in table.model_fields.items():
-            default = settings.shown(field.default)
+    parser.add_argument("--help", "-h", action="store_true", help="Show this text and exit.")
+    parser.add_argument(
+        "--config", metavar="NAME|FILE", help=f"Preset ({', '.join(settings.config_names())}) or path of a TOML file."
+    )
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="Number of processes to start on this machine, one per GPU."
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="Print every setting with where its value comes from, and exit."
+    )
+    for section, table in sections().items():
+        group = parser.add_argument_group(f"[{section}]", table.__doc__)
+        for key, setting in settings_of(table).items():
             group.add_argument(
-                f"--{section}.{key}",
-                dest=f"{section}.{key}",
-                metavar="VALUE",
-                help=f"{field.description} ({settings.type_name(field)}; default: {default})".replace("%", "%%"),
+                f"--{section}.{key}", dest=f"{section}.{key}", metavar="VALUE", help=_help(setting).replace("%", "%%")
             )
     return parser
 
 
+def _help(setting: Setting) -> str:
+    default = "no default" if setting.required else f"default: {settings.shown(setting.default)}"
+    return f"{setting.help} ({setting.type_name}; {default})"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(f"{message}\nusage: {_USAGE}")
+        raise ConfigError(f"{message}\n{_usage()}")
 
 
 def _without_nproc(arguments: Sequence[str]) -> list[str]:

@@ -6,17 +6,17 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How `titan-train` ends. A second signal ends it at once with 128 + the signal's number."""
+    """Exit codes of `titan-train`. A second signal ends it at once with 128 + the signal's number."""
 
     DONE = 0
     FAILED = 1
     BAD_CONFIG = 2
-    STOPPED = 75  # saved after a signal: the same command goes on from there (EX_TEMPFAIL of sysexits.h)
+    STOPPED = 75  # saved after a signal: the same command resumes (EX_TEMPFAIL of sysexits.h)
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work: what, where it was set, what to set instead."""
+    """An invalid setting. The message names the setting, where it was set, and what to set instead."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, for a reason that a person has to look at."""
+    """A run cannot continue, for a reason that needs a person's attention."""

@@ -1,4 +1,7 @@
-"""Several processes on this machine, through torch's elastic agent."""
+"""`--nproc N`: start processes on this machine through torch's elastic agent, and wait for them.
+
+Called by `titan_train.cli`. Each process runs `python -m titan_train` with the same command line.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +13,27 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
 
 import torch.distributed.elastic.rendezvous.registry as rendezvous
-from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
+from titan_train._torch_compat import NotifyingAgent
 from titan_train.errors import ExitCode
-
-
-class _ForwardingAgent(LocalElasticAgent):
-    """Passes signals on to the workers and lets them end by themselves.
-
-    torch's agent answers a signal by ending the workers within a fixed time; ours finish their step and save first.
-    """
-
-    _workers: tuple[int, ...] = ()
-
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        started: dict[int, Any] = super()._start_workers(worker_group)
-        self._workers = tuple(started.values())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._forward)
-        return started
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        for pid in self._workers:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run `titan-train` with `arguments` in several processes and wait for them.
 
     Args:
-        processes: How many.
+        processes: Number of processes.
         arguments: The command line, without `--nproc`.
 
     Returns:
         The exit code of the first worker that did not end with 0, else 0.
     """
-    # Each worker says itself what went wrong; the agent's report would bury it.
+    # Each worker prints its own error; the agent's report would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -73,7 +52,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
             max_restarts=0,
             monitor_interval=0.1,
         )
-        agent = _ForwardingAgent(spec, DefaultLogsSpecs(log_dir=logs))
+        agent = NotifyingAgent(spec, DefaultLogsSpecs(log_dir=logs), _forward_signals)
         try:
             result = agent.run()
         finally:
@@ -84,3 +63,20 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     stopped = [code for code in codes if code == ExitCode.STOPPED]
     code: int = (stopped or codes or [ExitCode.FAILED])[0]
     return code if code >= 0 else 128 - code
+
+
+def _forward_signals(pids: tuple[int, ...]) -> None:
+    """Pass SIGTERM and SIGINT on to the workers from now on, and let them end by themselves.
+
+    torch's agent would end the workers within a fixed time; titan-train's finish their step and save first.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)

@@ -1,4 +1,8 @@
-"""Figures of a run: to the terminal, to a file, to TensorBoard."""
+"""Metrics of a run: computed by a `Meter`, written by sinks to the terminal, a file and TensorBoard.
+
+The loop gives a `StepRecord` for each reported step; the meter adds speed, MFU and memory, and hands `StepMetrics` to
+the sinks.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +17,49 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from titan_train.hardware import Peak, memory_in_use
+from titan_train.device import Peak, memory_in_use
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What the loop knows of a reported step.
+
+    Attributes:
+        step: The step.
+        losses: Loss of each step since the last report, this one's last, in nats per scored token.
+        grad_norm: Global norm of this step's gradients before clipping.
+        lr: Learning rate of this step.
+        tokens: Tokens trained since the run began.
+        sources: By source, counts since the run began (tokens, documents, epoch and what else the loader counts) and,
+            if there are several, `loss`: the mean over its scored tokens since the last report, without z-loss.
+        more: Metrics of the model at this step, by tag (`experts/max_load`).
+    """
+
+    step: int
+    losses: list[float]
+    grad_norm: float
+    lr: float
+    tokens: int
+    sources: Mapping[str, Mapping[str, float]]
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is known of a reported step.
+    """What is reported of a step.
 
     Attributes:
         step: The step.
-        loss: Its loss over the global batch, in nats per scored token.
-        grad_norm: Global norm of its gradients before clipping.
-        lr: Its learning rate.
+        loss: Loss over the global batch, in nats per scored token.
+        grad_norm: Global norm of the gradients before clipping.
+        lr: Learning rate.
         tokens: Tokens trained since the run began.
-        tokens_per_second: Over all ranks, since the last report.
-        mfu: Share of the peak that the model's own FLOPs make up.
+        tokens_per_second: Speed over all ranks, since the last report.
+        mfu: The model's own FLOPs as a fraction of the devices' peak.
         memory_gib: Peak memory of the reporting process.
         seconds_left: Expected time to the last step.
-        sources: By source, counts since the run began (tokens, documents, epoch and what the loader counts besides)
-            and, where there are several, `loss`: the mean over its scored tokens since the last report, without z-loss.
-        more: What the model says of the step besides, by tag (`experts/max_load`).
+        sources: Counts and losses by source, as in `StepRecord`.
+        more: Metrics of the model, by tag.
     """
 
     step: int
@@ -48,35 +75,36 @@ class StepMetrics:
     more: Mapping[str, float] = field(default_factory=dict)
 
 
-_SHOWN = 4  # sources whose losses a line has room for; files have all
+_SHOWN = 4  # sources whose losses fit into a line of the terminal; the files have all
 
 
 class Sink(Protocol):
-    """Takes reported figures somewhere."""
+    """Writes reported metrics somewhere."""
 
     def write(self, metrics: StepMetrics) -> None:
-        """Take one report."""
+        """Write one report."""
         ...
 
     def close(self) -> None:
-        """Flush and release what is held."""
+        """Flush, and release resources."""
         ...
 
 
 class Meter:
-    """Turns raw numbers into figures and hands them to the sinks; on ranks without sinks it only computes.
+    """Computes metrics from step records and hands them to the sinks. Ranks without sinks only compute.
 
     Args:
         sinks: Where reports go.
         total_steps: Last step.
         flops_per_token: Model FLOPs of training, forward and backward, for a number of tokens per sequence.
-        peak: Of one process's device.
-        world: Number of processes.
-        device: Whose memory is reported.
+        peak: Peak of one process's device.
+        world_size: Number of processes.
+        device: Device whose memory is reported.
 
     Attributes:
-        first: The first step that this process did and its loss, or None before the first report.
+        first: The first step that this process trained and its loss, or None before the first report.
         recent: Losses of the steps of the last report.
+        peak: As given.
     """
 
     def __init__(
@@ -86,21 +114,22 @@ class Meter:
         total_steps: int,
         flops_per_token: Callable[[int], float],
         peak: Peak,
-        world: int,
+        world_size: int,
         device: torch.device,
     ) -> None:
         self.first: tuple[int, float] | None = None
         self.recent: list[float] = []
+        self.peak = peak
         self._sinks = sinks
         self._total_steps = total_steps
         self._flops_per_token = flops_per_token
-        self._peak_of_all = peak.flops * world
+        self._peak_of_all = peak.flops * world_size
         self._device = device
-        self._flops = 0.0  # of all steps that were counted
+        self._flops = 0.0  # of all counted steps
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Start the clock at a step that is done."""
+        """Start the clock after a step."""
         self._last_step, self._last_time = step, time.perf_counter()
         self._new_tokens, self._new_flops = 0, 0.0  # since then
 
@@ -111,43 +140,24 @@ class Meter:
         self._new_flops += flops
         self._flops += flops
 
-    def report(
-        self,
-        step: int,
-        losses: list[float],
-        grad_norm: float,
-        lr: float,
-        tokens: int,
-        sources: Mapping[str, Mapping[str, float]],
-        more: Mapping[str, float] | None = None,
-    ) -> StepMetrics:
-        """Compute and write the figures of `step`.
-
-        Args:
-            step: The step just done.
-            losses: Of the steps since the last report, this one's last.
-            grad_norm: Of this step.
-            lr: Of this step.
-            tokens: Trained since the run began.
-            sources: Counts by source since then, and the loss of each.
-            more: What else is known of this step, by tag.
-        """
-        now = time.perf_counter()
-        seconds = now - self._last_time
+    def report(self, record: StepRecord) -> StepMetrics:
+        """Compute the metrics of the step just done, write them to the sinks and return them."""
+        step, losses = record.step, record.losses
+        seconds = time.perf_counter() - self._last_time
         self.first = self.first or (step - len(losses) + 1, losses[0])
         self.recent = losses
         metrics = StepMetrics(
             step=step,
             loss=losses[-1],
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens=tokens,
+            grad_norm=record.grad_norm,
+            lr=record.lr,
+            tokens=record.tokens,
             tokens_per_second=self._new_tokens / seconds,
             mfu=self._new_flops / seconds / self._peak_of_all,
             memory_gib=memory_in_use(self._device) / 2**30,
             seconds_left=(self._total_steps - step) * seconds / (step - self._last_step),
-            sources=sources,
-            more=more or {},
+            sources=record.sources,
+            more=record.more,
         )
         for sink in self._sinks:
             sink.write(metrics)
@@ -155,7 +165,7 @@ class Meter:
         return metrics
 
     def mfu(self, seconds: float) -> float:
-        """Return the model FLOPs of all steps that were counted, over what the devices' peak allows in that time."""
+        """Return the model FLOPs of all counted steps as a fraction of what all devices could do in that time."""
         return self._flops / seconds / self._peak_of_all
 
     def close(self) -> None:
@@ -165,7 +175,7 @@ class Meter:
 
 
 class TerminalSink:
-    """One line per report; coloured on a terminal, plain text in a file."""
+    """One line per report; colored on a terminal, without control codes in a file."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
@@ -174,7 +184,7 @@ class TerminalSink:
     def write(self, metrics: StepMetrics) -> None:
         """Print the line."""
         width = len(str(self._total_steps))
-        losses = {name: figures["loss"] for name, figures in metrics.sources.items() if "loss" in figures}
+        losses = {name: numbers["loss"] for name, numbers in metrics.sources.items() if "loss" in numbers}
         shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         by_source = f" ({escape(shown)})" if 0 < len(losses) <= _SHOWN else ""
         more = "".join(f"  {tag.rpartition('/')[2]} {value:.3g}" for tag, value in metrics.more.items())
@@ -188,13 +198,13 @@ class TerminalSink:
         )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the console stays open."""
 
 
 class FileSink:
     """One JSON object per line and report, in full precision.
 
-    Lines of steps after `resumed_step` belong to a past that the resumed checkpoint undoes: they are dropped.
+    Lines of steps after `resumed_step` are dropped: the resumed run trains these steps again.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
@@ -209,9 +219,9 @@ class FileSink:
 
     def write(self, metrics: StepMetrics) -> None:
         """Append the line."""
-        figures = asdict(metrics)
-        more = figures.pop("more")
-        self._file.write(json.dumps(figures | more) + "\n")
+        values = asdict(metrics)
+        more = values.pop("more")
+        self._file.write(json.dumps(values | more) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -223,13 +233,13 @@ class TensorBoardSink:
     """TensorBoard events; those after `resumed_step` are hidden, as in `FileSink`."""
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # heavy: only where it is used
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         purge = resumed_step + 1 if folder.exists() else None
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Write one scalar per figure."""
+        """Write one scalar per metric."""
         for name, value in scalars(metrics).items():
             self._writer.add_scalar(name, value, metrics.step)
         self._writer.flush()
@@ -240,7 +250,7 @@ class TensorBoardSink:
 
 
 def scalars(metrics: StepMetrics) -> Mapping[str, float]:
-    """Return what TensorBoard shows, by tag."""
+    """Return the scalars that TensorBoard shows, by tag."""
     return {
         "train/loss": metrics.loss,
         "train/grad_norm": metrics.grad_norm,
@@ -265,4 +275,4 @@ def _step_of(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None  # a line that a kill cut short
+        return None  # a line that was cut short when the process was killed

@@ -1,4 +1,4 @@
-"""AdamW, and its state under the parameters' names."""
+"""AdamW whose state is stored under the parameters' names, so that it loads on any layout."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_train.config import OptimizerSection
+from titan_train.config.training import OptimizerSection
 
 
 class Optimizer:
     """AdamW over named parameters.
 
     Args:
-        named_parameters: Pairs of clean name and parameter.
-        settings: Its hyper-parameters; the learning rate is given to each step.
+        named_parameters: Pairs of name and parameter; names as in the model before it was laid out.
+        settings: The hyper-parameters.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSection) -> None:
@@ -37,10 +37,10 @@ class Optimizer:
         )
 
     def step(self, factor: float) -> float:
-        """Update the parameters from their gradients and drop the gradients.
+        """Update the parameters from their gradients, then clear the gradients.
 
         Args:
-            factor: Share of the peak learning rate.
+            factor: Learning rate of this step as a fraction of the peak.
 
         Returns:
             The learning rate used.
@@ -53,12 +53,12 @@ class Optimizer:
         return lr
 
     def state_dict(self) -> dict[str, Any]:
-        """Return {name: {moment: tensor}}; moments that no step has made yet are zeros, as AdamW would make them."""
+        """Return {name: {moment: tensor}}. Before the first step the moments are zeros, as AdamW would create them."""
         return {name: dict(self._state_of(parameter)) for name, parameter in self._named.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned; tensors that are the optimizer's own already stay."""
+        """Copy in what `state_dict` returned; tensors that were loaded in place are left alone."""
         for name, parameter in self._named.items():
             own = self._state_of(parameter)
             for key, value in state[name].items():

@@ -1,22 +1,24 @@
-"""The learning rate as a function of the step and nothing else: there is no state to save or to get wrong."""
+"""The learning rate as a pure function of the step: there is no state to save."""
 
 from __future__ import annotations
 
 import math
 
-from titan_train.config import ScheduleSection
+from titan_train.config.training import ScheduleSection
 
 
 def lr_factor(step: int, total: int, schedule: ScheduleSection) -> float:
-    """Return the share of the peak learning rate that an update uses.
+    """Return the learning rate of a step as a fraction of the peak.
+
+    Linear warm-up from 0 to the peak, a plateau, then the decay, which ends with the last step.
 
     Args:
-        step: The update, from 1.
-        total: The last update.
-        schedule: Its shape.
+        step: The step, counted from 1.
+        total: The last step.
+        schedule: The shape.
 
     Returns:
-        Between 0 and 1.
+        The fraction, from 0 to 1.
     """
     if step <= schedule.warmup_steps:
         return step / schedule.warmup_steps

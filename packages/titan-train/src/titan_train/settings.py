@@ -1,4 +1,4 @@
-"""A setting's journey: default, then file, then command line, into one frozen `Config`."""
+"""Default, then file, then command line, into one frozen `Config`; and a `Config` as TOML again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from titan_train.config import Config
+from titan_train.config.fields import Setting, all_settings
+from titan_train.config.sources import replace_kind
 from titan_train.errors import ConfigError
+from titan_train.mistakes import explain, nearest
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Settings:
 
     Attributes:
         config: The values.
-        origins: `section.key` to the file's or flag's name; what is not in it has its default.
-        name: What the user calls it: the preset's name, or the file's path.
+        origins: `section.key` to the name of the file or flag that set it; keys that are not in it have their default.
+        name: The preset's name or the file's path, as the user gave it.
     """
 
     config: Config
@@ -33,49 +35,41 @@ class Settings:
     name: str
 
 
-def preset_names() -> list[str]:
-    """Return the names of the configs that are shipped."""
+def config_names() -> list[str]:
+    """Return the names of the configs that come with titan-train."""
     folder = resources.files("titan_train") / "presets"
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
 def load(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Settings:
-    """Read a config and put the command line's values over the file's.
+    """Read a config file and put the command line's values over the file's.
 
     Args:
-        name: A shipped config's name, or the path of a TOML file.
+        name: A preset's name, or the path of a TOML file.
         overrides: Pairs of `section.key` and the text given for it.
 
     Returns:
         The validated settings.
 
     Raises:
-        ConfigError: With every mistake: where, what was expected, the nearest valid key.
+        ConfigError: If there is any mistake; the message lists them all, with the place, what was expected and the
+            nearest valid key.
+
+    Example:
+        >>> from titan_train import load
+        >>> settings = load("debug", [("training.steps", "20")])
+        >>> settings.config.training.steps, settings.origins["training.steps"]
+        (20, '--training.steps')
     """
-    where, text = _read(name)
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} is not valid TOML: {error}") from None
-    _read_nones(values)
+    where, values = _read(name)
     origins = {
         f"{section}.{key}": where for section, table in values.items() if isinstance(table, dict) for key in table
     }
-    problems = []
-    for key, given in overrides:
-        field = fields().get(key)
-        if field is None:
-            problems.append(f"--{key}: unknown setting{_nearest(key, [*fields()], '--')}")
-            continue
-        section, leaf = key.split(".")
-        table = values.setdefault(section, {})
-        if isinstance(table, dict):
-            table[leaf] = _parse(given, field)
-        origins[key] = f"--{key}"
+    problems = _override(values, origins, overrides)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += [_explain(item, origins, where) for item in error.errors()]
+        problems += [explain(item, origins, where) for item in error.errors()]
         raise ConfigError("\n".join(problems)) from None
     if problems:
         raise ConfigError("\n".join(problems))
@@ -83,31 +77,15 @@ def load(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Settings:
     return Settings(config.model_copy(update={"run": run}), origins, name)
 
 
-def fields() -> dict[str, FieldInfo]:
-    """Return every setting by `section.key`."""
-    return {
-        f"{section}.{key}": field for section, table in sections().items() for key, field in table.model_fields.items()
-    }
-
-
-def sections() -> dict[str, type[BaseModel]]:
-    """Return every section's class by name."""
-    found = {}
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type)
-        found[name] = field.annotation
-    return found
-
-
-def type_name(field: FieldInfo) -> str:
-    """Return a field's type as a person writes it: `int`, `float or none`, `one of cpu, cuda`."""
-    return _type_name(field.annotation)
-
-
 def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
-    """Return a config as TOML that `load` reads back to an equal one; with `origins`, each value says its own."""
+    """Return a config as TOML that `load` reads back to an equal one.
+
+    Args:
+        config: The config.
+        origins: If given, a comment behind each value says where it came from.
+    """
     lines: list[str] = []
-    settings = fields()
+    settings = all_settings()
     for section, table in config.model_dump().items():
         lines += ["", f"[{section}]"]
         for key, value in table.items():
@@ -117,37 +95,83 @@ def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     return "\n".join(lines[1:]) + "\n"
 
 
-def _read(name: str) -> tuple[str, str]:
-    if name in preset_names():
-        return f"preset {name}", (resources.files("titan_train") / "presets" / f"{name}.toml").read_text("utf-8")
-    path = Path(name)
+def shown(value: object) -> str:
+    """Return a value as a config file writes it."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, list):
+        return "[" + ", ".join(shown(item) for item in value) + "]"
+    if isinstance(value, Mapping):  # None is left out: TOML has no word for it
+        inside = ", ".join(f"{json.dumps(key)} = {shown(item)}" for key, item in value.items() if item is not None)
+        return "{" + inside + "}"
+    # JSON's numbers, booleans and strings are valid TOML; 1e-05 is too, and infinity is never a valid setting.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _read(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what messages call the file, and its values."""
+    where, text = _read_text(name)
     try:
-        return name, path.read_text("utf-8")
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}") from None
+    _read_nones(values)
+    return where, values
+
+
+def _read_text(name: str) -> tuple[str, str]:
+    if name in config_names():
+        return f"preset {name}", (resources.files("titan_train") / "presets" / f"{name}.toml").read_text("utf-8")
+    try:
+        return name, Path(name).read_text("utf-8")
     except FileNotFoundError:
-        presets = preset_names()
+        presets = config_names()
         near = difflib.get_close_matches(name, presets, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"--config {name}: no such file, nor a preset{hint} (presets: {', '.join(presets)})"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {name}: cannot be read: {error}") from None
+        raise ConfigError(f"--config {name}: cannot read the file: {error}") from None
 
 
 def _read_nones(values: dict[str, Any]) -> None:
-    """Turn "none" into None where a setting may be none: TOML has no word for it."""
-    for key, field in fields().items():
+    """Turn "none" into None where a setting may be None: TOML has no word for it."""
+    for key, setting in all_settings().items():
         section, leaf = key.split(".")
         table = values.get(section)
-        if isinstance(table, dict) and table.get(leaf) == "none" and type(None) in get_args(field.annotation):
+        if isinstance(table, dict) and table.get(leaf) == "none" and setting.may_be_none:
             table[leaf] = None
 
 
-def _parse(text: str, field: FieldInfo) -> object:
+def _override(values: dict[str, Any], origins: dict[str, str], overrides: Sequence[tuple[str, str]]) -> list[str]:
+    """Put the command line's values over those of the file, in place; return what is wrong with the flags' names."""
+    problems = []
+    settings = all_settings()
+    given = dict(overrides)
+    data = values.setdefault("data", {})
+    if isinstance(data, dict) and given.get("data.source", data.get("source")) != data.get("source"):
+        # `--data.source stdlib` over a file's dataset: the dataset's own settings go with it.
+        for key in replace_kind(data, given["data.source"]):
+            origins.pop(f"data.{key}", None)
+    for key, text in given.items():
+        setting = settings.get(key)
+        if setting is None:
+            problems.append(f"--{key}: unknown setting{nearest(key, [*settings], '--')}")
+            continue
+        section, leaf = key.split(".")
+        table = values.setdefault(section, {})
+        if isinstance(table, dict):
+            table[leaf] = _parse(text, setting)
+        origins[key] = f"--{key}"
+    return problems
+
+
+def _parse(text: str, setting: Setting) -> object:
     """Give the text of a flag the type that the same value has in a TOML file."""
-    is_list, is_table = (get_origin(field.annotation) is kind for kind in (list, dict))
-    options = get_args(field.annotation) or (field.annotation,)
-    if text == "none" and type(None) in options:
+    is_list, is_table = (get_origin(setting.annotation) is kind for kind in (list, dict))
+    options = get_args(setting.annotation) or (setting.annotation,)
+    if text == "none" and setting.may_be_none:
         return None
     if not is_list and not is_table and (str in options or all(isinstance(option, str) for option in options)):
         return text
@@ -156,74 +180,3 @@ def _parse(text: str, field: FieldInfo) -> object:
     except tomllib.TOMLDecodeError:
         value = text
     return [value] if is_list and not isinstance(value, list) else value
-
-
-def _explain(item: Mapping[str, Any], origins: Mapping[str, str], where: str) -> str:
-    """Turn one of pydantic's errors into a line that says where, what and what instead."""
-    loc = [str(part) for part in item["loc"]]
-    key = ".".join(loc[:2])
-    origin = origins.get(key, where)
-    at = origin if origin == f"--{key}" else f"{origin}: {key}"
-    valid = fields()
-    if len(loc) > 3:  # in a table of a list of tables
-        table = get_args(valid[key].annotation)[0]
-        valid, key = table.model_fields, loc[3]
-        at = f"{at}, table {int(loc[2]) + 1}: {key}"
-    if item["type"] == "extra_forbidden":
-        if len(loc) == 1:
-            return f"{where}: unknown section [{loc[0]}]{_nearest(loc[0], [*sections()], '')}"
-        return f"{at}: unknown setting{_nearest(key, [*valid], '')}"
-    if item["type"] == "missing":
-        return f"{at} is missing"
-    if item["type"] == "value_error":
-        table_number = f", table {int(loc[2]) + 1}" if len(loc) == 3 else ""
-        return f"{where}: [{key}]{table_number} {item['ctx']['error']}"
-    field = valid.get(key)
-    if field is None:
-        return f"{where}: {key} must be a table of settings ([{key}]), not {item['input']!r}"
-    return f"{at} is {item['input']!r}: expected {_type_name(field.annotation)}, {_requirement(item['msg'])}"
-
-
-def _requirement(message: str) -> str:
-    message = message.removeprefix("Input should be ")
-    return message[:1].lower() + message[1:]
-
-
-def _nearest(key: str, valid: Sequence[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    if not near:  # the right key in the wrong section
-        leaf = key.rsplit(".", 1)[-1]
-        near = [name for name in valid if name.rsplit(".", 1)[-1] == leaf]
-    return f"; did you mean {prefix}{near[0]}?" if near else "; `titan-train --help` lists all"
-
-
-def _type_name(annotation: Any) -> str:
-    if annotation is type(None):
-        return "none"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "tables"
-    if isinstance(annotation, type) and not get_args(annotation):
-        return {"str": "text", "bool": "true or false"}.get(annotation.__name__, annotation.__name__)
-    options = get_args(annotation)
-    if get_origin(annotation) is list:
-        return f"list of {_type_name(options[0])}"
-    if get_origin(annotation) is dict:
-        return f"table of {_type_name(options[1])}"
-    if all(isinstance(option, str) for option in options):
-        return f"one of {', '.join(options)}"
-    if hasattr(annotation, "__metadata__"):
-        return _type_name(options[0])
-    return " or ".join(_type_name(option) for option in options)
-
-
-def shown(value: object) -> str:
-    """Return a value as a config file writes it."""
-    if value is None:
-        return '"none"'
-    if isinstance(value, list):
-        return "[" + ", ".join(shown(item) for item in value) + "]"
-    if isinstance(value, Mapping):  # what is none is left out: TOML has no word for it
-        inside = ", ".join(f"{json.dumps(key)} = {shown(item)}" for key, item in value.items() if item is not None)
-        return "{" + inside + "}"
-    # JSON's numbers, booleans and strings are TOML's too, but for 1e-05 (fine) and infinity (never valid here).
-    return json.dumps(value, ensure_ascii=False)

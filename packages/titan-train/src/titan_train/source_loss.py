@@ -1,4 +1,4 @@
-"""The loss of each source of a mixture, summed up where it arises and read only when it is reported."""
+"""The loss of each source of a mixture, summed on the device and read only when it is reported."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from titan_model import LossSums
 
 
 class SourceLosses:
-    """Sums of cross-entropy and of scored tokens by source, on the device, since they were taken last.
+    """Sums of cross-entropy and of scored tokens by source, on the device, since the last `take`.
 
     Args:
-        names: Of the sources, in the same order on all ranks.
-        device: Where the loss is computed.
+        names: Names of the sources, in the same order on all ranks.
+        device: Device that computes the loss.
 
     Attributes:
-        count: How many sources are kept apart: 1 where there is but one, whose loss is the run's own.
+        count: Number of sources. With one source nothing is summed: its loss is the run's.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.count = len(names)
         self._numbers = {name: number for number, name in enumerate(names)}
-        # Double, as millions of tokens are added up between two reports.
+        # Double precision: millions of tokens are added between two reports.
         self._sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)
 
     def ids(self, sources: Sequence[str]) -> Tensor:
-        """Return int64 `[B]`, the numbers of the rows' sources. (A row of padding has none, and no scored token.)"""
+        """Return int64 `[B]`, the number of each sequence's source; 0 for padding, which has no scored token."""
         return torch.tensor([self._numbers.get(name, 0) for name in sources], dtype=torch.int64)
 
     def add(self, sums: LossSums, _: object) -> Tensor:
-        """Add a microbatch's sums and return its whole loss: a loss function of `ParallelModel`. Waits for nothing."""
+        """Add a microbatch's sums and return its loss, without waiting: a loss function for `ParallelModel`."""
         if self.count > 1:
             self._sums[0] += sums.cross_entropy
             self._sums[1] += sums.scored
         return sums.total
 
     def take(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the mean over each source's scored tokens since the last call, over all ranks, and start anew.
+        """Return each source's mean loss over its scored tokens since the last call, over all ranks, and reset.
 
         Args:
-            sum_over_ranks: Adds up over all ranks that hold parts of the loss.
+            sum_over_ranks: Sums over all ranks that hold parts of the loss.
 
         Returns:
-            In nats per token, without z-loss, by name; without the sources that had no scored token. Nothing at all
-            where there is but one source.
+            Loss by source name, in nats per token, without z-loss. Sources without a scored token are left out. Empty
+            if there is only one source.
         """
         if self.count == 1:
             return {}

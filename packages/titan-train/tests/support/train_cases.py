@@ -1,4 +1,4 @@
-"""Cases that run on every rank of a group: whole runs of a tiny model."""
+"""Cases that run on every rank of a group: full runs of a tiny model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from titan_train import settings
-from titan_train.assembly import Run, assemble, check
+from titan_train.assembly import Run, assemble
+from titan_train.check import check
 from titan_train.config import Config
-from titan_train.hardware import Peak
+from titan_train.device import Peak
+from titan_train.distributed import Process
 from titan_train.loop import train
 from titan_train.metrics import Meter
-from titan_train.process import Process
-from titan_train.report import sample
+from titan_train.sampling import sample
 from titan_train.signals import StopSignal
 from train_recorder import Recorder
 
@@ -46,8 +47,7 @@ def tiny(**changes: str) -> Config:
 def run_here(config: Config) -> dict[str, Any]:
     """Assemble, resume and train; return digests of the weights, and what was reported."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    check(config, world_size)
-    run = assemble(config, Process(rank, world_size, torch.device("cpu")))
+    run = assemble(check(config, world_size), Process(rank, world_size, torch.device("cpu")))
     initial = weights_digest(run)
     resumed = run.checkpointer.load(run.state())
     recorder = Recorder()
@@ -56,7 +56,7 @@ def run_here(config: Config) -> dict[str, Any]:
         total_steps=config.training.steps,
         flops_per_token=lambda seq_len: 1.0,
         peak=Peak(1.0, "none"),
-        world=world_size,
+        world_size=world_size,
         device=torch.device("cpu"),
     )
     train(run, meter, StopSignal())
@@ -81,8 +81,7 @@ def run_here(config: Config) -> dict[str, Any]:
 def sampled(config: Config) -> str | None:
     """Return the text that an untrained model continues the configured prompt with."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    check(config, world_size)
-    run = assemble(config, Process(rank, world_size, torch.device("cpu")))
+    run = assemble(check(config, world_size), Process(rank, world_size, torch.device("cpu")))
     text = sample(run)
     run.checkpointer.close()
     return text
@@ -92,6 +91,6 @@ def weights_digest(run: Run) -> str:
     """Return one digest of all weights, gathered."""
     digest = hashlib.sha256()
     for name, parameter in run.model.named_parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        digest.update(name.encode() + whole.detach().numpy().tobytes())
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(name.encode() + full.detach().numpy().tobytes())
     return digest.hexdigest()

@@ -32,7 +32,7 @@ def build(family: str) -> titan_model.Decoder:
 
 
 def batch(step: int) -> dict[str, Tensor]:
-    """Return packed rows: documents of random lengths, ids that come again, positions that restart with each."""
+    """Return packed sequences: documents of random lengths, recurring ids, positions that restart with each."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (ROWS, SEQ), generator=generator)
     labels = (tokens * 5 + 2) % VOCAB
@@ -70,23 +70,23 @@ def train(family: str, degrees: Degrees, options: ParallelOptions) -> dict[str, 
     losses, norms = [], []
     for step in range(STEPS):
         scored = int((batch(step)["labels"] != -100).sum())
-        mine = {name: x.chunk(place.world)[place.rank] for name, x in batch(step).items()}
+        mine = {name: x.chunk(place.dp_world_size)[place.dp_rank] for name, x in batch(step).items()}
         part = laid_out.forward_backward([Microbatch((mine.pop("tokens"),), None, mine)], total, scored)
         norms.append(float(laid_out.clip_grad_norm(MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(laid_out.sum_parts(part)))
-    weights = {name: whole(p).detach().clone() for name, p in laid_out.named_parameters()}
+    weights = {name: full(p).detach().clone() for name, p in laid_out.named_parameters()}
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
 def logits(family: str, degrees: Degrees, options: ParallelOptions) -> Tensor:
-    """Return what the decoder predicts for rows of one document each, their positions left out."""
+    """Return the decoder's logits for sequences of one document each, without positions."""
     model = build(family)
     plan = titan_model.parallel_plan(model.config)
     found: Tensor = parallelize(model, build_mesh(degrees, "cpu"), plan, options).predict(batch(0)["tokens"])
     return found
 
 
-def whole(x: Tensor) -> Tensor:
+def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x

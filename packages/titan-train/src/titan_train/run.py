@@ -1,4 +1,4 @@
-"""A run from beginning to end, on one process: join, assemble, resume, train, sum up."""
+"""A run on one process, from beginning to end: join the group, check, assemble, resume, train, summarize."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from rich.console import Console
 from titan_ckpt import CheckpointError
 from titan_data import DataError
 from titan_model import flops_per_token
-from titan_train import report
-from titan_train.assembly import Run, assemble, check
+from titan_train.assembly import Run, assemble
+from titan_train.check import check
+from titan_train.console import RunPrinter
+from titan_train.device import find_peak
+from titan_train.distributed import Process, join_processes
 from titan_train.errors import ExitCode, TrainingError
-from titan_train.hardware import Peak, find_peak
 from titan_train.loop import train
 from titan_train.metrics import FileSink, Meter, Sink, TensorBoardSink, TerminalSink
-from titan_train.process import Process, join_processes
+from titan_train.sampling import sample
 from titan_train.settings import Settings, to_toml
 from titan_train.signals import StopSignal
 
 
 def run(settings: Settings) -> int:
-    """Train as the settings say, resuming what lies in the run folder.
+    """Train as the settings say, and resume what is stored in the run's folder.
 
     Args:
-        settings: From `load`.
+        settings: Settings from `titan_train.load`.
 
     Returns:
         An `ExitCode`.
 
     Raises:
-        ConfigError: If a setting turns out not to work.
-        TrainingError: If the run cannot go on.
+        ConfigError: If a setting is invalid.
+        TrainingError: If the run cannot continue.
     """
     try:
         with StopSignal() as stop, join_processes(settings.config.run.device) as process:
@@ -44,50 +46,49 @@ def run(settings: Settings) -> int:
 
 
 def _run(settings: Settings, process: Process, stop: StopSignal) -> int:
-    config = settings.config
-    check(config, process.world)
-    console = Console(quiet=not process.is_first)
-    parts = assemble(config, process)
-    # Closed also when training fails: a save still in flight is a good one, from before.
+    parts = assemble(check(settings.config, process.world_size), process)
+    printer = RunPrinter(Console(quiet=not process.is_first), settings, parts)
+    # Closed also if training fails: a save in progress is of an earlier, healthy step.
     with closing(parts.loader), closing(parts.checkpointer):
-        parts.checkpointer.claim()  # another job in this folder is found out now, not at the first save
+        parts.checkpointer.acquire_lock()  # another job in this folder is found now, not at the first save
         resumed_from = _resume(parts)
-        peak = find_peak(process.device, _dtype(parts))
         if process.is_first:
-            folder = Path(config.run.folder)
+            folder = Path(settings.config.run.folder)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").write_text(to_toml(config, settings.origins), "utf-8")
-        report.print_start(console, settings, parts, resumed_from)
-        with closing(_meter(parts, peak, console)) as meter:
+            (folder / "config.toml").write_text(to_toml(settings.config, settings.origins), "utf-8")
+        meter = _meter(parts, printer.console)
+        printer.print_start(resumed_from)
+        with closing(meter):
             outcome = train(parts, meter, stop)
     if outcome.stopped:
-        report.print_stopped(console, settings, parts)
+        printer.print_stopped()
         return ExitCode.STOPPED
-    sample = report.sample(parts)  # on every rank: a sharded model needs all of them
-    report.print_summary(console, settings, parts, meter, peak, outcome, sample)
+    text = sample(parts)  # on every rank: a sharded model needs all of them
+    printer.print_summary(outcome, meter, text)
     return ExitCode.DONE
 
 
 def _resume(parts: Run) -> str | None:
-    """Go on from what lies in the run's folder; return which checkpoint that was, None to begin."""
+    """Load the newest checkpoint of the run's folder, if any; return its path, or None for a new run."""
     config = parts.config
-    found = parts.checkpointer.load(parts.state(), on_damage=config.checkpoint.on_damage)
+    found = parts.checkpointer.load(parts.state(), on_corruption=config.checkpoint.on_corruption)
     if found is None and config.checkpoint.resume == "required":
         raise TrainingError(
-            f'checkpoint.resume is "required", and there is no checkpoint in {parts.checkpointer.folder}: give the '
-            "run.folder of the run to go on with, or begin one with --checkpoint.resume auto"
+            f'checkpoint.resume is "required", but there is no checkpoint in {parts.checkpointer.directory}: set '
+            "run.folder to that of the run to resume, or start a new run with --checkpoint.resume auto"
         )
     return found.path if found else None
 
 
-def _meter(parts: Run, peak: Peak, console: Console) -> Meter:
+def _meter(parts: Run, console: Console) -> Meter:
     config, process, resumed = parts.config, parts.process, parts.progress.step
+    dtype = torch.bfloat16 if config.training.dtype == "bfloat16" else torch.float32
     return Meter(
         _sinks(parts, console, resumed) if process.is_first else [],
         total_steps=config.training.steps,
         flops_per_token=cache(partial(flops_per_token, parts.model_config)),
-        peak=peak,
-        world=process.world,
+        peak=find_peak(process.device, dtype),
+        world_size=process.world_size,
         device=process.device,
     )
 
@@ -101,7 +102,3 @@ def _sinks(parts: Run, console: Console, resumed: int) -> list[Sink]:
     if parts.config.metrics.tensorboard and resumed < parts.config.training.steps:
         sinks.append(TensorBoardSink(folder / "tensorboard", resumed))
     return sinks
-
-
-def _dtype(parts: Run) -> torch.dtype:
-    return torch.bfloat16 if parts.config.training.dtype == "bfloat16" else torch.float32

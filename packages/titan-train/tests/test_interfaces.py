@@ -20,9 +20,10 @@ import titan_model
 import titan_parallel
 from titan_model.config import AttentionKind, NormKind
 from titan_train.assembly import Progress
-from titan_train.config import ModelSection, MoESection, OptimizerSection
+from titan_train.config.model import ModelSection, MoESection
+from titan_train.config.training import OptimizerSection
+from titan_train.interfaces import Batch, BatchLoader
 from titan_train.optimizer import Optimizer
-from titan_train.seams import Batch, BatchLoader
 
 
 class Counting(TorchDispatchMode):
@@ -39,7 +40,7 @@ class Counting(TorchDispatchMode):
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """Be all of a world."""
+    """A process group of one rank."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -47,7 +48,7 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture
 def eight_ranks() -> Iterator[None]:
-    """Be rank 0 of 8 that do not exist: enough to lay a model out, which sends nothing while it is on meta."""
+    """Rank 0 of a fake group of 8: enough to lay out a model, which communicates nothing while it is on meta."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield
     dist.destroy_process_group()
@@ -55,7 +56,7 @@ def eight_ranks() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", titan_model.preset_names())
 def test_model_to_parallel(name: str, eight_ranks: None) -> None:
-    """Every preset's own plan lays it out, leaves no parameter whole, and keeps the names that init and files use."""
+    """Every preset's own plan lays it out, shards every parameter, and keeps the names that init and files use."""
     config = replace(titan_model.preset(name), n_layers=2)  # of its own widths; all blocks are alike
     plan = titan_model.parallel_plan(config)
     assert plan.keys() == get_type_hints(titan_parallel.ParallelPlan).keys()
@@ -68,9 +69,9 @@ def test_model_to_parallel(name: str, eight_ranks: None) -> None:
     model = titan_parallel.parallelize(titan_model.build(config), mesh, plan, options)
     laid_out = dict(model.named_parameters())
     assert list(laid_out) == names == [key for key in model.state_dict() if not key.endswith("router.bias")]
-    for key, parameter in laid_out.items():  # routers and norms are whole on the ranks of tp
-        whole = parameter.ndim == 1 or key.endswith("router.weight")
-        assert parameter.to_local().numel() * 8 == parameter.numel() or whole
+    for key, parameter in laid_out.items():  # tp does not split routers and norms
+        unsplit = parameter.ndim == 1 or key.endswith("router.weight")
+        assert parameter.to_local().numel() * 8 == parameter.numel() or unsplit
     assert sum(p.to_local().numel() for p in laid_out.values()) < titan_model.count_parameters(config) / 7
 
 
@@ -85,7 +86,7 @@ def test_selective_checkpointing_knows_what_the_model_runs(one_rank: None) -> No
         options = titan_parallel.ParallelOptions(activation_checkpointing=mode)
         plan = titan_model.parallel_plan(config)
         model = titan_parallel.parallelize(titan_model.build(config, "cpu"), mesh, plan, options)
-        titan_model.set_loss_normaliser(model.parts[0], 1)
+        titan_model.set_num_target_tokens(model.parts[0], 1)
         with Counting() as counting:
             model.parts[0](tokens, document_ids=documents, labels=tokens).total.backward()
         counts[mode] = [counting.counts[name] for name in ("titan_model::document_attention", "aten::_grouped_mm")]
@@ -94,7 +95,7 @@ def test_selective_checkpointing_knows_what_the_model_runs(one_rank: None) -> No
 
 
 def test_settings_name_the_kinds_of_the_model() -> None:
-    """Choices are spelt out in titan-train, which answers a typo before it loads torch; they are the model's own."""
+    """titan-train lists choices itself, to report typos before it imports torch; they are those of titan-model."""
     for key, kinds in (("norm", NormKind), ("attention", AttentionKind)):
         choices, _ = get_args(get_type_hints(ModelSection)[key])
         assert get_args(choices) == get_args(kinds)
@@ -104,7 +105,11 @@ def test_settings_name_the_kinds_of_the_model() -> None:
 def test_data_to_loop() -> None:
     """The loader gives what the loop declares: names, shapes, dtypes, shift, and JSON for a state."""
     loader: BatchLoader = titan_data.Loader(
-        titan_data.StdlibSource(), titan_data.ByteTokenizer(), seq_len=16, global_batch_size=4, rank=1, world=2
+        titan_data.StdlibSource(),
+        titan_data.ByteTokenizer(),
+        seq_len=16,
+        global_batch_size=4,
+        distribution=titan_data.Distribution(rank=1, world_size=2),
     )
     batch: Batch = next(loader)
     assert batch.keys() == get_type_hints(Batch).keys()
