@@ -1,15 +1,32 @@
-"""What holds for the tests of all packages."""
+"""What holds for the tests of all packages.
+
+Profiles of hypothesis, chosen by `HYPOTHESIS_PROFILE` or by pytest's `--hypothesis-profile`:
+
+    ci       the default: the same examples on every run
+    dev      new examples on every run; a failing one is kept in .hypothesis and tried first the next time
+    nightly  ten times as many examples, from a seed that moves each day and stands in pytest's first lines
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import sys
-from typing import TYPE_CHECKING
+import zlib
+from collections import Counter
+from datetime import UTC, datetime
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ("ranks",)
+
+NIGHTLY_FACTOR = 10
+
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("dev", deadline=None)
+settings.register_profile("nightly", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -21,13 +38,67 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if one_file or (os.cpu_count() or 1) == 1 else 2
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep bytecode in pytest's cache where the environment wants none beside the sources.
+    """Choose the seed of the day, and keep bytecode in pytest's cache where none is wanted beside the sources.
 
     These tests start many processes, and each would compile all of torch's Python anew: that doubles their time.
     """
+    if _profile(config) == "nightly" and config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = f"{datetime.now(UTC):%Y%m%d}"
     if sys.dont_write_bytecode and getattr(config, "cache", None) is not None:
         sys.dont_write_bytecode = False
         sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say how to run a night's examples again."""
+    if _profile(config) != "nightly":
+        return []
+    again = f"HYPOTHESIS_PROFILE=nightly uv run pytest --hypothesis-seed={config.option.hypothesis_seed}"
+    return [f"hypothesis: seed of the day; the same examples by: {again}"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Raise the numbers of examples for a night, those that tests ask for themselves too."""
+    if _profile(config) != "nightly":
+        return
+    raised = set()
+    for test in (getattr(item, "function", None) for item in items):
+        own = getattr(test, "_hypothesis_internal_use_settings", None)
+        if own is not None and test not in raised:
+            raised.add(test)
+            test._hypothesis_internal_use_settings = settings(own, max_examples=NIGHTLY_FACTOR * own.max_examples)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the seconds that each package's tests took, added up over the processes that ran them."""
+    seconds: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            parts = report.nodeid.split("/")
+            seconds[parts[1] if parts[0] == "packages" else parts[0]] += report.duration
+    if len(seconds) > 1:
+        each = ", ".join(f"{name} {duration:.0f}" for name, duration in sorted(seconds.items()))
+        terminalreporter.write_line(f"seconds of tests: {each}")
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed torch, numpy and random from the test's name, so that a test alone draws what it draws among others.
+
+    What is not imported yet is left alone: torch starts from a fixed seed, and tools' tests do without it.
+    """
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(value)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(value)
+    return value
+
+
+def _profile(config: pytest.Config) -> str:
+    return config.getoption("--hypothesis-profile") or os.environ.get("HYPOTHESIS_PROFILE", "ci")

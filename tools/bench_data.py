@@ -32,8 +32,17 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from titan_data import Fingerprint, Loader, Packing, RandomAccessSource, StdlibSource, Tokenizer
-from titan_data.batching.packing import Place
+from titan_data import (
+    Distribution,
+    Fingerprint,
+    Loader,
+    Packing,
+    RandomAccessSource,
+    ReadAhead,
+    StdlibSource,
+    Tokenizer,
+)
+from titan_data.batching.packing import PackerState
 from titan_data.batching.state import dump_state
 from titan_data.files.load import load_files
 from titan_data.shards.dataset import TokenShards
@@ -186,9 +195,9 @@ def measure_prepare(folder: Path, sizes: Sizes) -> Iterator[Row]:
         }
         rates = alternate(sides, sizes.rounds)
     of_one = median_ratio(rates["prepare"], [rate * cores for rate in rates["bare"]])
-    yield "the bare tokenizer, one core", f"{statistics.median(rates['bare']) / 1e6:.2f} MB/s", ""
+    yield "the tokenizer alone, one core", f"{statistics.median(rates['bare']) / 1e6:.2f} MB/s", ""
     yield (
-        f"the bare tokenizer, {cores} processes at once",
+        f"the tokenizer alone, {cores} simultaneous processes",
         f"{statistics.median(rates['together']) / 1e6:.2f} MB/s",
         f"{median_ratio(rates['together'], [rate * cores for rate in rates['bare']]):.2f} of one core times cores",
     )
@@ -196,12 +205,12 @@ def measure_prepare(folder: Path, sizes: Sizes) -> Iterator[Row]:
         f"`prepare`, {cores} cores, {total_bytes / 1e6:.0f} MB",
         f"{statistics.median(rates['prepare']) / 1e6:.2f} MB/s",
         f"{of_one:.2f} of one core times cores (goal: 0.90), "
-        f"{median_ratio(rates['prepare'], rates['together']):.2f} of the processes at once",
+        f"{median_ratio(rates['prepare'], rates['together']):.2f} of the simultaneous processes",
     )
     yield (
         "`prepare` in one process, per second of processor time",
         f"{statistics.median(rates['prepare, processor']) / 1e6:.2f} MB",
-        f"{median_ratio(rates['prepare, processor'], rates['bare, processor']):.2f} of the bare tokenizer",
+        f"{median_ratio(rates['prepare, processor'], rates['bare, processor']):.2f} of the tokenizer alone",
     )
 
 
@@ -268,7 +277,9 @@ def measure_tokenizing(folder: Path, sizes: Sizes) -> Iterator[Row]:
 
     def titan(workers: int) -> Callable[[], float]:
         def batches() -> Iterator[Any]:
-            return Loader(load_files(file), tokenizer, seq_len=2048, global_batch_size=ROWS, workers=workers)
+            return Loader(
+                load_files(file), tokenizer, seq_len=2048, global_batch_size=ROWS, read_ahead=ReadAhead(workers=workers)
+            )
 
         return lambda: rate_of(batches(), steps)
 
@@ -282,10 +293,9 @@ def measure_tokenizing(folder: Path, sizes: Sizes) -> Iterator[Row]:
                 tokenizer,
                 seq_len=2048,
                 global_batch_size=ROWS,
-                rank=rank,
-                world=2,
-                prefetch=0,
-                share_folder=share,
+                distribution=Distribution(rank, 2),
+                read_ahead=ReadAhead(prefetch=0),
+                share_directory=share,
             )
             for rank in range(2)
         )
@@ -337,7 +347,9 @@ class _Packed(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
 
 
 def _reading(source: TokenShards, packing: Packing, seq_len: int, tokens: int) -> Callable[[], float]:
-    loader = Loader(source, None, seq_len=seq_len, global_batch_size=ROWS, packing=packing, prefetch=0)
+    loader = Loader(
+        source, None, seq_len=seq_len, global_batch_size=ROWS, packing=packing, read_ahead=ReadAhead(prefetch=0)
+    )
     return lambda: rate_of(loader, max(1, tokens // (ROWS * seq_len)))
 
 
@@ -365,11 +377,11 @@ def median_ratio(values: list[float], others: list[float]) -> float:
 
 def far_into(loader: Loader, step: int, documents: int) -> dict[str, Any]:
     """Make the state after many steps from the one after the first: how far it is, is all that changes."""
-    position = loader._position  # nobody but this benchmark has a reason to make a position up
-    (standing,) = position.sources
-    epoch, place = divmod(standing.place.cursor[1] * step, documents)
-    far = standing._replace(place=Place((epoch, place)))
-    return dump_state(position._replace(step=step, sources=(far,)), loader._settings)
+    state = loader._state  # only this benchmark has a reason to make up a state
+    (source,) = state.sources
+    epoch, index = divmod(source.packer.cursor[1] * step, documents)
+    far = source._replace(packer=PackerState((epoch, index)))
+    return dump_state(state._replace(step=step, sources=(far,)), loader._settings)
 
 
 def write_random_shards(folder: Path, tokens: int) -> Path:

@@ -8,11 +8,12 @@ from tempfile import mkdtemp
 from typing import Any
 
 from titan_train import load
-from titan_train.assembly import assemble, check
-from titan_train.hardware import Peak
+from titan_train.assembly import assemble
+from titan_train.check import check
+from titan_train.device import Peak
+from titan_train.distributed import join_processes
 from titan_train.loop import train
 from titan_train.metrics import Meter
-from titan_train.process import join_processes
 from titan_train.signals import StopSignal
 
 
@@ -43,8 +44,7 @@ def waiting_share(folder: Path, settings: list[tuple[str, str]], steps: int) -> 
     given = [("run.folder", mkdtemp(dir=folder)), ("training.steps", str(steps)), ("checkpoint.interval", "0")]
     config = load("debug", [*given, *settings]).config
     with StopSignal() as stop, join_processes("cpu") as process:
-        check(config, process.world)
-        run = assemble(config, process)
+        run = assemble(check(config, process.world_size), process)
         timed = Timed(run.loader)
         next(timed)  # the first batch has nothing to hide behind
         timed.seconds = 0.0
@@ -53,7 +53,7 @@ def waiting_share(folder: Path, settings: list[tuple[str, str]], steps: int) -> 
             total_steps=steps,
             flops_per_token=lambda seq_len: 1.0,
             peak=Peak(1.0, "none"),
-            world=1,
+            world_size=1,
             device=process.device,
         )
         outcome = train(replace(run, loader=timed), meter, stop)

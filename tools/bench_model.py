@@ -208,7 +208,7 @@ def _profile(options: argparse.Namespace) -> None:
 def _memory_table() -> None:
     """Print the peak memory of head and loss, forward and backward, beyond inputs, weight and their gradients."""
     print(f"V = {MEMORY_SHAPE.vocab_size:,}, S = {MEMORY_SEQ_LEN:,}, B = 1, D = {MEMORY_SHAPE.dim:,}\n")
-    print("| dtype | plain, GiB | chunked, GiB | chunked / plain |")
+    print("| dtype | unchunked, GiB | chunked, GiB | chunked / unchunked |")
     print("|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
         # A process each: what the allocator has kept of one would hide what the other needs.

@@ -1,4 +1,4 @@
-"""What titan-parallel costs: its overhead over plain torch, what its layouts send, and how long pipelines wait.
+"""What titan-parallel costs: its overhead over torch alone, what its layouts send, and how long pipelines wait.
 
 Whole training steps of titan-model's decoder: forward, loss, backward, clipping, AdamW. Two ways of the same step take
 turns, round by round, so that whatever else slows the machine slows both; the figure is the median of the rounds'
@@ -62,7 +62,7 @@ def _bubble_lines(settings: Settings) -> Iterator[str]:
     return (bubble_line(case, settings) for case in CASES)
 
 
-_RATIO = "step of | seconds | of plain torch | ratio (median; all)"
+_RATIO = "step of | seconds | torch alone | ratio (median; all)"
 TABLES: dict[str, tuple[str, Callable[[Settings], Iterator[str]]]] = {
     "one": (_RATIO, _one_line),
     "two": (_RATIO, _two_line),

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from wheels import build
 from workspace import ROOT, leaves, packages
 
 TESTERS = ("pytest", "pytest-xdist", "hypothesis")
@@ -25,7 +26,7 @@ TESTS = {
     "titan-data": ["test_readme.py", "test_elastic.py", "cli", "files/test_files.py", "shards/test_shards.py"],
     "titan-model": ["test_readme.py", "test_init.py", "test_loss.py", "convert", "generation"],
     "titan-parallel": ["test_readme.py", "test_one_loss.py", "context/test_layouts.py", "pipeline/test_pipeline.py"],
-    "titan-train": ["test_settings.py", "test_metrics.py", "test_seams.py"],
+    "titan-train": ["test_settings.py", "test_metrics.py", "test_interfaces.py"],
 }
 
 # What a package does for a library that it does not depend on: tests that are skipped without it, slow ones too.
@@ -71,11 +72,8 @@ def main() -> int:
 
 def _alone(name: str, scratch: Path, constraints: Path) -> bool:
     print(f"--- {name}, alone", flush=True)
-    dist, environment = scratch / "dist", scratch / name
-    _run("uv", "build", "--quiet", "--wheel", "--package", name, "--out-dir", str(dist))
-    (wheel,) = dist.glob(f"{name.replace('-', '_')}-*.whl")
-    python = _environment(environment)
-    _install(python, str(wheel), *TESTERS, "--constraint", str(constraints))
+    python = _environment(scratch / name)
+    _install(python, str(build(packages()[name]).wheel), *TESTERS, "--constraint", str(constraints))
     others = [other.replace("-", "_") for other in packages() if other != name]
     _run(str(python), "-c", IMPORT_ALL, name.replace("-", "_"), *others)
     passed = _collects(python, name) and _tests(python, [f"packages/{name}/tests/{test}" for test in TESTS[name]])
@@ -89,7 +87,6 @@ def _alone(name: str, scratch: Path, constraints: Path) -> bool:
 def _floor() -> int:
     with tempfile.TemporaryDirectory(prefix="titan-floor-") as folder:
         scratch = Path(folder)
-        _run("uv", "build", "--quiet", "--wheel", "--all-packages", "--out-dir", str(scratch / "dist"))
         pyprojects = [str(package.folder / "pyproject.toml") for package in packages().values()]
         options = "--quiet --all-extras --resolution lowest-direct --no-header --no-annotate --python-version 3.11"
         command = ["uv", "pip", "compile", *options.split(), *pyprojects]
@@ -100,7 +97,7 @@ def _floor() -> int:
         print("--- floor:", " ".join(line for line in outside if line.startswith(direct)), flush=True)
         python = _environment(scratch / "venv")
         _install(python, "--requirement", str(scratch / "floor.txt"), *TESTERS)
-        _install(python, "--no-deps", *map(str, (scratch / "dist").glob("*.whl")))
+        _install(python, "--no-deps", *(str(build(package).wheel) for package in packages().values()))
         passed = _tests(python, [f"packages/{name}/tests/{test}" for name, tests in TESTS.items() for test in tests])
     print("floor: passed" if passed else "floor: failed")
     return 0 if passed else 1
@@ -141,7 +138,7 @@ def _tests(python: Path, tests: list[str]) -> bool:
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     # The environment's own programs (torchrun) come first, as if it were activated.
     environment = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
-    # It is thrown away: bytecode may lie in it, or each of the tests' processes compiles all of torch's Python.
+    # It is thrown away: bytecode may be stored in it, or each of the tests' processes compiles all of torch's Python.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 

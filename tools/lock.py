@@ -26,7 +26,7 @@ _SOURCE = re.compile(r'source = \{ registry = "[^"]*" \}')
 _FILE = re.compile(r'\{ (?:url|path) = "(?:[^"]*/)?(?P<name>[^"/]+)"')
 
 
-def neutralise(lock: str) -> str:
+def neutralize(lock: str) -> str:
     """Return `lock` with every index address removed.
 
     Three changes, each of which uv undoes on first use (and the result is then equal to the original lock):
@@ -56,10 +56,10 @@ def _without_root_metadata(lines: Iterable[str]) -> list[str]:
     return kept
 
 
-def offences(lock: str) -> list[str]:
+def violations(lock: str) -> list[str]:
     """Return one line for each place of `lock` that is not in neutral form."""
     found = [f"line {n}: {line.strip()[:100]}" for n, line in enumerate(lock.split("\n"), 1) if _ADDRESS.search(line)]
-    if not found and neutralise(lock) != lock:
+    if not found and neutralize(lock) != lock:
         found.append("not in neutral form (file paths, registry name or the root package's metadata)")
     return found
 
@@ -72,9 +72,9 @@ def check() -> int:
         if shown.returncode != 0:
             print(f"uv.lock is not in {where}: {shown.stderr.strip()}", file=sys.stderr)
             return 1
-        for offence in offences(shown.stdout)[:5]:
+        for violation in violations(shown.stdout)[:5]:
             bad += 1
-            print(f"uv.lock in {where}, {offence}", file=sys.stderr)
+            print(f"uv.lock in {where}, {violation}", file=sys.stderr)
     if bad:
         print("Run `python tools/lock.py register`, then `git add --renormalize uv.lock` and commit.", file=sys.stderr)
         return 1
@@ -91,8 +91,8 @@ def register() -> int:
 
 
 def clean() -> int:
-    """Neutralise stdin to stdout, byte for byte otherwise."""
-    sys.stdout.buffer.write(neutralise(sys.stdin.buffer.read().decode()).encode())
+    """Neutralize stdin to stdout, byte for byte otherwise."""
+    sys.stdout.buffer.write(neutralize(sys.stdin.buffer.read().decode()).encode())
     return 0
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -43,9 +44,9 @@ CONTEXT.set_forkserver_preload(
         "torch._dynamo",  # imported by the first optimizer
         "torch.distributed.tensor.debug",
         "titan_model",
-        "titan_parallel",
+        "titan_parallel.apply",
         "titan_ckpt.checkpointer",
-        "titan_train",
+        "titan_train.run",
     ]
 )
 
@@ -211,6 +212,7 @@ def _serve_once(pipe: Connection) -> None:
 
 
 def _serve(pipe: Connection, rank: int, size: int, store: Path, stack_file: Path) -> None:
+    import numpy
     import torch
     import torch.distributed as dist
 
@@ -224,6 +226,8 @@ def _serve(pipe: Connection, rank: int, size: int, store: Path, stack_file: Path
                 case, args = pipe.recv()
             except EOFError:
                 break
+            random.seed(0)
+            numpy.random.seed(0)
             torch.manual_seed(0)
             _answer(pipe, case, args)
         dist.destroy_process_group()

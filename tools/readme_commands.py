@@ -1,4 +1,4 @@
-"""Run the commands that README.md tells a reader to type, as they stand.
+"""Run the commands that README.md gives, exactly as written there.
 
     python tools/readme_commands.py          run them all from the root, stop at the first that fails
     python tools/readme_commands.py --list   print them

@@ -1,7 +1,7 @@
 """Releases, one package at a time. A tag `titan-data-v0.2.0` releases titan-data 0.2.0.
 
-    python tools/release.py check [TAG]    is the workspace, or the package of this tag, fit to be released?
-    python tools/release.py notes TAG      print what its changelog says of this version
+    python tools/release.py check [TAG]    can the workspace, or the package of this tag, be released?
+    python tools/release.py notes TAG      print the section of its changelog for this version
 
 Checked: the tag names a package at its version; its changelog has that version; every bound on a sibling admits the
 sibling's version in the workspace (uv itself does not look at these bounds there).
@@ -45,7 +45,7 @@ def package_of(tag: str, known: dict[str, Package]) -> Package:
     """
     name, _, version = tag.rpartition("-v")
     if name not in known:
-        raise ValueError(f"tag {tag!r} names no package; tags are PACKAGE-vVERSION with one of {', '.join(known)}")
+        raise ValueError(f"tag {tag!r} does not name a package; use PACKAGE-vVERSION with one of {', '.join(known)}")
     if known[name].version != version:
         raise ValueError(f"tag {tag!r}, but {name} is at {known[name].version} in its pyproject.toml")
     return known[name]
@@ -68,7 +68,7 @@ def main() -> int:
                 return 2
     except ValueError as error:
         found = [str(error)]
-    print("\n".join(found) if found else "fit to be released")
+    print("\n".join(found) if found else "ready for release")
     return 1 if found else 0
 
 

@@ -1,4 +1,4 @@
-"""What the tools know of the workspace: its packages and how they depend on one another."""
+"""The workspace's packages and how they depend on one another, for the other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Package:
         name: Distribution name.
         version: As its pyproject.toml states it.
         siblings: Other packages of the workspace that it requires, each with the version bounds as written.
-        folder: Where it lies.
+        folder: Its directory.
     """
 
     name: str
