@@ -6,17 +6,11 @@ import torch
 
 import ckpt_cases
 from ckpt_states import ModelState, OptimizerState, flip_bit, make_model, make_state
+from parity import same_bits
 from ranks import Ranks
 from titan_ckpt import Checkpointer, list_checkpoints, verify
 
 LAYOUTS = ["fsdp", "hsdp", "fsdp x tp", "plain"]
-
-
-def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(left[key], right[key]) if isinstance(left[key], torch.Tensor) else left[key] == right[key]
-        for key in left
-    )
 
 
 def load_on_one(folder: Path) -> dict[str, Any]:
@@ -33,10 +27,10 @@ def test_saved_on_four_loaded_on_any(ranks4: Ranks, ranks2: Ranks, tmp_path: Pat
     asynchronous = layout != "hsdp"
     expected = ranks4.run(ckpt_cases.save_laid_out, tmp_path, layout, asynchronous)[0]
     assert verify(tmp_path / "step-00000003", level="checksum") == []
-    assert same(load_on_one(tmp_path), expected)
-    assert same(ranks2.run(ckpt_cases.load_laid_out, tmp_path, "fsdp")[0], expected)
+    assert same_bits(load_on_one(tmp_path), expected)
+    assert same_bits(ranks2.run(ckpt_cases.load_laid_out, tmp_path, "fsdp")[0], expected)
     other = LAYOUTS[(LAYOUTS.index(layout) + 1) % 3]
-    assert same(ranks4.run(ckpt_cases.load_laid_out, tmp_path, other)[0], expected)
+    assert same_bits(ranks4.run(ckpt_cases.load_laid_out, tmp_path, other)[0], expected)
 
 
 @pytest.mark.slow
@@ -46,7 +40,7 @@ def test_saved_on_one_loaded_on_four(ranks4: Ranks, tmp_path: Path) -> None:
     ckpt_cases.train(model, optimizer)
     state = {"model": ModelState(model), "optimizer": OptimizerState(model, optimizer)}
     Checkpointer(tmp_path).save(1, state)
-    assert same(ranks4.run(ckpt_cases.load_laid_out, tmp_path, "fsdp x tp")[0], ckpt_cases.full(state))
+    assert same_bits(ranks4.run(ckpt_cases.load_laid_out, tmp_path, "fsdp x tp")[0], ckpt_cases.full(state))
 
 
 def test_each_rank_may_own_weights(ranks2: Ranks, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 import parallel_cases as cases
 import parallel_sharding
-from parallel_curves import same
+from parity import assert_same_training
 from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, ParallelOptions, ParallelPlan, check_plan
 from titan_parallel.options import reshard_blocks
@@ -29,7 +29,7 @@ def test_resharding_by_case(pp: int) -> None:
 def test_what_stays_gathered(ranks4: Ranks, plain: dict, asked: str | int, ranks: int) -> None:
     options = ParallelOptions(reshard_after_forward=asked)
     assert ranks4.run(parallel_sharding.gathered_between, options) == [[ranks] * 3] * 4
-    same(ranks4.run(cases.train, Degrees(), options), plain)
+    assert_same_training(ranks4.run(cases.train, Degrees(), options), plain)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def test_what_stays_gathered(ranks4: Ranks, plain: dict, asked: str | int, ranks
     ids=["fsdp", "ddp", "tp"],
 )
 def test_offload(ranks2: Ranks, plain: dict, degrees: Degrees, microbatches: int) -> None:
-    same(ranks2.run(cases.train, degrees, ParallelOptions(cpu_offload=True), False, microbatches), plain)
+    assert_same_training(
+        ranks2.run(cases.train, degrees, ParallelOptions(cpu_offload=True), False, microbatches), plain
+    )
 
 
 def test_what_is_offloaded(ranks1: Ranks, ranks2: Ranks) -> None:
@@ -54,7 +56,9 @@ def test_what_is_offloaded(ranks1: Ranks, ranks2: Ranks) -> None:
     "degrees", [Degrees(dp_replicate=2), Degrees(), Degrees(tp=2)], ids=["hsdp", "fsdp", "fsdp-tp"]
 )
 def test_gradients_summed_once_a_step(ranks4: Ranks, plain: dict, degrees: Degrees) -> None:
-    same(ranks4.run(cases.train, degrees, ParallelOptions(reduce_every_microbatch=False), False, 2), plain)
+    assert_same_training(
+        ranks4.run(cases.train, degrees, ParallelOptions(reduce_every_microbatch=False), False, 2), plain
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import parallel_cases as cases
-from parallel_curves import same
+from parity import assert_same_training
 from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
@@ -28,12 +28,12 @@ def test_losses_move(plain: dict) -> None:
     ids=["plain", "ac-full", "ac-selective", "compile"],
 )
 def test_one_process(ranks1: Ranks, plain: dict, options: ParallelOptions) -> None:
-    same(ranks1.run(cases.train, Degrees(), options), plain)
+    assert_same_training(ranks1.run(cases.train, Degrees(), options), plain)
 
 
 @pytest.mark.slow
 def test_tensor_parallel_accumulating(ranks2: Ranks, plain: dict) -> None:
-    same(ranks2.run(cases.train, Degrees(tp=2), None, False, 4), plain)
+    assert_same_training(ranks2.run(cases.train, Degrees(tp=2), None, False, 4), plain)
 
 
 @pytest.mark.parametrize(
@@ -46,22 +46,22 @@ def test_tensor_parallel_accumulating(ranks2: Ranks, plain: dict) -> None:
     ids=["tp-no-sp", "fsdp-no-reshard", "tp-sac"],
 )
 def test_two_processes_with_options(ranks2: Ranks, plain: dict, degrees: Degrees, options: ParallelOptions) -> None:
-    same(ranks2.run(cases.train, degrees, options), plain)
+    assert_same_training(ranks2.run(cases.train, degrees, options), plain)
 
 
 @pytest.mark.slow
 def test_fsdp_and_tensor_parallel(ranks4: Ranks, plain: dict) -> None:
-    same(ranks4.run(cases.train, Degrees(tp=2)), plain)
+    assert_same_training(ranks4.run(cases.train, Degrees(tp=2)), plain)
 
 
 @pytest.mark.slow
 def test_hsdp_accumulating(ranks4: Ranks, plain: dict) -> None:
-    same(ranks4.run(cases.train, Degrees(dp_replicate=2), None, False, 2), plain)
+    assert_same_training(ranks4.run(cases.train, Degrees(dp_replicate=2), None, False, 2), plain)
 
 
 @pytest.mark.slow
 def test_tied_weights(ranks4: Ranks) -> None:
-    same(ranks4.run(cases.train, Degrees(tp=2), None, True), cases.reference(tied=True))
+    assert_same_training(ranks4.run(cases.train, Degrees(tp=2), None, True), cases.reference(tied=True))
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_bf16_stays_near(ranks2: Ranks, ranks1: Ranks, plain: dict) -> None:
 @pytest.mark.slow
 def test_inductor(ranks4: Ranks, plain: dict) -> None:
     options = ParallelOptions(compile_blocks=True, activation_checkpointing="selective")
-    same(ranks4.run(cases.train, Degrees(tp=2), options, timeout=400.0), plain)
+    assert_same_training(ranks4.run(cases.train, Degrees(tp=2), options, timeout=400.0), plain)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import parallel_transformers
+from parity import assert_same_training
 from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, ParallelOptions, check_plan, plan_from_transformers
 
@@ -23,10 +24,9 @@ def same(group: Ranks, plain: tuple[str, list[float], dict[str, Tensor]], *layou
     family, expected, weights = plain
     assert expected[0] - expected[-1] > 0.05  # a curve to follow
     answers = group.run(parallel_transformers.train, family, *layout)
-    for losses, trained, logits in answers:
-        assert losses == pytest.approx(expected, abs=1e-5)
-        for name, weight in weights.items():
-            torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-4)
+    trained = [{"losses": losses, "weights": state} for losses, state, _ in answers]
+    assert_same_training(trained, {"losses": expected, "weights": weights})
+    for _, _, logits in answers:
         torch.testing.assert_close(logits, answers[0][2])
         assert logits.shape == (parallel_transformers.ROWS, parallel_transformers.SEQ, parallel_transformers.VOCAB)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_context as cases
+from parity import assert_same_training
 from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
@@ -20,11 +21,7 @@ def single(request: pytest.FixtureRequest) -> tuple[str, dict]:
 def same(group: Ranks, single: tuple[str, dict], degrees: Degrees, options: ParallelOptions) -> None:
     family, expected = single
     assert expected["losses"][0] - expected["losses"][-1] > 0.05  # a curve to follow
-    for result in group.run(cases.train, family, degrees, options):
-        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-        assert result["norms"] == pytest.approx(expected["norms"], abs=1e-5, rel=1e-5)
-        for name, weight in expected["weights"].items():
-            torch.testing.assert_close(result["weights"][name], weight, rtol=1e-4, atol=1e-4)
+    assert_same_training(group.run(cases.train, family, degrees, options), expected)
 
 
 @pytest.mark.parametrize(

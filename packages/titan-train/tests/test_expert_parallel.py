@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from parity import assert_same_training
 from ranks import Ranks
 from titan_train.check import check
 from titan_train.config import Config
@@ -35,13 +36,8 @@ def single(ranks1: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def same(results: list[dict], expected: dict) -> None:
-    for result in results:
-        assert result["initial"] == expected["initial"]
-        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-        for step, numbers in expected["more"].items():
-            assert result["more"][step] == pytest.approx(numbers, rel=1e-4)
-        assert result["buffers"] == expected["buffers"]
+    shared = {key: expected[key] for key in ("initial", "losses", "norms", "more", "buffers")}
+    assert_same_training(results, shared, norm_tolerance=1e-4)
 
 
 @pytest.mark.slow

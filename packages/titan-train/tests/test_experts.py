@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from parity import assert_same_training
 from ranks import Ranks
 from titan_train.check import check
 from titan_train.config import Config
@@ -33,12 +34,8 @@ def single(ranks1: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def same(result: dict, expected: dict) -> None:
-    assert result["initial"] == expected["initial"]
-    assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-    for step, numbers in expected["more"].items():
-        assert result["more"][step] == pytest.approx(numbers, rel=1e-4)
-    assert result["buffers"] == expected["buffers"]
+    shared = {key: expected[key] for key in ("initial", "losses", "norms", "more", "buffers")}
+    assert_same_training([result], shared, norm_tolerance=1e-4)
 
 
 def test_what_is_reported(single: dict) -> None:

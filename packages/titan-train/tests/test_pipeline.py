@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
+from parity import assert_same_training
 from ranks import Ranks
 from titan_train.check import check
 from titan_train.config import Config
@@ -56,17 +56,8 @@ def single(ranks1: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def same(results: list[dict], expected: dict) -> None:
-    seen: dict[str, torch.Tensor] = {}
-    for result in results:
-        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-        assert result["more"].keys() == expected["more"].keys()
-        for step, numbers in expected["more"].items():
-            assert result["more"][step] == pytest.approx(numbers, rel=1e-4)
-        seen |= result["weights"]
-    assert seen.keys() == expected["weights"].keys()
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(seen[name], weight, rtol=1e-3, atol=1e-4)
+    shared = {key: expected[key] for key in ("losses", "norms", "more", "weights")}
+    assert_same_training(results, shared, stages=True, norm_tolerance=1e-4, weight_tolerance=(1e-3, 1e-4))
 
 
 @pytest.mark.slow

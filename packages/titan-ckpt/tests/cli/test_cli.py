@@ -15,8 +15,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.progress import Progress
 
-from ckpt_sources import prefixed, read_all, same, small_external, small_internal
+from ckpt_sources import prefixed, read_all, small_external, small_internal
 from ckpt_states import Held, flip_bit, make_state
+from parity import same_bits
 from titan_ckpt import Checkpointer, open_checkpoint, pin
 from titan_ckpt.cli import main
 from titan_ckpt.convert.huggingface.reader import HuggingFaceDirectory
@@ -227,12 +228,12 @@ class TestConvert:
         hf = str(tmp_path / "hf")
         assert main(["convert", internal, hf, "--to", "hf", "--map", weight_map, "--max-file-size", "100",
                      "--extra", str(tmp_path / "tokenizer.json")]) == 0  # fmt: skip
-        assert same(read_all(HuggingFaceDirectory(hf)), small_external())
+        assert same_bits(read_all(HuggingFaceDirectory(hf)), small_external())
         assert (tmp_path / "hf/tokenizer.json").exists()
         back = str(tmp_path / "back")
         assert main(["convert", hf, back, "--to", "titan", "--map", weight_map, "--step", "9"]) == 0
         with open_checkpoint(f"{back}/step-00000009") as checkpoint:
-            assert same(read_all(checkpoint), prefixed(small_internal()))
+            assert same_bits(read_all(checkpoint), prefixed(small_internal()))
             assert checkpoint.manifest.metadata == {"converted_from": hf}
         assert main(["verify", back]) == 0
         assert main(["diff", internal, f"{back}/step-00000009", "--prefix", "model/"]) == 0
@@ -244,7 +245,7 @@ class TestConvert:
         assert main(["convert", hf, back, "--to", "titan", "--map", weight_map]) == 0
         state = Held(**{name: torch.zeros_like(tensor) for name, tensor in small_internal().items()})
         assert Checkpointer(back).load({"model": state}) is not None
-        assert same(state.state, small_internal())
+        assert same_bits(state.state, small_internal())
 
     def test_a_map_of_a_module_gets_the_config(
         self, internal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,21 +273,21 @@ class TestConvert:
         assert main([*arguments, "some_map:make"]) == 0
         assert main(["convert", "hf", "back", "--to", "titan", "--map", "some_map:make"]) == 0
         with open_checkpoint("back/step-00000000") as checkpoint:
-            assert same(read_all(checkpoint), prefixed(small_internal()))
+            assert same_bits(read_all(checkpoint), prefixed(small_internal()))
 
     def test_to_a_torch_file_in_another_dtype(self, internal: str, tmp_path: Path) -> None:
         assert main(["convert", internal, str(tmp_path / "w.pt"), "--to", "torch", "--dtype", "bfloat16"]) == 0
         wanted = {name: tensor.bfloat16() for name, tensor in small_internal().items()}
-        assert same(torch.load(tmp_path / "w.pt", weights_only=True), wanted)
+        assert same_bits(torch.load(tmp_path / "w.pt", weights_only=True), wanted)
         assert main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "t"), "--to", "titan"]) == 0
         with open_checkpoint(str(tmp_path / "t/step-00000000")) as checkpoint:
-            assert same(read_all(checkpoint), prefixed(wanted))
+            assert same_bits(read_all(checkpoint), prefixed(wanted))
 
     def test_a_full_state_to_dcp_and_back(self, internal: str, tmp_path: Path) -> None:
         assert main(["convert", internal, str(tmp_path / "dcp"), "--to", "dcp"]) == 0
         state = {"model": {name: torch.zeros_like(tensor) for name, tensor in small_internal().items()}}
         dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
-        assert same(state["model"], small_internal())
+        assert same_bits(state["model"], small_internal())
         assert main(["convert", str(tmp_path / "dcp"), str(tmp_path / "t"), "--to", "titan", "--step", "5"]) == 0
         assert main(["diff", internal, str(tmp_path / "t/step-00000005")]) == 0
 
@@ -294,19 +295,19 @@ class TestConvert:
         dcp.save({"m": small_internal()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
         assert main(["convert", str(tmp_path / "dcp"), str(tmp_path / "hf"), "--to", "hf", "--prefix", "m/",
                      "--map", weight_map]) == 0  # fmt: skip
-        assert same(read_all(HuggingFaceDirectory(tmp_path / "hf")), small_external())
+        assert same_bits(read_all(HuggingFaceDirectory(tmp_path / "hf")), small_external())
         (tmp_path / "meta").mkdir()
         torch.save(small_external(), tmp_path / "meta/consolidated.00.pth")
         assert main(["convert", str(tmp_path / "meta"), str(tmp_path / "t"), "--to", "titan", "--map", weight_map]) == 0
         with open_checkpoint(str(tmp_path / "t/step-00000000")) as checkpoint:
-            assert same(read_all(checkpoint), prefixed(small_internal()))
+            assert same_bits(read_all(checkpoint), prefixed(small_internal()))
 
     def test_a_map_may_be_used_the_other_way(self, tmp_path: Path, weight_map: str) -> None:
         torch.save(small_external() | {"junk": torch.ones(1)}, tmp_path / "w.pt")
         arguments = ["convert", str(tmp_path / "w.pt"), str(tmp_path / "o.pt"), "--to", "torch", "--map", weight_map]
         assert main([*arguments, "--direction", "to-internal"]) == 1
         assert main([*arguments, "--direction", "to-internal", "--ignore", "jun*"]) == 0
-        assert same(read_all(TorchFile(tmp_path / "o.pt")), small_internal())
+        assert same_bits(read_all(TorchFile(tmp_path / "o.pt")), small_internal())
 
     def test_mistakes_leave_nothing(self, internal: str, weight_map: str, tmp_path: Path) -> None:
         target = tmp_path / "hf"

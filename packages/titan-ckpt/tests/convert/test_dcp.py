@@ -20,8 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ckpt_hostile import Call, hostile_pickles
-from ckpt_sources import Tensors, read_all, same
+from ckpt_sources import Tensors, read_all
 from ckpt_states import Held, make_model
+from parity import same_bits
 from titan_ckpt import CheckpointError, open_checkpoint, open_source
 from titan_ckpt.cli import main
 from titan_ckpt.convert.dcp import metadata as restricted
@@ -65,7 +66,7 @@ def test_what_dcp_wrote_is_read_to_the_bit(tmp_path: Path) -> None:
     wanted = {f"model/{name}": tensor for name, tensor in state["model"].items()}
     wanted |= {f"optimizer/{name}": value for name, value in state["optimizer"].items() if torch.is_tensor(value)}
     wanted |= {name: state[name] for name in ("half", "scalar", "empty")}
-    assert same(read_all(folder), wanted)
+    assert same_bits(read_all(folder), wanted)
     assert folder.values["train"] == state["train"]
     assert folder.values["optimizer"]["param_groups.0.weight.lr"] == 0.1
     assert folder.left_out == {}
@@ -107,7 +108,7 @@ def test_a_folder_of_torchtitans_shape(tmp_path: Path, capsys: pytest.CaptureFix
     moments = {f"optimizer/{name}": value for name, value in optimizer.items() if torch.is_tensor(value)}
     assert len(weights) == 5
     assert len(moments) == 12
-    assert same(read_all(folder), {**weights, **moments})
+    assert same_bits(read_all(folder), {**weights, **moments})
     settings = {name: value for name, value in optimizer.items() if not torch.is_tensor(value)}
     assert folder.values == {
         "train_state": {"step": 4, "ntokens_seen": 400},
@@ -121,10 +122,10 @@ def test_a_folder_of_torchtitans_shape(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*given, str(tmp_path / "whole"), "--to", "titan", "--step", "4"]) == 0
     assert "left out dataloader/dp_rank_0" in capsys.readouterr().err
     with open_checkpoint(str(tmp_path / "whole" / "step-00000004")) as opened:
-        assert same({name: opened.read(name) for name in opened.tensors}, {**weights, **moments})
+        assert same_bits({name: opened.read(name) for name in opened.tensors}, {**weights, **moments})
         assert opened.values == folder.values
     assert main([*given, str(tmp_path / "hf"), "--to", "hf", "--ignore", "optimizer/*"]) == 0
-    assert same(read_all(open_source(str(tmp_path / "hf"))), weights)
+    assert same_bits(read_all(open_source(str(tmp_path / "hf"))), weights)
     assert main(["show", str(tmp_path / "step-4")]) == 0
     assert "layers.0.weight" in capsys.readouterr().out
 
@@ -166,7 +167,7 @@ def test_the_safetensors_files_of_dcp(tmp_path: Path, one_rank: None) -> None:
     sharded = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in state.items()}
     writer = dcp.HuggingFaceStorageWriter(path=str(tmp_path / "hf"), save_distributed=True)
     dcp.save(sharded, storage_writer=writer)
-    assert same(read_all(DcpSafetensorsDirectory(tmp_path / "hf")), state)
+    assert same_bits(read_all(DcpSafetensorsDirectory(tmp_path / "hf")), state)
 
 
 def test_parts_in_several_safetensors_files(tmp_path: Path) -> None:
@@ -205,10 +206,10 @@ def test_what_we_write_dcp_reads(tmp_path: Path) -> None:
         "opt/state/x": state["opt"]["state"]["x"],
         "s": state["s"],
     }
-    assert same(loaded, tensors)
+    assert same_bits(loaded, tensors)
     assert state["train"] == {"step": 5}
     folder = DcpDirectory(tmp_path / "dcp")
-    assert same(read_all(folder), tensors)
+    assert same_bits(read_all(folder), tensors)
     assert folder.values == {"train": {"step": 5}}
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ckpt_load_cases import blank, fsdp, one_dimension, refuses_to_import, two_dimensions
-from ckpt_sources import Fused, Map, Rename, Tensors, prefixed, same, small_external, small_internal, small_map
+from ckpt_sources import Fused, Map, Rename, Tensors, prefixed, small_external, small_internal, small_map
+from parity import same_bits
 from ranks import Ranks
 from titan_ckpt import CheckpointError
 from titan_ckpt.convert.huggingface.reader import HuggingFaceDirectory
@@ -19,7 +20,7 @@ def test_one_process(tmp_path: Path) -> None:
     export(Tensors(prefixed(small_internal())), tmp_path / "hf", small_map())
     state = blank()
     load_into(state, HuggingFaceDirectory(tmp_path / "hf"), small_map())
-    assert same(state, small_internal())
+    assert same_bits(state, small_internal())
 
 
 def test_parameters_are_filled_in_place_in_their_own_dtype() -> None:
@@ -64,7 +65,7 @@ def test_a_stage_reads_only_its_own() -> None:
 def test_shards(case: Callable[[], dict[str, torch.Tensor]], ranks4: Ranks) -> None:
     loaded = ranks4.run(case)
     assert len(loaded) == 4
-    assert all(same(of_rank, small_internal()) for of_rank in loaded)
+    assert all(same_bits(of_rank, small_internal()) for of_rank in loaded)
 
 
 def test_a_model_under_fsdp(ranks4: Ranks) -> None:

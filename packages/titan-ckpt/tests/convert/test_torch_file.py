@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ckpt_hostile import Call
-from ckpt_sources import Tensors, read_all, same, small_internal
+from ckpt_sources import Tensors, read_all, small_internal
+from parity import same_bits
 from titan_ckpt import CheckpointError
 from titan_ckpt.convert.meta_llama import MetaDirectory
 from titan_ckpt.convert.torch_file import TorchFile, export_torch
@@ -24,12 +25,12 @@ def test_what_we_write_torch_loads(tmp_path: Path) -> None:
     }
     source = Tensors(tensors)
     export_torch(source, tmp_path / "w.pt")
-    assert same(torch.load(tmp_path / "w.pt", weights_only=True), tensors)
-    assert same(torch.load(tmp_path / "w.pt", weights_only=True, mmap=True), tensors)
+    assert same_bits(torch.load(tmp_path / "w.pt", weights_only=True), tensors)
+    assert same_bits(torch.load(tmp_path / "w.pt", weights_only=True, mmap=True), tensors)
     assert sorted(source.whole) == sorted(tensors)
     assert (tmp_path / "w.pt").stat().st_size < sum(t.nbytes for t in tensors.values()) + 10_000, "no tensor holds all"
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
-    assert same(read_all(TorchFile(tmp_path / "w.pt")), tensors)
+    assert same_bits(read_all(TorchFile(tmp_path / "w.pt")), tensors)
     with pytest.raises(CheckpointError, match="exists: give a new name"):
         export_torch(source, tmp_path / "w.pt")
 
@@ -55,7 +56,7 @@ def test_nested_dicts_and_values(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pt")
     file = TorchFile(tmp_path / "w.pt")
     wanted = {"model/weight": model.weight.detach(), "model/bias": model.bias.detach(), "a~1b/x": torch.ones(2)}
-    assert same(read_all(file), wanted)
+    assert same_bits(read_all(file), wanted)
     assert file.values == {"epoch": 3, "args": {"lr": 0.1}}
     assert list(file.left_out) == ["args/f"]
 
@@ -164,7 +165,7 @@ def write_meta(folder: Path, ranks: int, embedding_dim: int) -> None:
 def test_metas_shards_are_joined(tmp_path: Path, ranks: int, embedding_dim: int) -> None:
     write_meta(tmp_path / "meta", ranks, embedding_dim)
     folder = MetaDirectory(tmp_path / "meta")
-    assert same(read_all(folder), llama())
+    assert same_bits(read_all(folder), llama())
     assert folder.params["n_layers"] == 2
     part = folder.read_slice("layers.0.attention.wo.weight", (2, 3), (4, 3))
     assert torch.equal(part, llama()["layers.0.attention.wo.weight"][2:6, 3:6])

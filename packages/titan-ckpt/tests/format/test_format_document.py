@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_sources import Tensors, read_all, same
+from ckpt_sources import Tensors, read_all
 from ckpt_states import Held, make_state
+from parity import same_bits
 from titan_ckpt import Checkpointer, open_checkpoint
 from titan_ckpt.convert.titan_writer import write_titan
 
@@ -48,7 +49,7 @@ def test_it_reads_what_was_saved(tmp_path: Path, read_checkpoint: Any) -> None:
     Checkpointer(tmp_path).save(7, state)
     values, tensors = read_checkpoint(tmp_path / "step-00000007")
     with open_checkpoint(str(tmp_path / "step-00000007")) as checkpoint:
-        assert same(tensors, read_all(checkpoint))
+        assert same_bits(tensors, read_all(checkpoint))
     assert values["data"]["position"] == 7
     assert torch.equal(tensors["model/weight"], state["model"].state["weight"])
 

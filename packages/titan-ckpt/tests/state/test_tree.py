@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
 
 from ckpt_states import Held
+from parity import same_bits
 from titan_ckpt import Checkpointer, CheckpointError
 from titan_ckpt.format.json_values import TUPLE_KEY, key_of, path_of
 from titan_ckpt.state.tree import merge, split
@@ -29,26 +30,13 @@ STATES = st.recursive(
 )
 
 
-def same(left: Any, right: Any) -> bool:
-    """Equal bit for bit and to the type; OrderedDict and dict are one."""
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
-    return repr(left) == repr(right)  # distinguishes -0.0 from 0.0
-
-
 @given(st.dictionaries(KEYS, STATES, max_size=3))
 @settings(deadline=None, max_examples=60)
 def test_splitting_and_merging_give_back_the_same(state: dict[str, dict[str, Any]]) -> None:
     tensors, values = split({name: _held(part) for name, part in state.items()})
     values = json.loads(json.dumps(values))
     for name, part in state.items():
-        assert same(merge(name, values, tensors), part)
+        assert same_bits(merge(name, values, tensors), part)
 
 
 @given(STATES, STATES)
@@ -62,7 +50,7 @@ def test_any_state_survives_the_disk(
     blank = {name: _held(_zeroed(held.state)) for name, held in saved.items()}
     assert ckpt.load(blank) is not None
     for name in saved:
-        assert same(blank[name].state, saved[name].state)
+        assert same_bits(blank[name].state, saved[name].state)
 
 
 @given(st.lists(st.text(), min_size=1), st.lists(st.text(), min_size=1))

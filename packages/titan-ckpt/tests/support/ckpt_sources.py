@@ -142,17 +142,5 @@ def prefixed(tensors: Mapping[str, torch.Tensor], prefix: str = "model/") -> dic
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
-    """Tell whether two dicts hold the same names, types, shapes and bits."""
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and torch.equal(bits(a[name]), bits(b[name]))
-        for name in a
-    )
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
 def read_all(source: Any) -> dict[str, torch.Tensor]:
     return {name: source.read(name) for name in source.tensors}

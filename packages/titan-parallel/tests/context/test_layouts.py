@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import parallel_context as cases
-from parallel_curves import same
+from parity import assert_same_training
 from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
@@ -45,19 +45,19 @@ def test_losses_move_and_documents_count(masked: dict, unmasked: dict) -> None:
 @pytest.mark.parametrize("way", ["plain", "ac"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two(ranks2: Ranks, masked: dict, kind: str, way: str) -> None:
-    same(ranks2.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind, **WAYS[way])), masked)
+    assert_same_training(ranks2.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind, **WAYS[way])), masked)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_documents(ranks2: Ranks, unmasked: dict, kind: str) -> None:
-    same(ranks2.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), False), unmasked)
+    assert_same_training(ranks2.run(cases.train, Degrees(cp=2), ParallelOptions(context=kind), False), unmasked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulating_with_selective_checkpointing(ranks2: Ranks, masked: dict, kind: str) -> None:
     options = ParallelOptions(context=kind, activation_checkpointing="selective")
-    same(ranks2.run(cases.train, Degrees(cp=2), options, True, 4), masked)
+    assert_same_training(ranks2.run(cases.train, Degrees(cp=2), options, True, 4), masked)
 
 
 @pytest.mark.parametrize("kind", ["ring", *LONGER])
@@ -79,7 +79,7 @@ def test_bf16_stays_near(ranks2: Ranks, masked: dict, kind: str) -> None:
     ],
 )
 def test_four(ranks4: Ranks, masked: dict, kind: str, layout: str, way: str) -> None:
-    same(ranks4.run(cases.train, LAYOUTS[layout], ParallelOptions(context=kind, **WAYS[way])), masked)
+    assert_same_training(ranks4.run(cases.train, LAYOUTS[layout], ParallelOptions(context=kind, **WAYS[way])), masked)
 
 
 @pytest.mark.slow
@@ -87,14 +87,14 @@ def test_four(ranks4: Ranks, masked: dict, kind: str, layout: str, way: str) -> 
 def test_tensor_parallel_without_sequence_parallel(ranks4: Ranks, masked: dict, kind: str) -> None:
     # Compiled and checkpointed at once, as one would train.
     options = ParallelOptions(context=kind, sequence_parallel=False, **WAYS["ac"], **WAYS["compile"])
-    same(ranks4.run(cases.train, LAYOUTS["cp2-tp2"], options), masked)
+    assert_same_training(ranks4.run(cases.train, LAYOUTS["cp2-tp2"], options), masked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor(ranks2: Ranks, masked: dict, kind: str) -> None:
     options = ParallelOptions(context=kind, compile_blocks=True, activation_checkpointing="selective")
-    same(ranks2.run(cases.train, Degrees(cp=2), options, timeout=400.0), masked)
+    assert_same_training(ranks2.run(cases.train, Degrees(cp=2), options, timeout=400.0), masked)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 
 import parallel_experts as cases
 from parallel_cases import ROWS, SEQ
-from parallel_curves import same
+from parity import assert_same_training
 from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 from titan_parallel.expert.experts import shard_dim
@@ -55,7 +55,7 @@ APART = ParallelOptions(sequence_parallel=False, reshard_after_forward="never")
     ids=["ep-sac", "tp-no-sp-no-reshard", "tp-sac", "ep-ac"],
 )
 def test_two_processes_with_options(ranks2: Ranks, alone: dict, degrees: Degrees, options: ParallelOptions) -> None:
-    same(ranks2.run(cases.train, degrees, options), alone)
+    assert_same_training(ranks2.run(cases.train, degrees, options), alone)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_two_processes_with_options(ranks2: Ranks, alone: dict, degrees: Degrees
     ids=["ep", "fsdp", "tp"],
 )
 def test_two_processes_accumulating(ranks2: Ranks, alone: dict, degrees: Degrees) -> None:
-    same(ranks2.run(cases.train, degrees, None, 2), alone)
+    assert_same_training(ranks2.run(cases.train, degrees, None, 2), alone)
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_two_processes_accumulating(ranks2: Ranks, alone: dict, degrees: Degrees
 )
 def test_two_processes_compiled(ranks2: Ranks, together: dict, degrees: Degrees, checkpointing: str) -> None:
     options = replace(COMPILED, activation_checkpointing=checkpointing)
-    same(ranks2.run(cases.train, degrees, options, 1, True), together)
+    assert_same_training(ranks2.run(cases.train, degrees, options, 1, True), together)
 
 
 @pytest.mark.slow
@@ -87,12 +87,12 @@ def test_two_processes_compiled(ranks2: Ranks, together: dict, degrees: Degrees,
     ids=["ep4", "ep-tp-ac", "tp4"],
 )
 def test_four_processes(ranks4: Ranks, alone: dict, degrees: Degrees, options: ParallelOptions | None) -> None:
-    same(ranks4.run(cases.train, degrees, options), alone)
+    assert_same_training(ranks4.run(cases.train, degrees, options), alone)
 
 
 @pytest.mark.slow
 def test_four_processes_compiled(ranks4: Ranks, together: dict) -> None:
-    same(ranks4.run(cases.train, Degrees(ep=2, tp=2), COMPILED, 1, True, timeout=180.0), together)
+    assert_same_training(ranks4.run(cases.train, Degrees(ep=2, tp=2), COMPILED, 1, True, timeout=180.0), together)
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_bf16_stays_near(ranks2: Ranks, alone: dict) -> None:
     "degrees", [Degrees(ep=4), pytest.param(Degrees(ep=2, tp=2), marks=pytest.mark.slow)], ids=["ep4", "ep-tp"]
 )
 def test_all_tokens_to_one_rank(ranks4: Ranks, degrees: Degrees) -> None:
-    same(ranks4.run(cases.train, degrees, None, 1, False, True), cases.reference(one_expert=True))
+    assert_same_training(ranks4.run(cases.train, degrees, None, 1, False, True), cases.reference(one_expert=True))
     each = cases.EXPERTS // degrees.ep
     for rank, (seen, zero) in enumerate(ranks4.run(cases.idle_ranks, degrees)):
         busy = rank < degrees.tp  # has the first experts, to which all tokens go

@@ -12,6 +12,7 @@ import torch
 import parallel_pipeline as cases
 from parallel_cases import MAX_NORM, SEQ, bf16_options
 from parallel_pipeline import Case
+from parity import assert_same_training
 from ranks import Ranks
 from titan_parallel import SCHEDULES, Degrees, ParallelOptions, PipelineOptions
 
@@ -19,17 +20,6 @@ from titan_parallel import SCHEDULES, Degrees, ParallelOptions, PipelineOptions
 def longer(*values: object) -> list:
     """Mark values of a parameter as those of the long set."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-def same(results: list[dict], expected: dict, tolerance: float = 1e-5) -> None:
-    names = set()
-    for result in results:
-        assert result["losses"] == pytest.approx(expected["losses"], abs=tolerance)
-        assert result["norms"] == pytest.approx(expected["norms"], abs=tolerance, rel=tolerance)
-        names |= result["weights"].keys()
-        for name, weight in result["weights"].items():
-            torch.testing.assert_close(weight, expected["weights"][name], rtol=1e-4, atol=1e-4)
-    assert names == expected["weights"].keys()
 
 
 def on(schedule: str, degrees: Degrees | None = None, **more: object) -> Case:
@@ -48,27 +38,27 @@ def test_losses_move() -> None:
 )
 def test_schedules(ranks2: Ranks, schedule: str) -> None:
     for case in (on(schedule, wraps=True, looks=True), on(schedule, tied=True)):
-        same(ranks2.run(cases.train, case), case.expected())
+        assert_same_training(ranks2.run(cases.train, case), case.expected(), stages=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "Interleaved1F1B"])
 def test_four_stages_wide_uneven(ranks4: Ranks, schedule: str) -> None:
     case = on(schedule, Degrees(pp=4), tied=True, layers=9)
-    same(ranks4.run(cases.train, case), case.expected())
+    assert_same_training(ranks4.run(cases.train, case), case.expected(), stages=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["DualPipeV", "InterleavedZeroBubble", "ZBVZeroBubble"])
 def test_with_fsdp(ranks4: Ranks, schedule: str) -> None:
     case = on(schedule, tied=True, looks=True)
-    same(ranks4.run(cases.train, case), case.expected())
+    assert_same_training(ranks4.run(cases.train, case), case.expected(), stages=True)
 
 
 @pytest.mark.slow
 def test_with_replicas(ranks4: Ranks) -> None:
     case = on("Interleaved1F1B", Degrees(pp=2, dp_replicate=2))
-    same(ranks4.run(cases.train, case), case.expected())
+    assert_same_training(ranks4.run(cases.train, case), case.expected(), stages=True)
 
 
 @pytest.mark.slow
@@ -80,13 +70,13 @@ def test_with_replicas(ranks4: Ranks) -> None:
 def test_with_tensor_parallelism(ranks4: Ranks, schedule: str, sequence_parallel: bool) -> None:
     options = ParallelOptions(sequence_parallel=sequence_parallel)
     case = on(schedule, Degrees(pp=2, tp=2), tied=True, wraps=True, looks=sequence_parallel, options=options)
-    same(ranks4.run(cases.train, case), case.expected())
+    assert_same_training(ranks4.run(cases.train, case), case.expected(), stages=True)
 
 
 @pytest.mark.slow
 def test_with_fsdp_and_tensor_parallelism(ranks8: Ranks) -> None:
     case = on("ZBVZeroBubble", Degrees(pp=2, tp=2), tied=True)
-    same(ranks8.run(cases.train, case, timeout=400.0), case.expected())
+    assert_same_training(ranks8.run(cases.train, case, timeout=400.0), case.expected(), stages=True)
 
 
 @pytest.mark.slow
@@ -103,7 +93,7 @@ def test_with_fsdp_and_tensor_parallelism(ranks8: Ranks) -> None:
 def test_with_options(ranks4: Ranks, options: ParallelOptions) -> None:
     schedule = "Interleaved1F1B" if options.reshard_after_forward == "always" else "ZBVZeroBubble"
     case = on(schedule, options=options)
-    same(ranks4.run(cases.train, case, timeout=200.0), case.expected())
+    assert_same_training(ranks4.run(cases.train, case, timeout=200.0), case.expected(), stages=True)
 
 
 @pytest.mark.slow
@@ -218,7 +208,7 @@ def test_explicit_split(ranks2: Ranks) -> None:
     pipeline = PipelineOptions(split=("stack.1",))
     case = Case(Degrees(pp=2), pipeline, tied=True)
     results = ranks2.run(cases.train, case)
-    same(results, case.expected())
+    assert_same_training(results, case.expected(), stages=True)
     blocks = [{name.split(".")[1] for name in r["weights"] if name.startswith("stack.")} for r in results]
     assert blocks == [{"0"}, {"1", "2", "3"}]
 
@@ -228,7 +218,7 @@ def test_schedule_from_a_file(ranks2: Ranks, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "order.csv"
     path.write_text(FILES[kind])
     case = Case(Degrees(pp=2), PipelineOptions(schedule=str(path)), tied=True, looks=True, count=2)
-    same(ranks2.run(cases.train, case), case.expected())
+    assert_same_training(ranks2.run(cases.train, case), case.expected(), stages=True)
 
 
 FILES = {

@@ -7,7 +7,7 @@ import torch
 
 import parallel_heads as heads
 import parallel_misuse as misuse
-from parallel_curves import same
+from parity import assert_same_training
 from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, ParallelOptions, check_plan
 
@@ -18,7 +18,7 @@ def plain() -> dict[int, dict]:
 
 
 def test_two_ranks_share_one_head(ranks2: Ranks, plain: dict[int, dict]) -> None:
-    same(ranks2.run(heads.train, Degrees(tp=2), 1), plain[1])
+    assert_same_training(ranks2.run(heads.train, Degrees(tp=2), 1), plain[1])
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_two_ranks_share_one_head(ranks2: Ranks, plain: dict[int, dict]) -> None
     ids=["no-sp-sac", "compile"],
 )
 def test_with_options(ranks2: Ranks, plain: dict[int, dict], options: ParallelOptions) -> None:
-    same(ranks2.run(heads.train, Degrees(tp=2), 1, options, 2), plain[1])
+    assert_same_training(ranks2.run(heads.train, Degrees(tp=2), 1, options, 2), plain[1])
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_with_options(ranks2: Ranks, plain: dict[int, dict], options: ParallelOp
     ids=["tp4-of-2", "fsdp-tp2-of-1", "ddp-tp2-of-1"],
 )
 def test_four_ranks(ranks4: Ranks, plain: dict[int, dict], degrees: Degrees, kv_heads: int) -> None:
-    same(ranks4.run(heads.train, degrees, kv_heads, None, 2), plain[kv_heads])
+    assert_same_training(ranks4.run(heads.train, degrees, kv_heads, None, 2), plain[kv_heads])
 
 
 @pytest.mark.parametrize(
