@@ -149,11 +149,9 @@ def own_weights_per_rank(folder: Path) -> list[str]:
 
 
 def message_of(call: Callable[[], Any]) -> str:
-    started = time.monotonic()
     try:
         call()
     except CheckpointError as error:
-        assert time.monotonic() - started < 10
         return str(error)
     return ""
 
