@@ -12,7 +12,7 @@ from pathlib import Path
 
 VOCABULARY = 264
 BOUND = 2.3  # nats per byte
-TOLERANCE = 2e-3  # what the order of float32 sums makes of the loss after some tens of steps
+TOLERANCE = 0.02  # a debug run is chaotic at its learning rate: rounding alone moves step 40 by 4e-3, a wrong layout by more
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -115,7 +115,7 @@ def test_check_run_sees_what_was_not_learned(tmp_path: Path) -> None:
 def test_check_run_compares_layouts(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", [5.6, 4.0, 3.0, 2.5, 2.2])
     assert check_run.deviations(write_run(tmp_path / "two", [5.6, 4.0001, 2.9999]), one) == []
-    assert "step 3 is 3.0100" in check_run.deviations(write_run(tmp_path / "two", [5.6, 4.0, 3.01]), one)[0]
+    assert "step 3 is 3.1000" in check_run.deviations(write_run(tmp_path / "two", [5.6, 4.0, 3.1]), one)[0]
     assert check_run.deviations(write_run(tmp_path / "two", [5.6, float("nan"), 3.0]), one)
     assert "only 2 steps" in check_run.deviations(write_run(tmp_path / "two", [5.6, 4.0]), one)[0]
 
