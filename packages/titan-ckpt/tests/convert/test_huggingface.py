@@ -21,12 +21,12 @@ from ckpt_sources import (
     Transpose,
     prefixed,
     read_all,
-    same,
     small_external,
     small_internal,
     small_map,
 )
 from ckpt_states import Held
+from parity import same_bits
 from titan_ckpt import Checkpointer, CheckpointError, import_weights, open_source
 from titan_ckpt.convert.huggingface.reader import HuggingFaceDirectory
 from titan_ckpt.convert.huggingface.writer import HuggingFaceExport, export
@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
 def test_export_gives_what_the_map_says(tmp_path: Path, max_file_bytes: int) -> None:
     source = Tensors(prefixed(small_internal()) | {"optimizer/qkv.exp_avg": torch.zeros(8, 4)})
     export(source, tmp_path / "out", small_map(), max_file_bytes=max_file_bytes)
-    assert same(read_folder(tmp_path / "out"), small_external())
+    assert same_bits(read_folder(tmp_path / "out"), small_external())
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "small"}
     assert "optimizer/qkv.exp_avg" not in source.whole
     assert sorted(source.whole) == sorted(set(source.whole)), "each tensor is read once, the tied one too"
@@ -73,9 +73,9 @@ def test_export_gives_what_the_map_says(tmp_path: Path, max_file_bytes: int) -> 
 def test_import_gives_the_native_tensors_back(tmp_path: Path) -> None:
     export(Tensors(prefixed(small_internal())), tmp_path / "out", small_map(), max_file_bytes=64)
     folder = HuggingFaceDirectory(tmp_path / "out")
-    assert same(read_all(folder), small_external())
+    assert same_bits(read_all(folder), small_external())
     assert folder.config == {"model_type": "small"}
-    assert same(read_all(Mapped(folder, small_map().rules, "to_internal")), small_internal())
+    assert same_bits(read_all(Mapped(folder, small_map().rules, "to_internal")), small_internal())
 
 
 def test_a_checkpoint_made_of_it_loads(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_checkpoint_made_of_it_loads(tmp_path: Path) -> None:
     wanted = {name: tensor.bfloat16() for name, tensor in small_internal().items() if name != "norm"}
     model = Held(**{name: torch.zeros_like(tensor) for name, tensor in wanted.items()})
     Checkpointer(tmp_path / "run").load({"model": model}, step=3)
-    assert same(model.state, wanted)
+    assert same_bits(model.state, wanted)
 
 
 def test_export_without_a_map_keeps_names_and_types_unless_asked(tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_export_without_a_map_keeps_names_and_types_unless_asked(tmp_path: Path)
         "s": torch.tensor(2.0),
     }
     export(Tensors(prefixed(tensors)), tmp_path / "same", config={"x": 1, "torch_dtype": "float16"})
-    assert same(read_folder(tmp_path / "same"), tensors)
+    assert same_bits(read_folder(tmp_path / "same"), tensors)
     assert json.loads((tmp_path / "same/config.json").read_text()) == {"x": 1, "torch_dtype": "float32"}
     export(Tensors(prefixed(tensors)), tmp_path / "half", dtype=torch.bfloat16)
     floats = {"a.w", "s"}
     wanted = {name: tensor.bfloat16() if name in floats else tensor for name, tensor in tensors.items()}
-    assert same(read_folder(tmp_path / "half"), wanted)
+    assert same_bits(read_folder(tmp_path / "half"), wanted)
     assert not (tmp_path / "half/config.json").exists()
 
 
@@ -203,7 +203,7 @@ def test_any_map_there_and_back(tmp_path_factory: pytest.TempPathFactory, data: 
         internal |= dict.fromkeys(names, tensor)
     folder = tmp_path_factory.mktemp("any") / "out"
     export(Tensors(prefixed(internal)), folder, Map(rules), max_file_bytes=data.draw(st.integers(1, 64)))
-    assert same(read_all(Mapped(HuggingFaceDirectory(folder), rules, "to_internal")), internal)
+    assert same_bits(read_all(Mapped(HuggingFaceDirectory(folder), rules, "to_internal")), internal)
 
 
 class TestAFolderThatIsNotAsItsIndexSays:
@@ -258,7 +258,9 @@ def test_a_source_is_read_in_slices(tmp_path: Path) -> None:
     assert folder.read_slice("w", (1, 2), (0, 3)).shape == (0, 3)
     assert folder.read_slice("s", (), ()).item() == 1.5
     assert folder.read_slice("none", (0, 1), (0, 2)).shape == (0, 2)
-    assert same(read_all(StripPrefix(folder, "")), {"w": tensor, "s": torch.tensor(1.5), "none": torch.empty(0, 3)})
+    assert same_bits(
+        read_all(StripPrefix(folder, "")), {"w": tensor, "s": torch.tensor(1.5), "none": torch.empty(0, 3)}
+    )
 
 
 LLAMA = {
@@ -319,7 +321,9 @@ def test_transformers_loads_it_with_the_same_logits(tmp_path: Path, tied: bool) 
         assert torch.equal(loaded.eval()(tokens).logits, wanted)
 
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert same(read_all(Mapped(HuggingFaceDirectory(tmp_path / "theirs"), weight_map.rules, "to_internal")), internal)
+    assert same_bits(
+        read_all(Mapped(HuggingFaceDirectory(tmp_path / "theirs"), weight_map.rules, "to_internal")), internal
+    )
 
     export(Tensors(prefixed(internal)), tmp_path / "half", weight_map, dtype=torch.bfloat16)
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
@@ -416,5 +420,5 @@ def test_each_checkpoint_is_exported_as_it_is_published(tmp_path: Path) -> None:
         ckpt.save(step, state)
     ckpt.close()
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step-00000002", "step-00000004"]
-    assert same(read_folder(tmp_path / "hf/step-00000004"), small_external())
+    assert same_bits(read_folder(tmp_path / "hf/step-00000004"), small_external())
     export_each(str(tmp_path / "run/step-00000004"))  # once more, after a restart: it is there and stays
