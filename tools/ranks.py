@@ -25,6 +25,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -50,9 +51,10 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 
-# Every mesh that a case builds leaves its groups behind, each with threads of gloo's that wake 100 times a second: so
-# processes are replaced after some cases, and stopped (SIGSTOP) while they have nothing to do.
-CASES_PER_PROCESS = 12
+# Every mesh that a case builds leaves its groups behind, each with threads of gloo's that wake 100 times a second. So
+# processes that have many threads are replaced, and all are stopped (SIGSTOP) while they have nothing to do. Groups
+# cannot be destroyed instead: torch caches what it has worked out for a mesh, group included, for the next equal mesh.
+MOST_THREADS = 250
 
 
 class Ranks:
@@ -66,7 +68,7 @@ class Ranks:
         self.size = size
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        self._cases = 0
+        self._threads = 0  # of the rank that has most
         self._scratch = tempfile.TemporaryDirectory(prefix="ranks-")
         self._folder = Path(self._scratch.name)
 
@@ -84,11 +86,10 @@ class Ranks:
         Raises:
             AssertionError: If a rank raised or died, or if not all ended in time; with tracebacks or stacks.
         """
-        if self._cases == CASES_PER_PROCESS:
+        if self._threads > MOST_THREADS:
             self._stop()
         if not self._processes:
             self._start()
-        self._cases += 1
         self._signal(signal.SIGCONT)
         try:
             return self._answers(case, args, timeout)
@@ -116,7 +117,8 @@ class Ranks:
                 assert isinstance(answered, Connection)
                 rank = waiting.pop(answered)
                 try:
-                    values[rank], error = answered.recv()
+                    values[rank], error, threads = answered.recv()
+                    self._threads = max(self._threads, threads)
                 except (EOFError, ConnectionError):
                     error = "the process died"
                 if error:
@@ -131,7 +133,6 @@ class Ranks:
         return values
 
     def _start(self) -> None:
-        self._cases = 0
         store = self._folder / f"store-{time.monotonic_ns()}"
         for rank in range(self.size):
             pipe, theirs = CONTEXT.Pipe()
@@ -157,7 +158,7 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._threads = [], [], 0
 
     def _stacks(self) -> str:
         self._signal(signal.SIGUSR1)
@@ -195,7 +196,7 @@ def run_alone(function: Callable[..., Any], *args: Any, timeout: float = 120.0) 
     try:
         pipe.send((function, args))
         assert pipe.poll(timeout), f"{function.__name__} took over {timeout} s"
-        value, error = pipe.recv()
+        value, error, _ = pipe.recv()
     except (EOFError, ConnectionError):
         raise AssertionError(f"the process died in {function.__name__}") from None
     finally:
@@ -238,7 +239,12 @@ def _answer(pipe: Connection, case: Callable[..., Any], args: tuple[Any, ...]) -
         value, error = case(*args), ""
     except BaseException:
         value, error = None, traceback.format_exc()
-    pipe.send((value, error))
+    pipe.send((value, error, _thread_count()))
+
+
+def _thread_count() -> int:
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else threading.active_count()
 
 
 def _find_test_modules() -> None:

@@ -42,7 +42,7 @@ def test_blocks_of_a_readme_become_files() -> None:
     assert set(apart) == {"titan-parallel/mine.toml", "titan-parallel/first.py", "titan-parallel/then.py"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the same code as the READMEs', which are run more often
 @pytest.mark.parametrize("name", RUN_HERE)
 def test_example_runs(name: str, tmp_path: Path) -> None:
     """Those of titan-parallel, which need torchrun, are run by its own test of the README."""

@@ -23,12 +23,12 @@ def test_resharding_by_case(pp: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("asked", "ranks"),
+    ("asked", "kept_by"),
     [("default", 4), ("never", 1), (2, 2)],
 )
-def test_what_stays_gathered(ranks4: Ranks, plain: dict, asked: str | int, ranks: int) -> None:
+def test_what_stays_gathered(ranks4: Ranks, plain: dict, asked: str | int, kept_by: int) -> None:
     options = ParallelOptions(reshard_after_forward=asked)
-    assert ranks4.run(parallel_sharding.gathered_between, options) == [[ranks] * 3] * 4
+    assert ranks4.run(parallel_sharding.gathered_between, options) == [[kept_by] * 3] * 4
     assert_same_training(ranks4.run(cases.train, Degrees(), options), plain)
 
 

@@ -55,6 +55,16 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], timeo
     pytest.fail(f"step {step} was not reached: {process.communicate()[0]}")
 
 
+def wait_for_line(text: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    shown = []
+    for line in process.stdout:
+        shown.append(line)
+        if text in line:
+            return
+    pytest.fail(f"the process ended without a line with {text!r}: {''.join(shown)}")
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
@@ -227,14 +237,9 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     # Steps of many seconds, so that the first signal's step is still under way when the second comes.
     slow = {"training__global_batch_size": "512", "training__seq_len": "256", "training__steps": "4000"}
     process = start(flags(tmp_path, **slow))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("starting"):
-            break
+    wait_for_line("starting", process)
     process.send_signal(signal.SIGTERM)
-    for line in process.stdout:
-        if "once more ends at once" in line:
-            break
+    wait_for_line("a second signal ends at once", process)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)

@@ -100,7 +100,7 @@ def test_killed_at_each_phase(tmp_path: Path, phase: str, after: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_killed_at_each_phase_among_ranks(tmp_path: Path, world: int, asynchronous: bool) -> None:
     for rank in {0, world - 1}:
         for phase in phases_of(rank):

@@ -284,7 +284,7 @@ from titan_data import DataError, load_huggingface_dataset
 found = {}
 for name, streaming in (("corpus", True), ("corpus", False), ("gated", True), ("absent", True)):
     try:
-        source = flat_dataset(f"someone/{name}", streaming=streaming)
+        source = load_huggingface_dataset(f"someone/{name}", streaming=streaming)
         if streaming:
             shards = [list(source.iterate(shard, 3)) for shard in range(source.shards)]
         else:

@@ -111,11 +111,13 @@ def test_long_runs(kind: str, piece: str) -> None:
 
 
 @each_kind
-@pytest.mark.slow
-def test_a_document_of_50_megabytes(kind: str) -> None:
+@pytest.mark.parametrize(
+    "megabytes", [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.nightly)]
+)
+def test_a_large_document(kind: str, megabytes: int) -> None:
     tokenizer = cases.tokenizer(kind)
     text = "".join(cases.texts())
-    text *= 50_000_000 // len(text.encode()) + 1
+    text *= megabytes * 1_000_000 // len(text.encode()) + 1
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 

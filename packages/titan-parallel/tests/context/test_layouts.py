@@ -90,7 +90,7 @@ def test_tensor_parallel_without_sequence_parallel(ranks4: Ranks, masked: dict, 
     assert_same_training(ranks4.run(cases.train, LAYOUTS["cp2-tp2"], options), masked)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor(ranks2: Ranks, masked: dict, kind: str) -> None:
     options = ParallelOptions(context=kind, compile_blocks=True, activation_checkpointing="selective")

@@ -40,14 +40,14 @@ class Case:
         shape: What is trained.
         options: How.
         microbatches: Of each rank and step.
-        slow: Whether it is left to the long set.
+        mark: The set that it is left to, `slow` or `nightly`; empty for one that always runs.
     """
 
     degrees: Degrees
     shape: Shape = DENSE
     options: ParallelOptions = field(default_factory=ParallelOptions)
     microbatches: int = 1
-    slow: bool = False
+    mark: str = ""
 
     @property
     def world(self) -> int:
@@ -73,10 +73,13 @@ class Case:
 KINDS = {"DDP": "dp_replicate", "FSDP": "dp_shard", "TP": "tp", "PP": "pp", "CP": "cp", "EP": "ep"}
 
 
+MODES = {"full": "nightly", "selective": "slow"}  # of activation checkpointing, and the set that has it
+
+
 _BESIDE = ("pipeline", "compile_backend")  # said otherwise, or not worth a word
 
 
-def layout(*, shape: Shape | None = None, microbatches: int = 0, slow: bool = False, **given: Any) -> Case:
+def layout(*, shape: Shape | None = None, microbatches: int = 0, mark: str = "", **given: Any) -> Case:
     """Make a case of degrees, which default to 1, and options; pipelines take four microbatches if they can."""
     degrees = Degrees(**{"dp_shard": 1, **{name: n for name, n in given.items() if name in KINDS.values()}})
     options = ParallelOptions(**{name: value for name, value in given.items() if name not in KINDS.values()})
@@ -86,7 +89,7 @@ def layout(*, shape: Shape | None = None, microbatches: int = 0, slow: bool = Fa
         shape,
         options,
         microbatches or (min(4, net.ROWS // degrees.dp_world_size) if degrees.pp > 1 else 1),
-        slow,
+        mark,
     )
 
 
@@ -94,35 +97,36 @@ def cases() -> Iterator[Case]:
     """Yield the matrix."""
     yield from (layout(**{degree: 2}) for degree in KINDS.values())
     for first, second in combinations(KINDS.values(), 2):
-        yield layout(**{first: 2, second: 2}, slow=(first, second) not in (("dp_shard", "tp"), ("dp_shard", "pp")))
+        always = (first, second) in (("dp_shard", "tp"), ("dp_shard", "pp"))
+        yield layout(**{first: 2, second: 2}, mark="" if always else "slow")
     # Each kind's own variety.
     yield from (layout(cp=2, context=kind) for kind in ("ring", "ulysses"))
-    yield from (layout(cp=4, context=kind, slow=True) for kind in ("allgather", "ring", "ulysses"))
+    yield layout(cp=4, context="ring", mark="slow")
+    yield from (layout(cp=4, context=kind, mark="nightly") for kind in ("allgather", "ulysses"))
     for schedule in SCHEDULES:
         if schedule != "1F1B":
             fast = schedule in ("Interleaved1F1B", "ZBVZeroBubble")
-            yield layout(pp=2, pipeline=PipelineOptions(schedule=schedule), slow=not fast)
-    yield layout(pp=4, slow=True)
-    yield layout(tp=4, slow=True)
-    yield layout(tp=2, sequence_parallel=False, slow=True)
-    yield layout(ep=4, slow=True)
+            yield layout(pp=2, pipeline=PipelineOptions(schedule=schedule), mark="" if fast else "slow")
+    yield layout(pp=4, mark="slow")
+    yield layout(tp=4, mark="slow")
+    yield layout(tp=2, sequence_parallel=False, mark="slow")
+    yield layout(ep=4, mark="slow")
     # With what else there is to choose.
     both = {"tp": 2, "cp": 2}
-    yield from (
-        layout(**{degree: 2}, shape=Shape(tied=True), slow=degree == "tp") for degree in ("dp_shard", "tp", "pp")
-    )
+    yield from (layout(**{degree: 2}, shape=Shape(tied=True)) for degree in ("dp_shard", "pp"))
+    yield layout(tp=2, shape=Shape(tied=True), mark="slow")
     yield layout(dp_shard=2, microbatches=4)
-    yield from (layout(**both, microbatches=2, context=kind, slow=True) for kind in ("ring", "ulysses"))
-    yield from (layout(**both, activation_checkpointing=mode, slow=True) for mode in ("full", "selective"))
-    yield from (layout(ep=2, tp=2, activation_checkpointing=mode, slow=True) for mode in ("full", "selective"))
-    yield from (layout(pp=2, dp_shard=2, activation_checkpointing=mode, slow=True) for mode in ("full", "selective"))
-    compiled = {"compile_blocks": True, "compile_backend": "aot_eager", "slow": True}
+    yield from (layout(**both, microbatches=2, context=kind, mark="slow") for kind in ("ring", "ulysses"))
+    yield from (layout(**both, activation_checkpointing=mode, mark=mark) for mode, mark in MODES.items())
+    yield from (layout(ep=2, tp=2, activation_checkpointing=mode, mark=mark) for mode, mark in MODES.items())
+    yield from (layout(pp=2, dp_shard=2, activation_checkpointing=mode, mark=mark) for mode, mark in MODES.items())
+    compiled = {"compile_blocks": True, "compile_backend": "aot_eager", "mark": "slow"}
     yield from (layout(**{degree: 2, "dp_shard": 2}, **compiled) for degree in ("tp", "pp", "cp", "ep"))
-    yield layout(pp=2, dp_shard=2, shape=Shape(tied=True), slow=True)
-    yield layout(pp=2, tp=2, shape=Shape(tied=True), slow=True)
+    yield layout(pp=2, dp_shard=2, shape=Shape(tied=True), mark="slow")
+    yield layout(pp=2, tp=2, shape=Shape(tied=True), mark="slow")
     # Products of three, on eight processes.
+    yield layout(dp_shard=2, tp=2, pp=2, mark="slow")
     for degrees in (
-        ("dp_shard", "tp", "pp"),
         ("dp_replicate", "dp_shard", "tp"),
         ("dp_shard", "cp", "tp"),
         ("dp_shard", "pp", "cp"),
@@ -131,7 +135,7 @@ def cases() -> Iterator[Case]:
         ("dp_shard", "ep", "tp"),
         ("tp", "pp", "cp"),
     ):
-        yield layout(**dict.fromkeys(degrees, 2), slow=True)
+        yield layout(**dict.fromkeys(degrees, 2), mark="nightly")
 
 
 def plan(shape: Shape) -> ParallelPlan:
