@@ -42,8 +42,16 @@ def test_recipes(ranks1: Ranks, plain: dict, recipe: str) -> None:
     [
         (Degrees(), ParallelOptions(float8=replace(EMULATED, fsdp_all_gather=True), activation_checkpointing="full")),
         (Degrees(tp=2), ParallelOptions(float8=replace(EMULATED, recipe="rowwise"))),
-        (Degrees(tp=2), ParallelOptions(float8=EMULATED, activation_checkpointing="selective")),
-        (Degrees(), ParallelOptions(float8=EMULATED, compile_blocks=True, compile_backend="aot_eager")),
+        pytest.param(
+            Degrees(tp=2),
+            ParallelOptions(float8=EMULATED, activation_checkpointing="selective"),
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            Degrees(),
+            ParallelOptions(float8=EMULATED, compile_blocks=True, compile_backend="aot_eager"),
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=["fsdp-gather-ac", "tp-rowwise", "tp-sac", "fsdp-compile"],
 )

@@ -53,7 +53,13 @@ def test_what_is_offloaded(ranks1: Ranks, ranks2: Ranks) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "degrees", [Degrees(dp_replicate=2), Degrees(), Degrees(tp=2)], ids=["hsdp", "fsdp", "fsdp-tp"]
+    "degrees",
+    [
+        Degrees(dp_replicate=2),
+        pytest.param(Degrees(), marks=pytest.mark.nightly),
+        pytest.param(Degrees(tp=2), marks=pytest.mark.nightly),
+    ],
+    ids=["hsdp", "fsdp", "fsdp-tp"],
 )
 def test_gradients_summed_once_a_step(ranks4: Ranks, plain: dict, degrees: Degrees) -> None:
     assert_same_training(

@@ -23,7 +23,7 @@ def test_losses_move(plain: dict) -> None:
         ParallelOptions(),
         ParallelOptions(activation_checkpointing="full"),
         ParallelOptions(activation_checkpointing="selective"),
-        pytest.param(ParallelOptions(compile_blocks=True, compile_backend="aot_eager"), marks=pytest.mark.slow),
+        pytest.param(ParallelOptions(compile_blocks=True, compile_backend="aot_eager"), marks=pytest.mark.nightly),
     ],
     ids=["plain", "ac-full", "ac-selective", "compile"],
 )
@@ -31,7 +31,7 @@ def test_one_process(ranks1: Ranks, plain: dict, options: ParallelOptions) -> No
     assert_same_training(ranks1.run(cases.train, Degrees(), options), plain)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tensor_parallel_accumulating(ranks2: Ranks, plain: dict) -> None:
     assert_same_training(ranks2.run(cases.train, Degrees(tp=2), None, False, 4), plain)
 
@@ -49,17 +49,17 @@ def test_two_processes_with_options(ranks2: Ranks, plain: dict, degrees: Degrees
     assert_same_training(ranks2.run(cases.train, degrees, options), plain)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_fsdp_and_tensor_parallel(ranks4: Ranks, plain: dict) -> None:
     assert_same_training(ranks4.run(cases.train, Degrees(tp=2)), plain)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_hsdp_accumulating(ranks4: Ranks, plain: dict) -> None:
     assert_same_training(ranks4.run(cases.train, Degrees(dp_replicate=2), None, False, 2), plain)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tied_weights(ranks4: Ranks) -> None:
     assert_same_training(ranks4.run(cases.train, Degrees(tp=2), None, True), cases.reference(tied=True))
 
@@ -77,9 +77,9 @@ def test_bf16_stays_near(ranks2: Ranks, ranks1: Ranks, plain: dict) -> None:
 
 
 @pytest.mark.slow
-def test_inductor(ranks4: Ranks, plain: dict) -> None:
+def test_inductor(ranks2: Ranks, plain: dict) -> None:
     options = ParallelOptions(compile_blocks=True, activation_checkpointing="selective")
-    assert_same_training(ranks4.run(cases.train, Degrees(tp=2), options, timeout=400.0), plain)
+    assert_same_training(ranks2.run(cases.train, Degrees(tp=2), options, timeout=400.0), plain)
 
 
 @pytest.mark.slow

@@ -38,7 +38,12 @@ def test_two_processes(ranks2: Ranks, plain: tuple[str, list[float], dict[str, T
 
 @pytest.mark.parametrize(
     "options",
-    [ParallelOptions(), ParallelOptions(sequence_parallel=False, activation_checkpointing="selective")],
+    [
+        ParallelOptions(),
+        pytest.param(
+            ParallelOptions(sequence_parallel=False, activation_checkpointing="selective"), marks=pytest.mark.nightly
+        ),
+    ],
     ids=["sp", "no-sp-sac"],
 )
 def test_four_processes(

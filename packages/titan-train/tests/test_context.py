@@ -31,7 +31,7 @@ def test_two_processes(ranks2: Ranks, single: tuple[str, dict], kind: str) -> No
     same(ranks2, single, Degrees(cp=2), ParallelOptions(context=kind))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "degrees"),
     [
@@ -44,7 +44,7 @@ def test_four_processes(ranks4: Ranks, single: tuple[str, dict], kind: str, degr
     same(ranks4, single, degrees, ParallelOptions(context=kind))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled(ranks4: Ranks) -> None:
     options = ParallelOptions(
         context="ring", compile_blocks=True, compile_backend="aot_eager", activation_checkpointing="selective"

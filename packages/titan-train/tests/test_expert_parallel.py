@@ -45,7 +45,10 @@ def same(results: list[dict], expected: dict) -> None:
     "layout",
     [
         EP | {"training__microbatch_size": "2", "parallel__activation_checkpointing": "selective"},
-        TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
+        pytest.param(
+            TP | {"parallel__activation_checkpointing": "full", "parallel__sequence_parallel": "false"},
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=["ep-accumulating-sac", "tp-no-sp-ac"],
 )
@@ -58,7 +61,7 @@ def test_four_processes(ranks4: Ranks, single: dict, tmp_path: Path) -> None:
     same(ranks4.run(run_here, config(tmp_path, **(EP | TP))), single)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled(ranks2: Ranks, single: dict, tmp_path: Path) -> None:
     compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
     same(ranks2.run(run_here, config(tmp_path, **EP, **compiled), timeout=240.0), single)

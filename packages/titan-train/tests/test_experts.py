@@ -60,7 +60,7 @@ def test_two_processes(ranks2: Ranks, single: dict, tmp_path: Path) -> None:
         same(result, single)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_processes(ranks4: Ranks, single: dict, tmp_path: Path) -> None:
     layout = {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "full"}
     for result in ranks4.run(run_here, config(tmp_path, **layout)):

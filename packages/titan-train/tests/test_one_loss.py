@@ -43,9 +43,12 @@ def test_two_processes_tp(ranks2: Ranks, single: dict, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "selective"},
+        pytest.param(
+            {"parallel__dp_replicate": "2", "parallel__activation_checkpointing": "selective"},
+            marks=pytest.mark.nightly,
+        ),
         {"parallel__tp": "2", "parallel__sequence_parallel": "false", "training__microbatch_size": "2"},
-        {"parallel__tp": "4"},
+        pytest.param({"parallel__tp": "4"}, marks=pytest.mark.nightly),
     ],
     ids=["hsdp-ac", "fsdp-tp-no-sp-accumulating", "tp"],
 )

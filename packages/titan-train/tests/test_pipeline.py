@@ -28,7 +28,7 @@ EXPERTS = {
     "moe__balance_loss": "0.3",
     "moe__balance_bias_rate": "0.01",
 }
-SCHEDULES = ["ZBVZeroBubble", "1F1B"]
+SCHEDULES = [pytest.param("ZBVZeroBubble", marks=pytest.mark.nightly), "1F1B"]
 
 
 def config(folder: Path, schedule: str = "1F1B", **changes: str) -> Config:
@@ -68,7 +68,7 @@ def test_schedules(ranks2: Ranks, single: dict[str, dict], tmp_path: Path, sched
     same(ranks2.run(run_here, tied), single["tied"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("schedule", "layout"),
     [
@@ -92,7 +92,7 @@ def test_experts(ranks2: Ranks, single: dict[str, dict], tmp_path: Path) -> None
     assert {k: v for r in results for k, v in r["buffers"].items()} == single["experts"]["buffers"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled(ranks2: Ranks, single: dict[str, dict], tmp_path: Path) -> None:
     compiled = {"parallel__compile": "true", "parallel__compile_backend": "aot_eager"}
     same(ranks2.run(run_here, config(tmp_path, "ZBVZeroBubble", **compiled), timeout=240.0), single["untied"])

@@ -192,7 +192,9 @@ def test_a_forward_with_documents_can_be_traced_with_fake_tensors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("documents", [False, True], ids=["regular", "documents"])
+@pytest.mark.parametrize(
+    "documents", [pytest.param(False, marks=pytest.mark.nightly), True], ids=["regular", "documents"]
+)
 @pytest.mark.parametrize("attention", BACK_ENDS)
 def test_a_block_compiles_whole(random_decoder: Callable[..., Decoder], attention: str, documents: bool) -> None:
     eager, compiled = random_decoder(attention=attention), random_decoder(attention=attention)

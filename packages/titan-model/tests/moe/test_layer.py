@@ -285,7 +285,7 @@ def test_checkpointing_and_compilation_change_nothing(
     assert_same_when_run_so(wrap, backend)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.filterwarnings("ignore")
 def test_inductor_changes_nothing(wrap: Callable[[nn.Module], nn.Module]) -> None:

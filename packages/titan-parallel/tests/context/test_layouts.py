@@ -12,6 +12,7 @@ from titan_parallel import Degrees, ParallelOptions
 
 KINDS = ["allgather", "ring", "ulysses"]
 LONGER = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "ring"]
+AT_NIGHT = [pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS if kind != "ring"]
 LAYOUTS = {
     "cp4": Degrees(cp=4),
     "cp2-tp2": Degrees(cp=2, tp=2),
@@ -54,7 +55,7 @@ def test_without_documents(ranks2: Ranks, unmasked: dict, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ring", *AT_NIGHT])
 def test_accumulating_with_selective_checkpointing(ranks2: Ranks, masked: dict, kind: str) -> None:
     options = ParallelOptions(context=kind, activation_checkpointing="selective")
     assert_same_training(ranks2.run(cases.train, Degrees(cp=2), options, True, 4), masked)
@@ -68,7 +69,7 @@ def test_bf16_stays_near(ranks2: Ranks, masked: dict, kind: str) -> None:
 
 
 # The matrix has every kind in most of these layouts, with another model.
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "layout", "way"),
     [
@@ -83,7 +84,7 @@ def test_four(ranks4: Ranks, masked: dict, kind: str, layout: str, way: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ring", *AT_NIGHT])
 def test_tensor_parallel_without_sequence_parallel(ranks4: Ranks, masked: dict, kind: str) -> None:
     # Compiled and checkpointed at once, as one would train.
     options = ParallelOptions(context=kind, sequence_parallel=False, **WAYS["ac"], **WAYS["compile"])

@@ -49,8 +49,8 @@ APART = ParallelOptions(sequence_parallel=False, reshard_after_forward="never")
     [
         (Degrees(ep=2), SAC),
         (Degrees(tp=2), APART),
-        (Degrees(tp=2), SAC),
-        (Degrees(ep=2), AC),
+        pytest.param(Degrees(tp=2), SAC, marks=pytest.mark.nightly),
+        pytest.param(Degrees(ep=2), AC, marks=pytest.mark.nightly),
     ],
     ids=["ep-sac", "tp-no-sp-no-reshard", "tp-sac", "ep-ac"],
 )
@@ -67,7 +67,7 @@ def test_two_processes_accumulating(ranks2: Ranks, alone: dict, degrees: Degrees
     assert_same_training(ranks2.run(cases.train, degrees, None, 2), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("degrees", "checkpointing"), [(Degrees(ep=2), "selective"), (Degrees(tp=2), "full")], ids=["ep-sac", "tp-ac"]
 )
@@ -80,9 +80,9 @@ def test_two_processes_compiled(ranks2: Ranks, together: dict, degrees: Degrees,
 @pytest.mark.parametrize(
     ("degrees", "options"),
     [
-        (Degrees(ep=4), None),
+        pytest.param(Degrees(ep=4), None, marks=pytest.mark.nightly),
         (Degrees(ep=2, tp=2), ParallelOptions(sequence_parallel=False, activation_checkpointing="full")),
-        (Degrees(tp=4), None),
+        pytest.param(Degrees(tp=4), None, marks=pytest.mark.nightly),
     ],
     ids=["ep4", "ep-tp-ac", "tp4"],
 )
@@ -90,7 +90,7 @@ def test_four_processes(ranks4: Ranks, alone: dict, degrees: Degrees, options: P
     assert_same_training(ranks4.run(cases.train, degrees, options), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_processes_compiled(ranks4: Ranks, together: dict) -> None:
     assert_same_training(ranks4.run(cases.train, Degrees(ep=2, tp=2), COMPILED, 1, True, timeout=180.0), together)
 
@@ -105,7 +105,7 @@ def test_bf16_stays_near(ranks2: Ranks, alone: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "degrees", [Degrees(ep=4), pytest.param(Degrees(ep=2, tp=2), marks=pytest.mark.slow)], ids=["ep4", "ep-tp"]
+    "degrees", [Degrees(ep=4), pytest.param(Degrees(ep=2, tp=2), marks=pytest.mark.nightly)], ids=["ep4", "ep-tp"]
 )
 def test_all_tokens_to_one_rank(ranks4: Ranks, degrees: Degrees) -> None:
     assert_same_training(ranks4.run(cases.train, degrees, None, 1, False, True), cases.reference(one_expert=True))

@@ -17,9 +17,9 @@ from ranks import Ranks
 from titan_parallel import SCHEDULES, Degrees, ParallelOptions, PipelineOptions
 
 
-def longer(*values: object) -> list:
-    """Mark values of a parameter as those of the long set."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+def at_night(*values: object) -> list:
+    """Mark values of a parameter as those of the nightly set."""
+    return [pytest.param(value, marks=pytest.mark.nightly) for value in values]
 
 
 def on(schedule: str, degrees: Degrees | None = None, **more: object) -> Case:
@@ -34,14 +34,14 @@ def test_losses_move() -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [name if name in ("1F1B", "ZBVZeroBubble", "DualPipeV") else longer(name)[0] for name in SCHEDULES]
+    "schedule", [name if name in ("1F1B", "ZBVZeroBubble", "DualPipeV") else at_night(name)[0] for name in SCHEDULES]
 )
 def test_schedules(ranks2: Ranks, schedule: str) -> None:
     for case in (on(schedule, wraps=True, looks=True), on(schedule, tied=True)):
         assert_same_training(ranks2.run(cases.train, case), case.expected(), stages=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "Interleaved1F1B"])
 def test_four_stages_wide_uneven(ranks4: Ranks, schedule: str) -> None:
     case = on(schedule, Degrees(pp=4), tied=True, layers=9)
@@ -49,19 +49,19 @@ def test_four_stages_wide_uneven(ranks4: Ranks, schedule: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["DualPipeV", "InterleavedZeroBubble", "ZBVZeroBubble"])
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", *at_night("DualPipeV", "InterleavedZeroBubble")])
 def test_with_fsdp(ranks4: Ranks, schedule: str) -> None:
     case = on(schedule, tied=True, looks=True)
     assert_same_training(ranks4.run(cases.train, case), case.expected(), stages=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_with_replicas(ranks4: Ranks) -> None:
     case = on("Interleaved1F1B", Degrees(pp=2, dp_replicate=2))
     assert_same_training(ranks4.run(cases.train, case), case.expected(), stages=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("schedule", "sequence_parallel"),
     [("InterleavedZeroBubble", False), ("DualPipeV", True)],
@@ -73,13 +73,13 @@ def test_with_tensor_parallelism(ranks4: Ranks, schedule: str, sequence_parallel
     assert_same_training(ranks4.run(cases.train, case), case.expected(), stages=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_with_fsdp_and_tensor_parallelism(ranks8: Ranks) -> None:
     case = on("ZBVZeroBubble", Degrees(pp=2, tp=2), tied=True)
     assert_same_training(ranks8.run(cases.train, case, timeout=400.0), case.expected(), stages=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "options",
     [
@@ -154,7 +154,7 @@ def test_stages_exchange_their_share_of_the_hidden_state(ranks4: Ranks) -> None:
         assert result == [[rows, SEQ // 2, cases.DIM]] * 4
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "DualPipeV", *longer("ZBVZeroBubble")])
+@pytest.mark.parametrize("schedule", ["1F1B", "DualPipeV", *at_night("ZBVZeroBubble")])
 def test_evaluate_and_predict(ranks2: Ranks, ranks4: Ranks, schedule: str) -> None:
     net = cases.build(True, 4)
     tokens, labels = cases.batch(0)
@@ -188,7 +188,7 @@ def test_from_meta(ranks2: Ranks, ranks4: Ranks, schedule: str, tied: bool) -> N
             assert torch.equal(value, expected[name])
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", *longer("ZBVZeroBubble")])
+@pytest.mark.parametrize("schedule", ["1F1B", *at_night("ZBVZeroBubble")])
 def test_gradients_add_up_over_calls(ranks4: Ranks, schedule: str) -> None:
     case = on(schedule, tied=True)
     for once, twice in zip(*(ranks4.run(cases.gradients, case, calls) for calls in (1, 2)), strict=True):

@@ -14,7 +14,9 @@ pytest.importorskip("transformers")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", cases.PLANS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "Llama" else [pytest.mark.nightly]) for name in cases.PLANS]
+)
 def test_families(ranks2: Ranks, ranks4: Ranks, family: str) -> None:
     plain = cases.build(family)
     expected, weights = parallel_transformers.reference(plain)

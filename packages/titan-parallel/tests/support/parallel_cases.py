@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from parallel_mesh import cpu_mesh
 from titan_parallel import (
     Degrees,
     Microbatch,
     ParallelModel,
     ParallelOptions,
     ParallelPlan,
-    build_mesh,
     data_axis,
     parallelize,
 )
@@ -145,7 +145,7 @@ def train(
 ) -> dict[str, Any]:
     """Train the same steps laid out over the group."""
     torch._dynamo.reset()
-    return train_laid_out(parallelize(build(tied), build_mesh(degrees, "cpu"), plan(tied), options), microbatches)
+    return train_laid_out(parallelize(build(tied), cpu_mesh(degrees), plan(tied), options), microbatches)
 
 
 def train_laid_out(model: ParallelModel, microbatches: int = 1) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def fill_from_meta(degrees: Degrees, tied: bool) -> tuple[list[str], list[str], 
     with torch.device("meta"):
         net = Net(tied)
     options = ParallelOptions(activation_checkpointing="full", compile_blocks=True, compile_backend="eager")
-    model = parallelize(net, build_mesh(degrees, "cpu"), plan(tied), options)
+    model = parallelize(net, cpu_mesh(degrees), plan(tied), options)
     model.materialize("cpu")
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
@@ -196,7 +196,7 @@ def fill_from_meta(degrees: Degrees, tied: bool) -> tuple[list[str], list[str], 
 
 
 def evaluate_and_predict(degrees: Degrees) -> tuple[float, Tensor, bool]:
-    model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False))
+    model = parallelize(build(False), cpu_mesh(degrees), plan(False))
     tokens, labels = batch(0)
     place = data_axis(model.mesh)
     mine = Microbatch(
@@ -207,8 +207,8 @@ def evaluate_and_predict(degrees: Degrees) -> tuple[float, Tensor, bool]:
 
 
 def state_round_trip(degrees: Degrees) -> bool:
-    model = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False))
-    other = parallelize(build(False), build_mesh(degrees, "cpu"), plan(False))
+    model = parallelize(build(False), cpu_mesh(degrees), plan(False))
+    other = parallelize(build(False), cpu_mesh(degrees), plan(False))
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel_cases import full_state, summed_loss
+from parallel_mesh import cpu_mesh
 from titan_parallel import (
     Degrees,
     LayoutError,
     Microbatch,
     ParallelOptions,
     ParallelPlan,
-    build_mesh,
     context_attention,
     data_axis,
     parallelize,
@@ -179,7 +179,7 @@ def reference(masked: bool = True) -> dict[str, Any]:
 def train(degrees: Degrees, options: ParallelOptions, masked: bool = True, microbatches: int = 1) -> dict[str, Any]:
     """Train the same steps laid out over the group."""
     torch._dynamo.reset()
-    model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN, options)
+    model = parallelize(build(), cpu_mesh(degrees), PLAN, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, eps=1e-5)
     place = data_axis(model.mesh)
     losses, norms = [], []
@@ -231,7 +231,7 @@ def expected_attention(sizes: tuple[int, int, int, int, int], ids: Tensor | None
 
 def evaluate_and_predict(degrees: Degrees, kind: str) -> tuple[float, Tensor, Tensor]:
     """Return the loss of an evaluation, and what predictions give, positions given and not."""
-    model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN, ParallelOptions(context=kind))
+    model = parallelize(build(), cpu_mesh(degrees), PLAN, ParallelOptions(context=kind))
     tokens, ids, labels = batch(0)
     place = data_axis(model.mesh)
     mine = [x.chunk(place.dp_world_size)[place.dp_rank] for x in (tokens, ids, labels)]
@@ -245,7 +245,7 @@ def refusal(changed: ParallelPlan, kind: str) -> str:
     world_size = dist.get_world_size()
     merged: ParallelPlan = {**PLAN, **changed}
     try:
-        parallelize(build(), build_mesh(Degrees(cp=world_size), "cpu"), merged, ParallelOptions(context=kind))
+        parallelize(build(), cpu_mesh(Degrees(cp=world_size)), merged, ParallelOptions(context=kind))
     except LayoutError as error:
         return str(error)
     return ""
@@ -254,7 +254,7 @@ def refusal(changed: ParallelPlan, kind: str) -> str:
 def wrong_calls() -> list[str]:
     """Return what calls are answered with that give nothing to cut, or nothing that can be."""
     world_size = dist.get_world_size()
-    model = parallelize(build(), build_mesh(Degrees(cp=world_size), "cpu"), PLAN)
+    model = parallelize(build(), cpu_mesh(Degrees(cp=world_size)), PLAN)
     tokens, ids, labels = batch(0)
     messages = []
     for microbatch in (
@@ -317,7 +317,7 @@ def counted() -> Iterator[dict[str, Count]]:
 def ring_steps(options: ParallelOptions) -> int:
     """Return how many times a step of training passes something around the ring."""
     world_size = dist.get_world_size()
-    model = parallelize(build(), build_mesh(Degrees(cp=world_size), "cpu"), PLAN, options)
+    model = parallelize(build(), cpu_mesh(Degrees(cp=world_size)), PLAN, options)
     tokens, ids, labels = batch(0)
     with counted() as counts:
         model.forward_backward([Microbatch((tokens, ids), labels)], summed_loss, 1.0)

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel_cases import full_state
+from parallel_mesh import cpu_mesh
 from parallel_transformers import EPS, LLAMA, ROWS, SEQ, STEPS, batch, build, summed_loss
 from titan_parallel import (
     Degrees,
     Microbatch,
     ParallelOptions,
     ParallelPlan,
-    build_mesh,
     context_attention,
     data_axis,
     parallelize,
@@ -33,7 +33,7 @@ PLAN: ParallelPlan = {
 def train(degrees: Degrees, options: ParallelOptions) -> tuple[list[float], dict[str, Tensor], Tensor]:
     from transformers import AttentionInterface
 
-    mesh = build_mesh(degrees, "cpu")
+    mesh = cpu_mesh(degrees)
     group: ProcessGroup = mesh["cp"].get_group()
 
     def attend(

@@ -6,7 +6,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from parallel_cases import Net, plan
-from titan_parallel import Degrees, ParallelOptions, build_mesh, parallelize
+from parallel_mesh import cpu_mesh
+from titan_parallel import Degrees, ParallelOptions, parallelize
 
 
 def table(
@@ -15,7 +16,7 @@ def table(
     """Return the table, the bytes of all local tensors, and shapes by name."""
     with torch.device("meta"):
         net = Net(tied)
-    model = parallelize(net, build_mesh(degrees, "cpu"), plan(tied), options)
+    model = parallelize(net, cpu_mesh(degrees), plan(tied), options)
     model.materialize("cpu")
     locals_ = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     shapes = {

@@ -13,6 +13,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel_cases import MAX_NORM, STEPS, batch, full_state, summed_loss
+from parallel_mesh import cpu_mesh
 from titan_parallel import (
     Degrees,
     LayoutError,
@@ -20,7 +21,6 @@ from titan_parallel import (
     ParallelModel,
     ParallelOptions,
     ParallelPlan,
-    build_mesh,
     data_axis,
     parallelize,
 )
@@ -213,7 +213,7 @@ def train(
 def parallel_model(
     degrees: Degrees, options: ParallelOptions | None = None, gathered: bool = False, one_expert: bool = False
 ) -> ParallelModel:
-    return parallelize(build(gathered, one_expert), build_mesh(degrees, "cpu"), plan(gathered), options)
+    return parallelize(build(gathered, one_expert), cpu_mesh(degrees), plan(gathered), options)
 
 
 def share(model: ParallelModel, step: int, microbatches: int = 1) -> tuple[list[Microbatch], int]:
@@ -346,7 +346,7 @@ def refusal(degrees: Degrees, changed: ParallelPlan) -> str:
     """Return the message that `parallelize` refuses with."""
     merged: ParallelPlan = {**plan(), **changed}
     try:
-        parallelize(build(), build_mesh(degrees, "cpu"), merged)
+        parallelize(build(), cpu_mesh(degrees), merged)
     except LayoutError as error:
         return str(error)
     return ""

@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor
 
 import parallel_cases as cases
 from parallel_cases import DIM, HEADS, Mixer, Net, batch, full_state, summed_loss
+from parallel_mesh import cpu_mesh
 from titan_parallel import (
     Degrees,
     Microbatch,
     ParallelOptions,
     ParallelPlan,
-    build_mesh,
     data_axis,
     parallelize,
 )
@@ -68,13 +68,13 @@ def train(
     microbatches: int = 1,
 ) -> dict[str, Any]:
     torch._dynamo.reset()
-    model = parallelize(build(kv_heads), build_mesh(degrees, "cpu"), plan(kv_heads), options)
+    model = parallelize(build(kv_heads), cpu_mesh(degrees), plan(kv_heads), options)
     return cases.train_laid_out(model, microbatches)
 
 
 def held(degrees: Degrees, kv_heads: int) -> dict[str, Any]:
     """Return what of the first key projection this rank holds, and whether state comes through a round trip."""
-    plain, mesh = build(kv_heads), build_mesh(degrees, "cpu")
+    plain, mesh = build(kv_heads), cpu_mesh(degrees)
     model, other = (parallelize(build(kv_heads), mesh, plan(kv_heads)) for _ in range(2))
     weight = dict(model.named_parameters())["stack.0.mix.key.weight"]
     with torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import parallel_net as net
+from parallel_mesh import cpu_mesh
 from parallel_net import Shape
 from titan_parallel import (
     SCHEDULES,
@@ -23,7 +24,6 @@ from titan_parallel import (
     ParallelOptions,
     ParallelPlan,
     PipelineOptions,
-    build_mesh,
     data_axis,
     parallelize,
 )
@@ -116,14 +116,15 @@ def cases() -> Iterator[Case]:
     yield from (layout(**{degree: 2}, shape=Shape(tied=True)) for degree in ("dp_shard", "pp"))
     yield layout(tp=2, shape=Shape(tied=True), mark="slow")
     yield layout(dp_shard=2, microbatches=4)
-    yield from (layout(**both, microbatches=2, context=kind, mark="slow") for kind in ("ring", "ulysses"))
+    yield from (layout(**both, microbatches=2, context=kind, mark="nightly") for kind in ("ring", "ulysses"))
     yield from (layout(**both, activation_checkpointing=mode, mark=mark) for mode, mark in MODES.items())
-    yield from (layout(ep=2, tp=2, activation_checkpointing=mode, mark=mark) for mode, mark in MODES.items())
+    yield from (layout(ep=2, tp=2, activation_checkpointing=mode, mark="nightly") for mode in MODES)
     yield from (layout(pp=2, dp_shard=2, activation_checkpointing=mode, mark=mark) for mode, mark in MODES.items())
-    compiled = {"compile_blocks": True, "compile_backend": "aot_eager", "mark": "slow"}
-    yield from (layout(**{degree: 2, "dp_shard": 2}, **compiled) for degree in ("tp", "pp", "cp", "ep"))
+    compiled = {"compile_blocks": True, "compile_backend": "aot_eager"}
+    for degree, mark in (("tp", "slow"), ("pp", "nightly"), ("cp", "nightly"), ("ep", "slow")):
+        yield layout(**{degree: 2, "dp_shard": 2}, **compiled, mark=mark)
     yield layout(pp=2, dp_shard=2, shape=Shape(tied=True), mark="slow")
-    yield layout(pp=2, tp=2, shape=Shape(tied=True), mark="slow")
+    yield layout(pp=2, tp=2, shape=Shape(tied=True), mark="nightly")
     # Products of three, on eight processes.
     yield layout(dp_shard=2, tp=2, pp=2, mark="slow")
     for degrees in (
@@ -179,7 +180,7 @@ def plan(shape: Shape) -> ParallelPlan:
 def train(case: Case) -> dict[str, Any]:
     """Train the steps of `parallel_net.reference`, laid out over the group."""
     torch._dynamo.reset()
-    mesh = build_mesh(case.degrees, "cpu")
+    mesh = cpu_mesh(case.degrees)
     model = parallelize(net.build(case.shape), mesh, plan(case.shape), case.options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, eps=net.EPS)
     place = data_axis(mesh)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from parallel_cases import batch, build, full_state, plan, summed_loss
+from parallel_mesh import cpu_mesh
 from titan_parallel import (
     Degrees,
     LayoutError,
@@ -79,7 +80,7 @@ def disagreement(what: str) -> str:
 def laid_out_before() -> list[str]:
     """Return what models are refused with that somebody has laid out, and meshes that somebody has made."""
     world_size = dist.get_world_size()
-    mesh = build_mesh(Degrees(), "cpu")
+    mesh = cpu_mesh(Degrees())
     sharded = build(False)
     fully_shard(sharded.stack[1])
     models: list[nn.Module] = [sharded, _model(Degrees()).parts[0], nn.parallel.DistributedDataParallel(build(False))]
@@ -107,7 +108,7 @@ def dropped(seed: int, sequence_parallel: bool) -> str:
     net = build(False)
     net.stack[1].mlp.append(nn.Dropout(0.5))
     options = ParallelOptions(sequence_parallel=sequence_parallel)
-    model = parallelize(net, build_mesh(Degrees(tp=world_size), "cpu"), plan(False), options)
+    model = parallelize(net, cpu_mesh(Degrees(tp=world_size)), plan(False), options)
     tokens, labels = batch(0)
     torch.manual_seed(rank * seed)
     return _message(lambda: model.forward_backward([Microbatch((tokens,), labels)], summed_loss, 1.0))
@@ -119,7 +120,7 @@ def unshardable(degrees: Degrees) -> str:
     net.last.temperature = nn.Parameter(torch.ones(()))
     net.vocab_out.weight.data = net.vocab_out.weight.data.t().contiguous().t()
     words: ParallelPlan = {**plan(False), "tensor": {**plan(False)["tensor"], "last.temperature": "replicate"}}
-    return _message(lambda: parallelize(net, build_mesh(degrees, "cpu"), words))
+    return _message(lambda: parallelize(net, cpu_mesh(degrees), words))
 
 
 def look_between(degrees: Degrees, look: str) -> dict[str, Tensor]:
@@ -168,7 +169,7 @@ def add_twice(degrees: Degrees) -> float:
 
 def norm_of_bf16(degrees: Degrees) -> tuple[float, float, bool]:
     """Return the norm of bf16 gradients as clipping gives it and as one gets it in fp64, and whether it was fp32."""
-    model = parallelize(build(False).bfloat16(), build_mesh(degrees, "cpu"), plan(False))
+    model = parallelize(build(False).bfloat16(), cpu_mesh(degrees), plan(False))
     tokens, labels = batch(0)
     model.forward_backward([Microbatch((tokens,), labels)], summed_loss, labels.numel())
     exact = torch.stack([_full(p.grad).double().square().sum() for p in model.parameters()]).sum().sqrt()
@@ -177,7 +178,7 @@ def norm_of_bf16(degrees: Degrees) -> tuple[float, float, bool]:
 
 
 def _model(degrees: Degrees) -> ParallelModel:
-    return parallelize(build(False), build_mesh(degrees, "cpu"), plan(False))
+    return parallelize(build(False), cpu_mesh(degrees), plan(False))
 
 
 def _message(call: Callable[[], object]) -> str:

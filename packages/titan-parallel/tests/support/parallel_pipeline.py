@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel_cases import DIM, HEADS, MAX_NORM, ROWS, SEQ, STEPS, VOCAB, batch, full_state, summed_loss
+from parallel_mesh import cpu_mesh
 from titan_parallel import (
     Degrees,
     Microbatch,
@@ -22,7 +23,6 @@ from titan_parallel import (
     ParallelOptions,
     ParallelPlan,
     PipelineOptions,
-    build_mesh,
     data_axis,
     parallelize,
 )
@@ -162,7 +162,7 @@ class Case:
 
     def model(self) -> ParallelModel:
         options = replace(self.options, pipeline=self.pipeline)
-        mesh = build_mesh(self.degrees, "cpu")
+        mesh = cpu_mesh(self.degrees)
         return parallelize(build(self.tied, self.layers, self.wraps), mesh, plan(self.tied), options)
 
     def expected(self) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def fill_from_meta(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], Te
     with torch.device("meta"):
         net = Documents(case.tied, case.layers, case.wraps)
     options = replace(case.options, pipeline=case.pipeline)
-    model = parallelize(net, build_mesh(case.degrees, "cpu"), plan(case.tied), options)
+    model = parallelize(net, cpu_mesh(case.degrees), plan(case.tied), options)
     model.materialize("cpu")
     values = {**build(case.tied, case.layers).state_dict()}
     _fill(model, values)
@@ -381,7 +381,7 @@ def refusal(kind: str, changed: ParallelPlan, options: ParallelOptions, count: i
     torch.manual_seed(0)
     net = Odd(kind)
     try:
-        model = parallelize(net, build_mesh(Degrees(pp=2), "cpu"), {**plan(False), **changed}, options)
+        model = parallelize(net, cpu_mesh(Degrees(pp=2)), {**plan(False), **changed}, options)
         mine, scored = microbatches(model, 0, count)
         if kind == "shapes":
             mine[1] = Microbatch((mine[1].args[0][:, :4],), mine[1].target[:, :4], {"document_ids": mine[1].args[0]})
@@ -402,7 +402,7 @@ def odd_gradients(kind: str, schedule: str) -> dict[str, Tensor]:
         return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     options = ParallelOptions(pipeline=PipelineOptions(schedule=schedule))
     laid: ParallelPlan = {**plan(False), "before": ["table", "places", "turn"]}
-    model = parallelize(net, build_mesh(Degrees(pp=dist.get_world_size()), "cpu"), laid, options)
+    model = parallelize(net, cpu_mesh(Degrees(pp=dist.get_world_size())), laid, options)
     model.forward_backward(microbatches(model, 0, 4)[0], summed_loss, 1.0)
     return {name: to_full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 

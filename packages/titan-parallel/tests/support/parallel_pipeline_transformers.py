@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel_cases import full_state
+from parallel_mesh import cpu_mesh
 from parallel_transformers import EPS, ROWS, SEQ, STEPS, VOCAB, batch, summed_loss
 from titan_parallel import (
     Degrees,
@@ -15,7 +16,6 @@ from titan_parallel import (
     ParallelOptions,
     ParallelPlan,
     PipelineOptions,
-    build_mesh,
     data_axis,
     parallelize,
 )
@@ -76,7 +76,7 @@ def build(family: str) -> nn.Module:
 
 def train(family: str, degrees: Degrees, schedule: str) -> tuple[list[float], Any, Tensor]:
     options = ParallelOptions(pipeline=PipelineOptions(schedule=schedule))
-    model = parallelize(build(family), build_mesh(degrees, "cpu"), PLANS[family], options)
+    model = parallelize(build(family), cpu_mesh(degrees), PLANS[family], options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)
     place = data_axis(model.mesh)
     losses = []

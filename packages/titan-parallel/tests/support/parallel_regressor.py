@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel_cases import full_state
-from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, build_mesh, data_axis, parallelize
+from parallel_mesh import cpu_mesh
+from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, data_axis, parallelize
 
 FEATURES, DIM, HEADS, SEQ, ROWS, STEPS = 6, 32, 4, 8, 8, 4
 
@@ -110,7 +111,7 @@ def reference() -> dict[str, Any]:
 
 
 def train(degrees: Degrees, options: ParallelOptions) -> dict[str, Any]:
-    model = parallelize(build(), build_mesh(degrees, "cpu"), PLAN, options)
+    model = parallelize(build(), cpu_mesh(degrees), PLAN, options)
     optimizer = torch.optim.SGD(trainable(model.parameters()), lr=2e-2)
     place = data_axis(model.mesh)
     losses = []

@@ -7,14 +7,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from parallel_cases import Net, batch, build, plan, summed_loss
-from titan_parallel import Degrees, Microbatch, ParallelOptions, build_mesh, parallelize
+from parallel_mesh import cpu_mesh
+from titan_parallel import Degrees, Microbatch, ParallelOptions, parallelize
 
 
 def offloaded() -> tuple[list[bool], set[str], set[str]]:
     """Return which units offload, and where weights, gradients and buffers of a model built on meta then are."""
     with torch.device("meta"):
         net = Net(False)
-    model = parallelize(net, build_mesh(Degrees(), "cpu"), plan(False), ParallelOptions(cpu_offload=True))
+    model = parallelize(net, cpu_mesh(Degrees()), plan(False), ParallelOptions(cpu_offload=True))
     model.materialize("cpu")
     model.load_state_dict({name: _filled(value) for name, value in model.state_dict().items()})
     tokens, labels = batch(0)
@@ -28,7 +29,7 @@ def offloaded() -> tuple[list[bool], set[str], set[str]]:
 
 def gathered_between(options: ParallelOptions) -> list[int]:
     """Return over how many ranks each block's weights are sharded between its forward and its backward."""
-    model = parallelize(build(False), build_mesh(Degrees(), "cpu"), plan(False), options)
+    model = parallelize(build(False), cpu_mesh(Degrees()), plan(False), options)
     tokens, labels = batch(0)
     found = []
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 import parallel_heads
 from parallel_cases import batch, build, plan, summed_loss
-from titan_parallel import Degrees, Microbatch, ParallelModel, ParallelOptions, build_mesh, parallelize
+from parallel_mesh import cpu_mesh
+from titan_parallel import Degrees, Microbatch, ParallelModel, ParallelOptions, parallelize
 
 KINDS = {
     "allgather": "all_gather",
@@ -22,13 +23,13 @@ KINDS = {
 
 def collectives(degrees: Degrees, options: ParallelOptions, microbatches: int) -> tuple[dict[str, int], dict[str, int]]:
     """Count what a step's forward and backward send, and what clipping then sends."""
-    return _collectives(parallelize(build(False), build_mesh(degrees, "cpu"), plan(False), options), microbatches)
+    return _collectives(parallelize(build(False), cpu_mesh(degrees), plan(False), options), microbatches)
 
 
 def collectives_of_shared_heads() -> tuple[dict[str, int], dict[str, int]]:
     """Count those of ranks that share one key/value head."""
     world_size = dist.get_world_size()
-    mesh = build_mesh(Degrees(tp=world_size), "cpu")
+    mesh = cpu_mesh(Degrees(tp=world_size))
     return _collectives(parallelize(parallel_heads.build(1), mesh, parallel_heads.plan(1)), 1)
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel_cases import full_state
-from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, build_mesh, data_axis, parallelize
+from parallel_mesh import cpu_mesh
+from titan_parallel import Degrees, Microbatch, ParallelOptions, ParallelPlan, data_axis, parallelize
 
 VOCAB, ROWS, SEQ, STEPS = 64, 8, 16, 5
 EPS = 1e-5  # well above rounding, which Adam would blow up where a gradient is next to nothing
@@ -94,7 +95,7 @@ def reference(model: nn.Module) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def train(family: str, degrees: Degrees, options: ParallelOptions) -> tuple[list[float], dict[str, Tensor], Tensor]:
-    model = parallelize(build(family), build_mesh(degrees, "cpu"), PLANS[family], options)
+    model = parallelize(build(family), cpu_mesh(degrees), PLANS[family], options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)
     place = data_axis(model.mesh)
     losses = []

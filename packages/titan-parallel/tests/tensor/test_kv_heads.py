@@ -26,7 +26,7 @@ def test_two_ranks_share_one_head(ranks2: Ranks, plain: dict[int, dict]) -> None
     "options",
     [
         ParallelOptions(sequence_parallel=False, activation_checkpointing="selective"),
-        ParallelOptions(compile_blocks=True, compile_backend="aot_eager"),
+        pytest.param(ParallelOptions(compile_blocks=True, compile_backend="aot_eager"), marks=pytest.mark.nightly),
     ],
     ids=["no-sp-sac", "compile"],
 )
@@ -40,7 +40,7 @@ def test_with_options(ranks2: Ranks, plain: dict[int, dict], options: ParallelOp
     [
         (Degrees(tp=4), 2),
         (Degrees(tp=2), 1),
-        (Degrees(dp_replicate=2, tp=2), 1),
+        pytest.param(Degrees(dp_replicate=2, tp=2), 1, marks=pytest.mark.nightly),
     ],
     ids=["tp4-of-2", "fsdp-tp2-of-1", "ddp-tp2-of-1"],
 )
