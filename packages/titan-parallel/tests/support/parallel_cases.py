@@ -22,7 +22,7 @@ from titan_parallel import (
     parallelize,
 )
 
-VOCAB, DIM, HEADS, SEQ, ROWS, STEPS, MAX_NORM = 32, 32, 4, 16, 8, 5, 0.3
+VOCAB, DIM, HEADS, SEQ, ROWS, STEPS, MAX_NORM = 32, 32, 4, 16, 8, 3, 0.3
 # An eps well above rounding: a key bias has no true gradient, and Adam would amplify its noise to full steps.
 
 

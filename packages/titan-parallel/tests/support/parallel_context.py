@@ -27,7 +27,7 @@ from titan_parallel import (
 )
 from titan_parallel.context.layout import is_balanced, take_part
 
-VOCAB, DIM, HEADS, KV_HEADS, SEQ, ROWS, STEPS, MAX_NORM = 32, 32, 4, 2, 16, 4, 5, 0.3
+VOCAB, DIM, HEADS, KV_HEADS, SEQ, ROWS, STEPS, MAX_NORM = 32, 32, 4, 2, 16, 4, 3, 0.3
 HEAD_DIM = DIM // HEADS
 
 

@@ -12,7 +12,7 @@ import titan_model
 from titan_model import DecoderConfig
 from titan_parallel import Degrees, Microbatch, ParallelOptions, build_mesh, data_axis, parallelize
 
-VOCAB, SEQ, ROWS, STEPS, MAX_NORM = 64, 32, 4, 5, 0.3
+VOCAB, SEQ, ROWS, STEPS, MAX_NORM = 64, 32, 4, 3, 0.3
 FAMILIES = {
     "llama": {"n_kv_heads": 2},
     "qwen3": {"n_kv_heads": 2, "qk_norm": True, "head_dim": 16, "tied_embeddings": True},
