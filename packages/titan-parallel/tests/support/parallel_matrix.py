@@ -113,8 +113,8 @@ def cases() -> Iterator[Case]:
     yield layout(ep=4, mark="slow")
     # With what else there is to choose.
     both = {"tp": 2, "cp": 2}
-    yield from (layout(**{degree: 2}, shape=Shape(tied=True)) for degree in ("dp_shard", "pp"))
-    yield layout(tp=2, shape=Shape(tied=True), mark="slow")
+    for degree, mark in (("dp_shard", ""), ("tp", "slow"), ("pp", "")):
+        yield layout(**{degree: 2}, shape=Shape(tied=True), mark=mark)
     yield layout(dp_shard=2, microbatches=4)
     yield from (layout(**both, microbatches=2, context=kind, mark="nightly") for kind in ("ring", "ulysses"))
     yield from (layout(**both, activation_checkpointing=mode, mark=mark) for mode, mark in MODES.items())
