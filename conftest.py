@@ -61,8 +61,15 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"hypothesis: seed of the day; the same examples by: {again}"]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Raise the numbers of examples for a night, those that tests ask for themselves too."""
+    """Take the cases for the night out of the slow set, and raise the numbers of examples for a night.
+
+    Those that tests ask for themselves are raised too.
+    """
+    for item in items:
+        if item.get_closest_marker("nightly") is not None:
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
     if _profile(config) != "nightly":
         return
     raised = set()

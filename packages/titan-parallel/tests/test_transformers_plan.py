@@ -12,7 +12,6 @@ from ranks import Ranks
 from titan_parallel import Degrees, LayoutError, ParallelOptions, check_plan, plan_from_transformers
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow  # it takes seconds to import, in each process
 
 
 @pytest.fixture(scope="module", params=parallel_transformers.PLANS)
@@ -31,11 +30,13 @@ def same(group: Ranks, plain: tuple[str, list[float], dict[str, Tensor]], *layou
         assert logits.shape == (parallel_transformers.ROWS, parallel_transformers.SEQ, parallel_transformers.VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(tp=2)], ids=["fsdp", "tp"])
 def test_two_processes(ranks2: Ranks, plain: tuple[str, list[float], dict[str, Tensor]], degrees: Degrees) -> None:
     same(ranks2, plain, degrees, ParallelOptions())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -52,6 +53,7 @@ def test_four_processes(
     same(ranks4, plain, Degrees(tp=2), options)
 
 
+@pytest.mark.slow
 def test_plans_of_models_that_are_split_in_other_words() -> None:
     import transformers
 
