@@ -52,7 +52,8 @@ def assert_parity(model: Decoder, **changes: Any) -> None:
 def test_logits_of_llama_agree(
     random_decoder: Callable[..., Decoder], heads: str, rope: str, tied: bool, attention: str
 ) -> None:
-    model = random_decoder(**HEADS[heads], **ROPES[rope], tied_embeddings=tied, norm_eps=1e-3)
+    changes = {**HEADS[heads], **ROPES[rope], "tied_embeddings": tied}
+    model = random_decoder(**changes, norm_eps=1e-3, max_seq_len=4 * SEQ_LEN)
     assert_parity(model, attn_implementation=attention)
 
 

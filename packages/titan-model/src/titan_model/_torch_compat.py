@@ -72,3 +72,12 @@ def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     """
     out: Tensor = torch.ops.aten.silu_backward(grad, x)
     return out
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Raise RuntimeError if a bool scalar is false: on the CPU at once, on CUDA on the device, without waiting.
+
+    torch 2.11 to 2.15: the only function that does this without a synchronization; CUDA prints up to 255 characters
+    of the message. It is documented but has a private name. Remove this when torch exports it under a public one.
+    """
+    torch._assert_async(condition, message)

@@ -25,6 +25,7 @@ from titan_model.layers.norms import make_norm
 from titan_model.layers.rope import inverse_frequencies, rotation
 from titan_model.loss import LossSums
 from titan_model.moe.layer import MoE
+from titan_model.token_ids import check_range
 
 
 class Block(nn.Module):
@@ -101,11 +102,11 @@ class Decoder(nn.Module):
         """Return next-token logits or, given labels, the loss, which never materializes all logits.
 
         Args:
-            tokens: Integers `[B, S]`.
-            positions: Integers `[B, S]`, restarting at each document; None counts from 0.
+            tokens: Integers `[B, S]` in `range(V)`.
+            positions: Integers `[B, S]` below `config.max_seq_len`, restarting at each document; None counts from 0.
             document_ids: Integers `[B, S]`; tokens attend only within their own document. None: each sequence is one
                 document.
-            labels: Integers `[B, S]`, already shifted; -100 is not scored.
+            labels: Integers `[B, S]` in `range(V)`, already shifted; -100 is not scored.
             source_ids: Integers `[B]`: the source of each sequence, for a separate loss per source.
             n_sources: Number of sources.
             z_loss: Coefficient of the z-loss; see `linear_cross_entropy`.
@@ -114,13 +115,23 @@ class Decoder(nn.Module):
         Returns:
             Logits `[B, S, V]` in the dtype of the parameters, or the sums of the loss. With a cache, the logits after
             each sequence's last token only, `[B, 1, V]`.
+
+        Raises:
+            ValueError: If a token or a label is outside the vocabulary, or a position is not below
+                `config.max_seq_len`. (On CUDA values are checked on the device, without waiting: CUDA prints the
+                message and fails in a later call.)
         """
+        config = self.config
+        check_range("tokens", tokens, config.vocab_size, "does the tokenizer have more tokens than vocab_size?")
         mask = None
         if cache is not None:
+            _check_length(cache.used + tokens.shape[1], config)
             positions, mask = cache.advance(tokens)
         elif positions is None:
+            _check_length(tokens.shape[1], config)
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        config = self.config
+        else:
+            check_range("positions", positions, config.max_seq_len, _MAX_SEQ_LEN)
         frequencies = inverse_frequencies(
             config.attention_head_dim, config.rope_theta, config.rope_scaling, tokens.device
         )
@@ -138,6 +149,14 @@ class Decoder(nn.Module):
             return logits
         loss: LossSums = self.head(x, labels=labels, source_ids=source_ids, n_sources=n_sources, z_loss=z_loss)
         return loss
+
+
+_MAX_SEQ_LEN = "the model is made for max_seq_len tokens: to exceed it, change max_seq_len in its config"
+
+
+def _check_length(length: int, config: DecoderConfig) -> None:
+    if length > config.max_seq_len:
+        raise ValueError(f"tokens: sequences of {length} exceed {config.max_seq_len}; {_MAX_SEQ_LEN}")
 
 
 def build(config: DecoderConfig, device: torch.device | str = "meta") -> Decoder:

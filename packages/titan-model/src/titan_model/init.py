@@ -127,7 +127,10 @@ def _fill_normal(parameter: Tensor, std: float, key: int) -> None:
     shape, offset = tuple(local.shape), (0,) * local.dim()
     if isinstance(parameter, DTensor):
         shape, offset = local_shape_and_offset(parameter)
-        assert shape == tuple(local.shape)
+        if shape != tuple(local.shape):
+            raise ValueError(
+                f"the local shard of a DTensor is {list(local.shape)}, but its placements say {list(shape)}"
+            )
     flat = local.view(-1)
     for start in range(0, flat.numel(), _CHUNK):
         stop = min(start + _CHUNK, flat.numel())

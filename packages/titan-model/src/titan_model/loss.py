@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from titan_model._torch_compat import local_shape_and_offset
 from titan_model.fused_ops import autocast_dtype
+from titan_model.token_ids import NOT_SCORED, check_range
 
-NOT_SCORED = -100
 _CHUNK_LOGITS = 1 << 26  # logits per chunk: 256 MiB in fp32
 _MIN_CHUNK_TOKENS = 256  # smaller matrix products are slow
 
@@ -60,7 +60,7 @@ def linear_cross_entropy(
     Args:
         x: `[B, S, D]`.
         weight: `[V, D]`; if it is a DTensor sharded over `V`, each rank computes its share of the logits.
-        labels: Integers `[B, S]`, already shifted; -100 is not scored.
+        labels: Integers `[B, S]` in `range(V)`, already shifted; -100 is not scored.
         z_loss: Coefficient of the squared log of the softmax's denominator, summed over scored tokens (PaLM,
             Chowdhery et al. 2022: 1e-4), which keeps logits from drifting.
         source_ids: Integers `[B]`: the source of each sequence, in `range(n_sources)`; None: source 0.
@@ -69,6 +69,10 @@ def linear_cross_entropy(
 
     Returns:
         The sums, in fp32, equal on all ranks that share a sharded weight.
+
+    Raises:
+        ValueError: If a label is neither in `range(V)` nor -100, or the shapes differ. (On CUDA a label is checked on
+            the device, without waiting: CUDA prints the message and fails in a later call.)
 
     Example:
         >>> import torch
@@ -79,9 +83,13 @@ def linear_cross_entropy(
         >>> f"{sums.total.item() / 2:.4f}"  # ln(10): all ten tokens are equally likely
         '2.3026'
     """
+    vocab_size = weight.shape[0]
     group, first_column = None, 0
     if isinstance(weight, DTensor):
         x, weight, group, first_column = _local_shares(x, weight)
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(f"labels: shape {list(labels.shape)} differs from that of tokens, {list(x.shape[:-1])}")
+    check_range("labels", labels, vocab_size, f"{NOT_SCORED} marks what is not scored", except_value=NOT_SCORED)
     # Cast once here: inside, autocast would cast the weight again for each chunk.
     dtype = autocast_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
@@ -92,7 +100,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         differentiate=torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
     )
-    flat = labels.flatten()
+    flat = labels.flatten().long()
     total, each, z = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, flat, options)
     sources = torch.zeros_like(flat) if source_ids is None else source_ids.repeat_interleave(labels.shape[1])
     zeros = each.new_zeros(n_sources)
@@ -126,7 +134,11 @@ class _Options(NamedTuple):
 def _local_shares(x: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, ProcessGroup, int]:
     """Return `x` unsharded, this rank's rows of `weight`, the ranks that share it, and the number of its first row."""
     mesh = weight.device_mesh
-    assert mesh.ndim == 1, "the head's weight must be split over one mesh dim: FSDP gathers its dim before the forward"
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"weight: it is split over a mesh of {mesh.ndim} dims, must be over one (FSDP gathers its dim before the "
+            "forward): call the loss from the head's own forward"
+        )
     if weight.placements != (Shard(0),):
         weight = weight.redistribute(placements=[Shard(0)])
     if not isinstance(x, DTensor):

@@ -70,6 +70,30 @@ def test_loss_adds_the_gradient_of_its_formula(
     torch.testing.assert_close(balance_experts(balanced)["experts/balance_loss"].float(), by_hand / math.prod(shape))
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_two_backwards_count_the_load_once(rate: float) -> None:
+    once, twice = random_mixture(balance_bias_rate=rate), random_mixture(balance_bias_rate=rate)
+    once(random_input(2, 5)).sum().backward()
+    out = twice(random_input(2, 5))
+    out.sum().backward(retain_graph=True)
+    out.square().sum().backward()  # a second loss of the same forward
+    assert once.router.load.sum() > 0
+    assert torch.equal(once.router.load, twice.router.load)
+    twice(random_input(2, 5)).sum().backward()  # another forward counts
+    assert torch.equal(2 * once.router.load, twice.router.load)
+
+
+def test_two_backwards_with_a_balancing_loss_are_refused() -> None:
+    mixture = random_mixture(balance_loss=2.0)
+    set_num_target_tokens(mixture, 1)
+    out = mixture(random_input(2, 5))
+    out.sum().backward(retain_graph=True)
+    load = mixture.router.load.clone()
+    with pytest.raises(RuntimeError, match="backward was called twice, and the balancing loss"):
+        out.sum().backward()
+    assert torch.equal(mixture.router.load, load)
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_parts_of_a_sequence_add_up_to_its_loss(score: str) -> None:
     options = {"score": score, "balance_loss": 2.0}
@@ -253,7 +277,7 @@ def test_loads_are_summed_over_ranks_at_once() -> None:
 
 
 def test_a_model_without_experts_has_nothing_to_balance(tiny: DecoderConfig) -> None:
-    assert balance_experts(build(tiny), lambda record: pytest.fail("nothing to sum")) == {}
+    assert balance_experts(build(tiny, "meta"), lambda record: pytest.fail("nothing to sum")) == {}
 
 
 def test_state_is_the_bias_alone() -> None:
@@ -264,7 +288,7 @@ def test_state_is_the_bias_alone() -> None:
 
 
 def test_buffers_are_whole_and_wide_after_any_move() -> None:
-    model = build(with_moe(balance_bias_rate=0.1))
+    model = build(with_moe(balance_bias_rate=0.1), "meta")
     model.to_empty(device="cpu")
     routers = [block.ffn.router for block in model.layers.values()]
     for router in routers:

@@ -67,6 +67,9 @@ class KVCache:
         capacity: Maximum number of tokens of a sequence, prompt included.
         device: Device of the model.
 
+    Raises:
+        ValueError: If a prompt has no tokens or more than `capacity`.
+
     Attributes:
         layers: The cache of each block.
         capacity: Maximum number of tokens of a sequence.
@@ -78,10 +81,13 @@ class KVCache:
     def __init__(
         self, layers: Iterable[str], prompt_lengths: Sequence[int], capacity: int, device: torch.device | str
     ) -> None:
+        if not prompt_lengths or min(prompt_lengths) < 1 or max(prompt_lengths) > capacity:
+            raise ValueError(f"KVCache: prompt_lengths must be from 1 to the capacity {capacity}; got {prompt_lengths}")
         self.layers = {name: LayerCache(self) for name in layers}
         self.capacity = capacity
         self.lengths = torch.tensor(prompt_lengths, device=device)
         self.used = 0
+        self._longest_prompt = max(prompt_lengths)
         self.last = (torch.arange(len(prompt_lengths), device=device), self.lengths - 1)
 
     def advance(self, tokens: Tensor) -> tuple[Tensor, Mask | None]:
@@ -92,11 +98,20 @@ class KVCache:
 
         Returns:
             Positions `[1, S]` or `[B, 1]`, and the mask: None means causal.
+
+        Raises:
+            ValueError: If `tokens` has another shape, or there are more tokens than the capacity; nothing is changed.
         """
         new, prefill = tokens.shape[1], self.used == 0
-        assert prefill or new == 1, "KVCache: after the prompts, pass one token of each sequence at a time"
+        if len(tokens) != len(self.lengths):
+            raise ValueError(f"KVCache: it holds {len(self.lengths)} sequences, but tokens has {len(tokens)}")
+        if prefill and new < self._longest_prompt:
+            raise ValueError(f"KVCache: the longest prompt has {self._longest_prompt} tokens, but tokens has {new}")
+        if not prefill and new != 1:
+            raise ValueError(f"KVCache: after the prompts, pass one token of each sequence at a time, not {new}")
+        if self.used + new > self.capacity:
+            raise ValueError(f"KVCache: {self.used + new} tokens exceed its capacity of {self.capacity}")
         self.used += new
-        assert self.used <= self.capacity, f"KVCache: more than its capacity of {self.capacity} tokens"
         slots = torch.arange(self.used, device=tokens.device)
         if prefill:
             return slots[None], None

@@ -29,7 +29,8 @@ class Router(nn.Module):
     `nn.Linear`, so that conversions of linear layers to lower precision (float8) do not apply to it.
 
     Loads are recorded in the backward pass, so that every forward counts exactly once: a recomputed one (activation
-    checkpointing) is not counted twice, one without a backward is not counted.
+    checkpointing) is not counted twice, nor is one with two backward passes, and one without a backward is not counted.
+    The balancing loss enters the gradient once too: if `moe.balance_loss` is set, a second backward is refused.
 
     Args:
         dim: Width of the residual stream (`D`).
@@ -60,6 +61,10 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(moe.n_experts + 2, dtype=torch.float32), persistent=False)
         self.num_target_tokens: Tensor | None = None
         self.sum_over_sequence: Callable[[Tensor], Tensor] | None = None
+
+    def reset_buffers(self, device: torch.device | str) -> None:
+        """Set the buffers that are in no file to their initial values, on a device."""
+        self.load = torch.zeros_like(self.load, device=device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
@@ -144,11 +149,20 @@ class _RecordLoad(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, loss: Tensor | None, record: Tensor, load: Tensor) -> Tensor:
         ctx.save_for_backward(record)
         ctx.load = load  # not `save_for_backward`: it may be changed in place before the backward
-        ctx.has_loss = loss is not None
+        ctx.has_loss, ctx.recorded = loss is not None, False
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (record,) = ctx.saved_tensors
-        ctx.load.add_(record)
+        if torch.compiler.is_compiling():  # compiled code cannot keep the mark; by default it refuses a second backward
+            ctx.load.add_(record)
+        elif not ctx.recorded:
+            ctx.load.add_(record)
+            ctx.recorded = True
+        elif ctx.has_loss:
+            raise RuntimeError(
+                "mixture of experts: backward was called twice, and the balancing loss (moe.balance_loss) would count "
+                "twice; add up the losses and call backward once, or run the forward again"
+            )
         return grad, torch.ones_like(record[0]) if ctx.has_loss else None, None, None
