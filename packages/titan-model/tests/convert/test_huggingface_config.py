@@ -1,5 +1,6 @@
 """`config.json` both ways: every spelling is read as transformers reads it, what is not supported is refused."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_families import FAMILIES
-from titan_model import DecoderConfig, RopeScaling
+from model_families import FAMILIES, random_tokens, randomize
+from titan_model import DecoderConfig, RopeScaling, build, huggingface_map
 from titan_model.config import MoEConfig
 from titan_model.convert.huggingface_config import config_from_huggingface, config_to_huggingface
 
@@ -162,26 +164,58 @@ def test_dense_layers_are_those_of_transformers(settings: dict[str, Any], dense:
     [
         (LLAMA, {"model_type": "mistral"}, ["model_type is 'mistral'", "llama, qwen3, qwen3_moe"]),
         (LLAMA, {"model_type": None}, ["model_type is None"]),
+        (LLAMA, {"model_type": ["llama"]}, ["model_type is ['llama']"]),
         (LLAMA, {"attention_bias": True}, ["attention_bias is True"]),
         (LLAMA, {"mlp_bias": True}, ["mlp_bias is True"]),
         (LLAMA, {"hidden_act": "gelu"}, ["hidden_act is 'gelu'"]),
-        (LLAMA, {"attention_dropout": 0.1}, ["attention_dropout is 0.1"]),
-        (LLAMA, {"quantization_config": {"bits": 4}}, ["quantization_config is {'bits': 4}"]),
+        (LLAMA, {"is_causal": False}, ["is_causal is False"]),
+        (LLAMA, {"attention_multiplier": 0.5}, ["attention_multiplier is 0.5, which is not known", "remove it"]),
+        (LLAMA, {"a_key_of_next_year": {"x": 1}}, ["a_key_of_next_year is {'x': 1}, which is not known"]),
+        (LLAMA, {"logit_scale": 0.5, "embedding_multiplier": 12.0}, ["logit_scale is 0.5", "embedding_multiplier is"]),
+        (LLAMA, {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, ["auto_map replaces AutoModelForCausalLM"]),
+        (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, ["architectures has 'LlamaForSequence"]),
+        (LLAMA, {"sliding_window": 64}, ["sliding_window is 64"]),
         (LLAMA, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor is 0.5"]),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type is 'linear'"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type is 'linear' with a factor of 2.0"]),
         (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type is 'yarn'"]),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, ["factor is missing", "low_freq_factor is missing"]),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "mscale": 2}},
+            ["mscale of the rotary settings is 2"],
+        ),
+        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 2}}, ["attention_factor"]),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["differ by layer (full_attention)"]),
-        (QWEN, {"use_sliding_window": True}, ["use_sliding_window is True"]),
-        (QWEN, {"layer_types": ["sliding_attention"]}, ["layer_types has sliding_attention"]),
+        (LLAMA, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, ["rope_theta is given twice"]),
+        (LLAMA, {"rope_scaling": {"type": "llama3", "rope_type": "default", **LLAMA3}}, ["given twice"]),
+        (
+            LLAMA,
+            {
+                "rope_scaling": {"type": "llama3", **LLAMA3},
+                "rope_parameters": {"type": "llama3", **LLAMA3, "factor": 4},
+            },
+            ["rope_scaling and rope_parameters differ"],
+        ),
+        (
+            LLAMA,
+            {"original_max_position_embeddings": 128, "rope_scaling": {"type": "llama3", **LLAMA3}},
+            ["original_max_position_embeddings is given twice, as 128 and as 64"],
+        ),
+        (QWEN, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}, ["sliding_window is 64"]),
+        (QWEN, {"layer_types": ["sliding_attention"] * 6}, ["layer_types has 'sliding_attention'"]),
+        (QWEN, {"layer_types": ["full_attention"] * 5}, ["layer_types has 5 entries, but num_hidden_layers is 6"]),
         (QWEN, {"hidden_size": None, "vocab_size": None}, ["hidden_size is missing", "vocab_size is missing"]),
-        (MOE, {"num_experts": 0}, ["num_experts is missing"]),
+        (MOE, {"num_experts": 0}, ["num_experts is 0"]),
+        (MOE, {"num_experts": None}, ["num_experts is missing"]),
+        (MOE, {"num_local_experts": 4}, ["num_experts and num_local_experts differ"]),
         (MOE, {"num_experts_per_tok": None}, ["num_experts_per_tok is missing"]),
+        (MOE, {"shared_expert_intermediate_size": 8}, ["shared_expert_intermediate_size is 8, which is not known"]),
+        (MOE, {"use_sliding_window": True, "sliding_window": 64}, ["sliding_window is 64"]),
         (
             MOE,
-            {"attention_bias": True, "use_sliding_window": True, "rope_scaling": {"type": "dynamic"}},
-            ["attention_bias is True", "use_sliding_window is True", "rope_type is 'dynamic'"],
+            {"attention_bias": True, "is_causal": False, "rope_scaling": {"type": "longrope"}},
+            ["attention_bias is True", "is_causal is False", "rope_type is 'longrope'"],
         ),
     ],
 )
@@ -192,6 +226,172 @@ def test_what_a_decoder_is_not_is_refused_by_key_and_value(
     with pytest.raises(ValueError, match=r"config\.json") as caught:
         config_from_huggingface({**values, **changes})
     assert all(part in str(caught.value) for part in said), caught.value
+
+
+def test_quantization_is_named_and_not_printed_whole() -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "modules_to_not_convert": [f"layers.{i}" for i in range(500)]}
+    with pytest.raises(ValueError, match="quant_method 'gptq', bits 4: quantized weights") as caught:
+        config_from_huggingface({**LLAMA, "quantization_config": settings})
+    assert len(str(caught.value)) < 200
+
+
+WRONG = [True, "3", 2.5, -1, 0, [3], {"a": 3}, float("nan"), float("inf"), "x" * 10_000]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: repr(value)[:12])
+@pytest.mark.parametrize("values", [LLAMA, QWEN, MOE], ids=["llama", "qwen3", "qwen3_moe"])
+def test_wrong_types_are_one_error_that_names_all(values: dict[str, Any], value: object) -> None:
+    counts = [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ]
+    counts += ["intermediate_size", "max_position_embeddings", "sliding_window"]
+    counts += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"] if values is MOE else []
+    with pytest.raises(ValueError, match=r"^config\.json") as caught:
+        config_from_huggingface({**values, **dict.fromkeys(counts, value)})
+    assert all(f"{key} is " in str(caught.value) for key in counts), caught.value
+    assert len(str(caught.value)) < 200 * len(counts)
+    # What no key of this kind may be.
+    others = ["rms_norm_eps", "rope_theta", "tie_word_embeddings", "rope_scaling", "layer_types", "architectures"]
+    others += ["norm_topk_prob", "mlp_only_layers", "decoder_sparse_step"] if values is MOE else []
+    for key in others:
+        try:
+            config_from_huggingface({**values, key: value})
+        except ValueError as error:
+            assert len(str(error)) < 400  # noqa: PT017 - some of these values are valid
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_dropout": 0.1, "embd_pdrop": 0.1, "hidden_dropout_prob": 0.5, "classifier_dropout": 0.1},
+        {"hidden_act": "swish"},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 1}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 256}},
+        {"rope_scaling": {}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "factor": 1.0}},
+        {"embedding_multiplier": 1.0, "residual_multiplier": 1, "logits_scaling": 1.0, "partial_rotary_factor": 1.0},
+        {"is_causal": True, "is_encoder_decoder": False, "pruned_heads": {}, "a_key_of_next_year": None},
+        {"architectures": None, "auto_map": {"AutoTokenizer": ["tokenization.Mine", None]}},
+        {"eos_token_id": [1, 2], "bos_token_id": 0, "torch_dtype": "bfloat16", "use_cache": False, "num_labels": 3},
+        {"use_sliding_window": False, "sliding_window": 4096},
+        {"temperature": 0.6, "id2label": {"0": "LABEL_0"}, "_name_or_path": "x", "rope_interleaved": False},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("values", [LLAMA, QWEN, MOE], ids=["llama", "qwen3", "qwen3_moe"])
+def test_what_changes_nothing_passes(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    assert config_from_huggingface({**values, **changes}) == config_from_huggingface(values)
+
+
+def test_windows_that_no_layer_uses_pass() -> None:
+    full = ["full_attention"] * 6
+    for changes in (
+        {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 6},
+        {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0, "layer_types": full},
+    ):
+        assert config_from_huggingface({**QWEN, **changes}) == config_from_huggingface(QWEN)
+
+
+def alternatives(value: object) -> list[object]:
+    """Return other values for a setting, of the same type where that is possible."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value * 2, 1, 0.5]
+    if isinstance(value, str):
+        return ["gelu", "swish", "sliding_attention"]
+    return [True, False, 1, 8, 0.5, "linear", ["sliding_attention", "full_attention"], [0], {"rope_type": "dynamic"}]
+
+
+# What code that all models of transformers share reads from any config.
+SHARED: dict[str, list[Any]] = {
+    "is_causal": [True, False],
+    "sliding_window": [8],
+    "attention_chunk_size": [8],
+    "head_dim": [8, 16],
+    "attn_implementation": ["eager"],
+    "rope_theta": [100.0],
+    "partial_rotary_factor": [0.5],
+    "rope_scaling": [
+        {"rope_type": kind, "factor": factor, **more}
+        for kind in ("linear", "dynamic", "yarn", "default")
+        for factor in (1.0, 4.0)
+        for more in ({}, {"original_max_position_embeddings": 32}, {"attention_factor": 2.0})
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3-moe"])
+def test_every_setting_of_transformers_means_the_same_or_is_refused_by_name(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    values = config_to_huggingface(FAMILIES[family])
+    kind = values["model_type"]
+    defaults = transformers.AutoConfig.for_model(kind).to_dict()
+    settings = {key: alternatives(values.get(key, default)) for key, default in defaults.items()}
+    settings = {key: [*settings.get(key, []), *SHARED.get(key, [])] for key in {**settings, **SHARED}}
+    tried = {"same": 0, "refused": 0, "invalid": 0}
+    for key, choices in settings.items():
+        for choice in choices:
+            # A copy: transformers adds entries to the dicts that it is given.
+            tried[outcome(transformers, copy.deepcopy({**values, key: choice}), key)] += 1
+    assert tried["same"] > 40
+    assert tried["refused"] > 40
+
+
+def outcome(transformers: Any, values: dict[str, Any], key: str) -> str:
+    """Return whether settings are refused, by name; if not, check that the logits are those of transformers."""
+    try:
+        config = config_from_huggingface(values)
+    except ValueError as error:
+        rotary = key.startswith("rope") and ("rotary settings" in str(error) or "rope_type" in str(error))
+        renamed = {"rms_norm_eps": "norm_eps", "initializer_range": "init_std"}
+        known = key in str(error) or renamed.get(key, key) in str(error) or rotary or "config: " in str(error)
+        assert known, (key, values[key], error)  # noqa: PT017
+        return "refused"
+    described = {name: value for name, value in values.items() if name != "model_type"}
+    tokens = random_tokens(config)[:, : config.max_seq_len]
+    try:
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(values["model_type"], **described)
+        )
+        theirs = theirs.float().eval()
+        randomize(theirs)
+        with torch.no_grad():
+            expected = theirs(tokens, use_cache=False).logits
+    except Exception:  # a value that transformers itself does not take
+        return "invalid"
+    ours = build(config, "cpu")
+    ours.load_state_dict(to_internal(dict(theirs.state_dict()), config), strict=not config.tied_embeddings)
+    if config.tied_embeddings:
+        ours.head.weight = ours.embed.weight
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-4)
+    return "same"
+
+
+def to_internal(tensors: dict[str, torch.Tensor], config: DecoderConfig) -> dict[str, torch.Tensor]:
+    internal: dict[str, torch.Tensor] = {}
+    for rule in huggingface_map(config, fused_experts=True).rules:
+        internal |= rule.to_internal({name: tensors[name] for name in rule.external})
+    return internal
+
+
+def test_what_transformers_knows_of_a_family_is_compared_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    key = "layer_norm_style"  # one that a later release may add
+    monkeypatch.setattr(transformers.LlamaConfig, key, "pre", raising=False)
+    assert config_from_huggingface({**LLAMA, key: "pre"}) == config_from_huggingface(LLAMA)
+    with pytest.raises(ValueError, match=f"{key} is 'post', which is not known"):
+        config_from_huggingface({**LLAMA, key: "post"})
 
 
 @pytest.mark.parametrize(

@@ -8,47 +8,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
-
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-# Keys of config.json for which a Decoder supports these values only.
-_ONLY: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0,),
-    "use_sliding_window": (False,),
-    "partial_rotary_factor": (1,),
-    "quantization_config": (),
-}
+from titan_model.config import DecoderConfig, MoEConfig
+from titan_model.convert.errors import shown
+from titan_model.convert.huggingface_keys import ARCHITECTURES, key_errors
+from titan_model.convert.huggingface_rope import read_rope, scaling_to_huggingface
 
 
 def config_from_huggingface(values: Mapping[str, Any]) -> DecoderConfig:
     """Convert a `config.json` to a `DecoderConfig`.
 
-    Both spellings of the rotary settings are read: `rope_theta` with `rope_scaling`, and the `rope_parameters` of
-    transformers 5. Missing keys get the defaults of transformers. Settings that balance the load of experts in training
-    are not read: transformers balances on request only, and with another loss than `balance_loss`.
+    Every key must be known: one that may change what the model computes is refused, by name and with its value. Both
+    spellings of the rotary settings are read: `rope_theta` with `rope_scaling`, and the `rope_parameters` of
+    transformers 5. Missing keys get the defaults of transformers. Dropout is not applied. Settings that balance the
+    load of experts in training are not read: transformers balances on request only, and with another loss than
+    `balance_loss`.
 
     Args:
         values: The contents of a `config.json` of model type `llama`, `qwen3` or `qwen3_moe`.
 
     Raises:
-        ValueError: If a `Decoder` does not support a setting; the message lists every such key and value.
+        ValueError: If a key is missing, has a value of the wrong type or one that a `Decoder` does not support, or is
+            not known; the message lists every such key and value.
     """
     kind = values.get("model_type")
-    if kind not in _ARCHITECTURES:
-        raise ValueError(f"config.json: model_type is {kind!r}; supported are {', '.join(_ARCHITECTURES)}")
-    wrong = _unsupported(values, kind)
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise ValueError(f"config.json: model_type is {shown(kind)}; supported are {', '.join(ARCHITECTURES)}")
+    rope = read_rope(values)
+    wrong = key_errors(values, kind, rope)
     if wrong:
         raise ValueError(f"config.json of a {kind} model: " + "; ".join(wrong))
-    rope = _rope(values)
     heads = values["num_attention_heads"]
     # In Llama the heads together are as wide as the model by default; in Qwen3 the width of a head is independent.
     head_dim = _get(values, "head_dim", default=128 if kind == "qwen3" else None)
@@ -66,8 +54,8 @@ def config_from_huggingface(values: Mapping[str, Any]) -> DecoderConfig:
         max_seq_len=values["max_position_embeddings"],
         norm_eps=_get(values, "rms_norm_eps", default=1e-6),
         qk_norm=kind != "llama",
-        rope_theta=float(_get(rope, "rope_theta", default=_get(values, "rope_theta", default=10_000.0))),
-        rope_scaling=_scaling(rope, values) if _rope_type(rope) == "llama3" else None,
+        rope_theta=rope.base(),
+        rope_scaling=rope.scaling(),
         tied_embeddings=_get(values, "tie_word_embeddings", default=False),
         init_std=_get(values, "initializer_range", default=0.02),
     )
@@ -86,7 +74,7 @@ def config_to_huggingface(config: DecoderConfig) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"Hugging Face's {kind} cannot represent this model: " + "; ".join(wrong))
     values: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[kind]],
+        "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -99,7 +87,7 @@ def config_to_huggingface(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scaling is None else _scaling_to_huggingface(config.rope_scaling),
+        "rope_scaling": None if config.rope_scaling is None else scaling_to_huggingface(config.rope_scaling),
         "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.init_std,
         "attention_bias": False,
@@ -120,66 +108,6 @@ def _get(values: Mapping[str, Any], key: str, *, default: Any) -> Any:
     """Return a value, or the default if the key is missing or null."""
     value = values.get(key)
     return default if value is None else value
-
-
-def _unsupported(values: Mapping[str, Any], kind: str) -> list[str]:
-    """Return one message for each key that is missing or has a value that a `Decoder` does not support."""
-    needed = [*_SIZES, "max_position_embeddings"]
-    if kind == "qwen3_moe":
-        needed += ["num_experts_per_tok", "moe_intermediate_size"]
-        if not values.get("num_experts") and not values.get("num_local_experts"):
-            needed.append("num_experts")
-    if kind != "llama" and "num_key_value_heads" not in values:
-        needed.append("num_key_value_heads")
-    wrong = [f"{key} is missing" for key in needed if not values.get(key)]
-    wrong += [
-        f"{key} is {values[key]!r}, which a Decoder does not support" + (f" (only {only[0]!r})" if only else "")
-        for key, only in _ONLY.items()
-        if values.get(key) is not None and values[key] not in only
-    ]
-    other_layers = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
-    if other_layers:
-        wrong.append(f"layer_types has {', '.join(other_layers)}, a Decoder supports full_attention only")
-    rope = _rope(values)
-    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
-    if nested:
-        wrong.append(f"the rotary settings differ by layer ({', '.join(nested)}), a Decoder has the same in all layers")
-    if _rope_type(rope) not in ("default", "llama3"):
-        wrong.append(f"rope_type is {_rope_type(rope)!r}, a Decoder supports default and llama3")
-    elif _rope_type(rope) == "llama3":
-        lost = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if rope.get(key) is None]
-        wrong += [f"{key} is missing from the rotary settings" for key in lost]
-    if _get(rope, "partial_rotary_factor", default=1) != 1:
-        wrong.append(f"partial_rotary_factor is {rope['partial_rotary_factor']}, a Decoder supports 1 only")
-    return wrong
-
-
-def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    rope: Mapping[str, Any] = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    return rope
-
-
-def _rope_type(rope: Mapping[str, Any]) -> object:
-    return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _scaling(rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_context=_get(rope, "original_max_position_embeddings", default=values["max_position_embeddings"]),
-    )
-
-
-def _scaling_to_huggingface(scaling: RopeScaling) -> dict[str, Any]:
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_context,
-    }
 
 
 def _experts(values: Mapping[str, Any]) -> MoEConfig:
