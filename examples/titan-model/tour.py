@@ -6,7 +6,7 @@ import torch
 from titan_model import SamplingParams, build, count_parameters, flops_per_token, generate, init_parameters, preset
 
 config = preset("debug")
-model = build(config, device="cpu")
+model = build(config)
 init_parameters(model.named_parameters(), config, seed=0)
 
 tokens = torch.randint(0, config.vocab_size, (4, 65), generator=torch.Generator().manual_seed(0))
@@ -37,7 +37,7 @@ import torch
 from titan_model import build, init_parameters, preset, save_huggingface
 
 config = preset("debug_qwen3")
-model = build(config, device="cpu")
+model = build(config)
 init_parameters(model.named_parameters(), config, seed=0)
 folder = Path(tempfile.mkdtemp()) / "my-qwen3"
 save_huggingface(model, folder, dtype=torch.bfloat16)
@@ -49,6 +49,8 @@ from titan_model import load_huggingface
 
 model = load_huggingface(folder)  # device="cuda", dtype=torch.float32, ...
 print(model.config.qk_norm, model.embed.weight.dtype)  # True torch.bfloat16
+padded = load_huggingface(folder, vocab_size=320, attention="sdpa")  # also max_seq_len, balance_loss, ...
+print(padded.head.weight.shape)  # torch.Size([320, 256])
 
 # Use
 
@@ -59,7 +61,7 @@ from titan_model import balance_experts, build, init_parameters, preset, set_num
 
 config = preset("debug_moe")
 config = replace(config, moe=replace(config.moe, balance_bias_rate=1e-3))
-model = build(config, device="cpu")
+model = build(config)
 init_parameters(model.named_parameters(), config, seed=0)
 tokens = torch.randint(0, config.vocab_size, (2, 64))
 set_num_target_tokens(model, tokens.numel())

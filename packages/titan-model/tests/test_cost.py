@@ -21,7 +21,7 @@ EXPERT = re.compile(r"layers\.\d+\.ffn\.experts\.")
 
 @pytest.mark.parametrize("name", presets())
 def test_count_is_what_the_built_preset_holds(name: str) -> None:
-    model = build(preset(name))
+    model = build(preset(name), "meta")
     assert all(parameter.is_meta for parameter in model.parameters())
     assert count_parameters(preset(name)) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -33,7 +33,7 @@ def test_counts_are_what_any_built_config_holds(
 ) -> None:
     config = data.draw(small_configs)
     held = active = 0
-    for name, parameter in build(config).named_parameters():
+    for name, parameter in build(config, "meta").named_parameters():
         held += parameter.numel()
         per_token = 1 if config.moe is None or not EXPERT.match(name) else config.moe.top_k / config.moe.n_experts
         active += round(parameter.numel() * per_token)
@@ -83,7 +83,7 @@ def test_flops_are_those_torch_counts(
     tokens = batch * seq_len
 
     # Weights: every matrix but the embedding's look-up, two FLOPs per weight forward and four backward.
-    model = build(config)
+    model = build(config, "meta")
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     idle = count_parameters(config) - count_active_parameters(config)
     weights = 6 * (matrices - idle - (0 if config.tied_embeddings else model.embed.weight.numel()))

@@ -24,7 +24,7 @@ SPREAD = math.sqrt(1 - 2 * 3 * NormalDist().pdf(3.0) / (2 * NormalDist().cdf(3.0
 
 
 def initialized(config: DecoderConfig, seed: int = 0) -> Decoder:
-    model = build(config)
+    model = build(config, "meta")
     model.to_empty(device="cpu")
     if config.tied_embeddings:
         model.head.weight = model.embed.weight  # `to_empty` took them apart
@@ -118,7 +118,7 @@ def test_a_tied_weight_is_the_embedding(tiny: DecoderConfig) -> None:
 
 def test_tied_weights_that_are_no_longer_tied_are_refused(tiny: DecoderConfig) -> None:
     config = replace(tiny, tied_embeddings=True)
-    model = build(config)
+    model = build(config, "meta")
     model.to_empty(device="cpu")
     assert model.head.weight is not model.embed.weight  # torch's doing, and silent
     with pytest.raises(ValueError, match=r"set `model\.head\.weight = model\.embed\.weight` first"):

@@ -123,7 +123,7 @@ def local_state(
     """Build on meta, split projections by tensor parallelism, then FSDP, materialize and initialize one rank."""
     with rank_of(rank, (dp, tp)) as mesh:
         dp_dim, tp_dim = mesh.mesh_dim_names or ()
-        model = build(config)
+        model = build(config, "meta")
         column, row = ColwiseParallel(), RowwiseParallel()
         styles: dict[str, ParallelStyle] = {
             **{f"attn.{name}_proj": column for name in "qkv"},
@@ -153,7 +153,7 @@ def test_fsdp_and_tensor_parallel_from_meta(tiny: DecoderConfig, dp: int, tp: in
     # 37 embedding rows, heads and widths that the data-parallel degree does not divide: uneven and empty shards.
     config = replace(tiny, ffn_dim=44, tied_embeddings=tied, norm="layernorm")
     whole = whole_state(config)
-    whole_names = {name for name, _ in build(config).named_parameters()}
+    whole_names = {name for name, _ in build(config, "meta").named_parameters()}
     for rank, (dp_rank, tp_rank) in enumerate(itertools.product(range(dp), range(tp))):
         local = local_state(config, rank, dp, tp)
         assert local.keys() == whole_names

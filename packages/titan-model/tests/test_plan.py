@@ -30,7 +30,7 @@ def named(model: nn.Module, glob: str) -> list[str]:
 @given(data=st.data())
 def test_every_glob_names_modules(small_configs: st.SearchStrategy[DecoderConfig], data: st.DataObject) -> None:
     config = data.draw(small_configs)
-    plan, model = parallel_plan(config), build(config)
+    plan, model = parallel_plan(config), build(config, "meta")
     with_experts = sum(config.has_experts(layer) for layer in range(config.n_layers))
     for glob in (*plan["blocks"], *plan["before"], *plan["after"], *plan["tensor"]):
         # One in the model, one in each block, or one in each block of a kind.
@@ -44,7 +44,7 @@ def test_every_glob_names_modules(small_configs: st.SearchStrategy[DecoderConfig
 
 @pytest.mark.parametrize("name", presets())
 def test_presets_have_their_plan(name: str) -> None:
-    plan, model = parallel_plan(preset(name)), build(preset(name))
+    plan, model = parallel_plan(preset(name)), build(preset(name), "meta")
     assert all(named(model, glob) for glob in plan["tensor"])
     assert len(named(model, plan["blocks"][0])) == preset(name).n_layers
 
@@ -55,7 +55,7 @@ def test_every_parameter_has_one_role_and_one_place(
     small_configs: st.SearchStrategy[DecoderConfig], data: st.DataObject
 ) -> None:
     config = data.draw(small_configs)
-    plan, model = parallel_plan(config), build(config)
+    plan, model = parallel_plan(config), build(config, "meta")
     for name, _ in model.named_parameters(remove_duplicate=False):
         owner = name.rpartition(".")[0]
         assert sum(matches(glob, owner) + matches(glob, name) for glob in plan["tensor"]) == 1, name
@@ -79,7 +79,7 @@ def test_places_are_in_the_order_of_the_forward(tiny: DecoderConfig) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_tied_pair_is_there_when_tied(tiny: DecoderConfig, tied: bool) -> None:
     config = replace(tiny, tied_embeddings=tied)
-    plan, model = parallel_plan(config), build(config)
+    plan, model = parallel_plan(config), build(config, "meta")
     assert plan["tied"] == ([("head.weight", "embed.weight")] if tied else [])
     for alias, owner in plan["tied"]:
         assert model.get_parameter(alias) is model.get_parameter(owner)
@@ -98,7 +98,7 @@ def test_a_degree_that_divides_the_sizes_divides_the_weights(
     small_configs: st.SearchStrategy[DecoderConfig], data: st.DataObject
 ) -> None:
     config = data.draw(small_configs)
-    plan, model = parallel_plan(config), build(config)
+    plan, model = parallel_plan(config), build(config, "meta")
     largest = gcd(*plan["divisible"].values(), plan["heads"][1])  # more ranks than that share key/value heads
     for degree in (d for d in range(1, largest + 1) if largest % d == 0):
         for glob, role in plan["tensor"].items():
@@ -132,7 +132,7 @@ def test_column_and_row_follow_one_another(tiny: DecoderConfig, part: str) -> No
     # split is what it takes in.
     moe = MoEConfig(n_experts=2, top_k=1, ffn_dim=8, shared_ffn_dim=8, dense_layers=(0,))
     config = replace(tiny, moe=moe, qk_norm=True)
-    plan, model = parallel_plan(config), build(config)
+    plan, model = parallel_plan(config), build(config, "meta")
     inside = model.layers["1" if "ffn." in part else "0"].get_submodule(part)
     names = [name for name, _ in [*inside.named_children(), *inside.named_parameters(recurse=False)]]
     roles = [plan["tensor"][f"layers.*.{part}.{name}"] for name in names if name.endswith("_proj")]

@@ -62,11 +62,11 @@ def test_model_to_parallel(name: str, eight_ranks: None) -> None:
     assert plan.keys() == get_type_hints(titan_parallel.ParallelPlan).keys()
     tp = 2 if name == "debug_moe" else 4
     titan_parallel.check_plan(plan, titan_parallel.Degrees(tp=tp), sequence_length=128)
-    names = [name for name, _ in titan_model.build(config).named_parameters()]
+    names = [name for name, _ in titan_model.build(config, "meta").named_parameters()]
 
     mesh = titan_parallel.build_mesh(titan_parallel.Degrees(tp=tp), "cpu")
     options = titan_parallel.ParallelOptions(activation_checkpointing="full")
-    model = titan_parallel.parallelize(titan_model.build(config), mesh, plan, options)
+    model = titan_parallel.parallelize(titan_model.build(config, "meta"), mesh, plan, options)
     laid_out = dict(model.named_parameters())
     assert list(laid_out) == names == [key for key in model.state_dict() if not key.endswith("router.bias")]
     for key, parameter in laid_out.items():  # tp does not split routers and norms

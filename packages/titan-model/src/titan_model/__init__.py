@@ -14,15 +14,17 @@ How the parts fit together:
                                       tokens + labels ---> loss --------+---> backward ---> moe.load_balancing
                                                                         +---> convert ---> Hugging Face files
 
-The modules know nothing about ranks or device meshes; `plan` describes how they may be split. `_torch_compat` holds
-every private PyTorch function in use.
+The modules know nothing about ranks or device meshes; `plan` describes how they may be split. `token_ids` checks what
+data gives them, and `_torch_compat` holds every private PyTorch function in use.
 """
 
+from titan_model.companions import Companions
 from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
 from titan_model.convert.errors import WeightsError
 from titan_model.convert.huggingface_config import config_from_huggingface, config_to_huggingface
 from titan_model.convert.huggingface_files import load_huggingface, save_huggingface
 from titan_model.convert.huggingface_names import huggingface_map
+from titan_model.convert.load_changes import LoadChanges
 from titan_model.convert.meta_llama import load_meta, meta_map
 from titan_model.convert.weight_map import DecoderWeightMap
 from titan_model.cost import count_active_parameters, count_parameters, flops_per_token
@@ -39,11 +41,13 @@ from titan_model.presets import preset, preset_names
 
 __all__ = [
     "EXPERT_METRICS",
+    "Companions",
     "Decoder",
     "DecoderConfig",
     "DecoderPlan",
     "DecoderWeightMap",
     "KVCache",
+    "LoadChanges",
     "LossSums",
     "MoEConfig",
     "RopeScaling",

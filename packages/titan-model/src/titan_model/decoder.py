@@ -10,11 +10,13 @@ Shapes: `B` batch, `S` sequence, `D` model dim, `H` query heads, `Hkv` key/value
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import overload
 
 import torch
 from torch import Tensor, nn
 
+from titan_model.companions import Companions
 from titan_model.config import DecoderConfig
 from titan_model.layers.attention import Attention, Rope
 from titan_model.layers.feed_forward import FeedForward
@@ -50,11 +52,18 @@ class Decoder(nn.Module):
 
     Args:
         config: The shape of the model. Under `torch.device("meta")` no memory is allocated.
+
+    Attributes:
+        companions: Tokenizer files and the like of the folder that the model was loaded from; None if there is none.
     """
+
+    _config: DecoderConfig
+    companions: Companions | None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self._config = config
+        self.companions = None
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         # A dict, so that a block keeps its name when other blocks are removed (pipeline stages).
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
@@ -62,6 +71,18 @@ class Decoder(nn.Module):
         self.head = Head(config.dim, config.vocab_size)
         if config.tied_embeddings:
             self.head.weight = self.embed.weight
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The shape of the model, which its modules were built with: it cannot be replaced."""
+        return self._config
+
+    @config.setter
+    def config(self, _: object) -> None:
+        raise AttributeError(
+            "Decoder.config cannot be replaced: the modules were built with it. Build another model with "
+            "`build(dataclasses.replace(model.config, ...))`, or pass the change to load_huggingface"
+        )
 
     @overload
     def forward(
@@ -159,14 +180,14 @@ def _check_length(length: int, config: DecoderConfig) -> None:
         raise ValueError(f"tokens: sequences of {length} exceed {config.max_seq_len}; {_MAX_SEQ_LEN}")
 
 
-def build(config: DecoderConfig, device: torch.device | str = "meta") -> Decoder:
+def build(config: DecoderConfig, device: torch.device | str | None = None) -> Decoder:
     """Build a decoder.
 
     Args:
         config: The shape of the model.
-        device: Device of the parameters. On `meta` (the default) no memory is allocated; elsewhere they have torch's
-            default initialization until `init_parameters` or a checkpoint fills them. (torch's `to_empty` unties
-            weights: set `model.head.weight = model.embed.weight` after it.)
+        device: Device of the parameters; None takes torch's default device. They have torch's default initialization
+            until `init_parameters` or a checkpoint fills them; on `meta` no memory is allocated. (torch's `to_empty`
+            unties weights: set `model.head.weight = model.embed.weight` after it.)
 
     Returns:
         The model.
@@ -175,7 +196,7 @@ def build(config: DecoderConfig, device: torch.device | str = "meta") -> Decoder
         >>> import torch
         >>> from titan_model import build, init_parameters, preset
         >>> config = preset("debug")
-        >>> model = build(config, device="cpu")
+        >>> model = build(config)
         >>> init_parameters(model.named_parameters(), config, seed=0)
         >>> tokens = torch.tensor([[1, 2, 3, 4]])
         >>> model(tokens).shape  # logits
@@ -184,5 +205,5 @@ def build(config: DecoderConfig, device: torch.device | str = "meta") -> Decoder
         >>> sums.scored.tolist()
         [3]
     """
-    with torch.device(device):
+    with nullcontext() if device is None else torch.device(device):
         return Decoder(config)

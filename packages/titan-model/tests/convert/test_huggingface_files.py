@@ -1,6 +1,7 @@
 """Folders: what transformers writes is read, what is written transformers reads, and nothing is half done."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from model_families import (
     to_transformers,
     transformers_model,
 )
-from titan_model import Decoder, build, preset
+from titan_model import Decoder, DecoderConfig, build, preset
 from titan_model.convert.errors import WeightsError
 from titan_model.convert.huggingface_files import load_huggingface, save_huggingface
 from titan_model.convert.huggingface_names import huggingface_map
@@ -254,18 +255,178 @@ def test_weights_of_another_config_are_refused(
         load_huggingface(tmp_path / "model")
 
 
-def test_old_files_hold_rotary_frequencies_that_are_passed_over(
-    random_decoder: Callable[..., Decoder], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "model.layers.1.self_attn.rotary_emb.sin_cached",
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+    ],
+)
+def test_rotary_caches_are_passed_over(random_decoder: Callable[..., Decoder], tmp_path: Path, name: str) -> None:
     model = random_decoder(FAMILIES["llama"])
     save_huggingface(model, tmp_path / "model")
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    rewrite(tmp_path / "model", lambda tensors: tensors.update({name: torch.ones(4)}))
+    rewrite(tmp_path / "model", lambda tensors: tensors.update({name: torch.ones(1, 1, 8, 4)}))
     assert_same_weights(load_huggingface(tmp_path / "model"), model)
+
+
+def renamed(folder: Path, change: Callable[[str], str]) -> str:
+    """Rename all tensors of a folder and return what loading it says."""
+    tensors = {change(name): tensor for name, tensor in held(folder).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError) as caught:
+        load_huggingface(folder)
+    return str(caught.value).removeprefix(f"{folder}: ")
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied-scaled", "qwen3-moe"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda name: name.removeprefix("model."), "the names lack the prefix 'model.': add it to the names"),
+        (lambda name: f"_orig_mod.{name}", "the names have the additional prefix '_orig_mod.': remove it"),
+        (lambda name: f"a.b.{name}", "the names have the additional prefix 'a.b.': remove it"),
+        (
+            lambda name: name.replace("model.", "model.language_model.", 1),
+            "the names have the prefix 'model.language_model.' in place of 'model.': replace it",
+        ),
+        (lambda name: re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name), "the names contain '_orig_mod.', which"),
+    ],
+    ids=["lost", "_orig_mod", "two", "replaced", "in-blocks"],
+)
+def test_a_prefix_is_named_in_one_sentence(
+    random_decoder: Callable[..., Decoder], tmp_path: Path, family: str, change: Callable[[str], str], said: str
+) -> None:
+    save_huggingface(random_decoder(FAMILIES[family]), tmp_path / "model")
+    text = renamed(tmp_path / "model", change)
+    assert text.startswith(said)
+    assert "\n" not in text
+
+
+def test_a_prefix_does_not_hide_what_else_is_wrong(random_decoder: Callable[..., Decoder], tmp_path: Path) -> None:
+    save_huggingface(random_decoder(FAMILIES["llama"]), tmp_path / "model")
+    rewrite(tmp_path / "model", lambda tensors: [tensors.pop("model.norm.weight"), tensors.update(x=torch.ones(3))])
+    first, *lines = renamed(tmp_path / "model", lambda name: f"_orig_mod.{name}").splitlines()
+    assert first.startswith("the names have the additional prefix '_orig_mod.'")
+    assert lines == ["  missing (1): model.norm.weight [32]", "  unexpected (1): x [3]"]
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "kept"),
+    [
+        ("lm_head", torch.bfloat16, torch.float32),
+        ("norm", torch.bfloat16, torch.float32),
+        ("lm_head", torch.float64, torch.float64),
+        ("up_proj", torch.float16, torch.float32),
+        ("", torch.float16, torch.float16),
+        ("", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_the_dtypes_of_a_checkpoint_become_one_that_holds_all_values(
+    random_decoder: Callable[..., Decoder], tmp_path: Path, part: str, dtype: torch.dtype, kept: torch.dtype
+) -> None:
+    save_huggingface(random_decoder(FAMILIES["llama"]), tmp_path / "model")
+    rewrite(
+        tmp_path / "model",
+        lambda tensors: tensors.update({name: value.to(dtype) for name, value in tensors.items() if part in name}),
+    )
+    model = load_huggingface(tmp_path / "model")
+    assert {parameter.dtype for parameter in model.parameters()} == {kept}
+    tokens = random_tokens(model.config)
+    assert model(tokens, labels=tokens).total.isfinite()
+    head = held(tmp_path / "model")["lm_head.weight"]
+    assert torch.equal(model.head.weight, head.to(kept))
+    halves = load_huggingface(tmp_path / "model", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in halves.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("asked", [None, torch.float32])
+@pytest.mark.parametrize(
+    ("names", "dtype", "said"),
+    [
+        ((), torch.int8, r"quantized \(integers\): model\.layers\.0\.mlp\.up_proj\.weight is int8 and 1 more"),
+        ((), torch.uint8, r"integers.* is uint8"),
+        ((), torch.int64, r"integers.* is int64"),
+        ((), torch.float8_e4m3fn, r"quantized \(float8\): .*up_proj\.weight is float8_e4m3fn"),
+        ((), torch.float8_e5m2, r"float8"),
+        (("weight_scale_inv",), torch.float8_e4m3fn, r"float8 with scales of blocks.* is float8_e4m3fn"),
+        (("SCB",), torch.int8, r"bitsandbytes, 8 bits"),
+        (("qweight", "qzeros", "scales"), None, r"GPTQ or AWQ\): model\.layers\.0\.mlp\.up_proj\.qweight is int32"),
+    ],
+)
+def test_quantized_weights_are_named_and_refused(
+    random_decoder: Callable[..., Decoder],
+    tmp_path: Path,
+    names: tuple[str, ...],
+    dtype: torch.dtype | None,
+    said: str,
+    asked: torch.dtype | None,
+) -> None:
+    save_huggingface(random_decoder(FAMILIES["llama"]), tmp_path / "model")
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".up_proj." in name]:
+            stem, weight = name.removesuffix("weight"), tensors.pop(name)
+            tensors |= {f"{stem}{end}": torch.ones(3) if end != "qweight" else weight.int() for end in names}
+            if dtype is not None:
+                tensors[name] = (weight * 100).to(dtype)
+
+    rewrite(tmp_path / "model", quantize)
+    with pytest.raises(WeightsError, match=said):
+        load_huggingface(tmp_path / "model", dtype=asked)
+
+
+@pytest.mark.parametrize("family", TIED)
+def test_a_tied_weight_may_be_stored_under_the_heads_name(
+    random_decoder: Callable[..., Decoder], tmp_path: Path, family: str
+) -> None:
+    model = random_decoder(FAMILIES[family])
+    save_huggingface(model, tmp_path / "model")
+    rewrite(
+        tmp_path / "model",  # as safetensors' save_model does, which keeps the first of shared tensors
+        lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}),
+    )
+    assert_same_weights(load_huggingface(tmp_path / "model"), model)
+
+
+def test_a_whole_file_comes_before_an_old_index(
+    transformers: Any, random_decoder: Callable[..., Decoder], tmp_path: Path
+) -> None:
+    old, new = random_decoder(FAMILIES["llama"]), random_decoder(FAMILIES["llama"])
+    randomize(new, seed=8)
+    save_huggingface(old, tmp_path / "model", max_file_bytes=10_000)
+    save_huggingface(new, tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model" / "model.safetensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokens = random_tokens(new.config)
+    with torch.no_grad():
+        assert_same_logits(load_huggingface(tmp_path / "model")(tokens), theirs(tokens, use_cache=False).logits)
+
+
+def test_a_buffer_that_no_weight_fills_is_refused(
+    random_decoder: Callable[..., Decoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_huggingface(random_decoder(FAMILIES["qwen3-moe"]), tmp_path / "model")
+    loaded = load_huggingface(tmp_path / "model")
+    assert all(buffer.is_cpu and buffer.count_nonzero() == 0 for name, buffer in loaded.named_buffers())
+
+    def with_buffer(config: DecoderConfig, device: str) -> Decoder:
+        model = build(config, device)
+        model.norm.register_buffer("scale", torch.ones(3, device=device), persistent=False)
+        return model
+
+    monkeypatch.setattr("titan_model.convert.loading.build", with_buffer)
+    with pytest.raises(
+        WeightsError, match=r"norm: no weight fills the buffer 'scale', and RMSNorm has no method reset"
+    ):
+        load_huggingface(tmp_path / "model")
 
 
 def test_what_is_not_there_or_damaged_is_said(random_decoder: Callable[..., Decoder], tmp_path: Path) -> None:
     folder = tmp_path / "model"
+    folder.mkdir()
     with pytest.raises(FileNotFoundError, match="does not contain a Hugging Face model"):
         load_huggingface(folder)
     save_huggingface(random_decoder(FAMILIES["llama"]), folder, max_file_bytes=10_000)
@@ -342,7 +503,7 @@ def test_a_folder_with_something_in_it_is_left_alone(random_decoder: Callable[..
 
 def test_models_that_cannot_be_saved_are_refused(random_decoder: Callable[..., Decoder], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"embed\.weight is on the meta device"):
-        save_huggingface(build(FAMILIES["llama"]), tmp_path / "model")
+        save_huggingface(build(FAMILIES["llama"], "meta"), tmp_path / "model")
     with pytest.raises(ValueError, match="norm is 'layernorm'"):
         save_huggingface(random_decoder(FAMILIES["llama"], norm="layernorm"), tmp_path / "model")
     with pytest.raises(ValueError, match="max_file_bytes is 0"):
@@ -353,7 +514,7 @@ def test_models_that_cannot_be_saved_are_refused(random_decoder: Callable[..., D
         save_huggingface(untied, tmp_path / "model")
     wrapped = random_decoder(FAMILIES["llama"])
     wrapped.layers["0"] = torch.nn.ModuleDict({"_orig_mod": wrapped.layers["0"]})  # as torch.compile would
-    with pytest.raises(WeightsError, match=r"unexpected .*layers\.0\._orig_mod\."):
+    with pytest.raises(WeightsError, match=r"the names contain '_orig_mod\.', which a wrapper added"):
         save_huggingface(wrapped, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

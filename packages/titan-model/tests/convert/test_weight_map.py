@@ -111,6 +111,6 @@ def test_a_selection_bias_is_dropped_when_zero_and_refused_otherwise() -> None:
 
 def test_maps_are_data_that_a_model_on_meta_can_make() -> None:
     config = preset("llama3_1_405b")
-    tensors = build(config).state_dict()
+    tensors = build(config, "meta").state_dict()
     for rule in huggingface_map(config).rules:
         assert all(t.is_meta for t in rule.to_external({name: tensors[name] for name in rule.internal}).values())

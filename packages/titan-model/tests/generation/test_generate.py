@@ -225,4 +225,4 @@ def test_the_whole_context_can_be_used(random_decoder: Callable[..., Decoder]) -
 
 def test_a_model_without_weights_is_refused(random_decoder: Callable[..., Decoder]) -> None:
     with pytest.raises(ValueError, match="meta device: call `to_empty`"):
-        generate(build(random_decoder().config), [[1]], max_new_tokens=1)
+        generate(build(random_decoder().config, "meta"), [[1]], max_new_tokens=1)

@@ -172,7 +172,7 @@ def test_what_cuda_kernels_do_not_take_is_refused_or_gone_around(
 
 def test_a_forward_on_meta_gives_shapes() -> None:
     tokens = torch.zeros(2, 6, dtype=torch.int64, device="meta")
-    assert build(CONFIG)(tokens, document_ids=tokens).shape == (2, 6, 9)
+    assert build(CONFIG, "meta")(tokens, document_ids=tokens).shape == (2, 6, 9)
 
 
 def test_on_other_devices_the_default_is_a_mask() -> None:

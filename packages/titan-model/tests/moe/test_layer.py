@@ -293,9 +293,9 @@ def test_inductor_changes_nothing(wrap: Callable[[nn.Module], nn.Module]) -> Non
 
 
 def test_blocks_have_experts_where_the_config_says() -> None:
-    model = build(with_moe(dense_layers=(1,)))
+    model = build(with_moe(dense_layers=(1,)), "meta")
     assert isinstance(model.layers["0"].ffn, MoE)
     assert isinstance(model.layers["1"].ffn, FeedForward)
-    assert isinstance(build(with_moe(shared_ffn_dim=8)).layers["1"].ffn.shared, FeedForward)
+    assert isinstance(build(with_moe(shared_ffn_dim=8), "meta").layers["1"].ffn.shared, FeedForward)
     names = {name for name, _ in model.layers["0"].ffn.named_parameters()}
     assert names == {"router.weight", "experts.gate_proj", "experts.up_proj", "experts.down_proj"}

@@ -99,7 +99,7 @@ def assemble(checked: Checked, process: Process) -> Run:
     config, shape = checked.config, checked.model_config
     mesh = build_mesh(checked.degrees, process.device.type)
     try:
-        model = parallelize(titan_model.build(shape), mesh, checked.plan, checked.options)
+        model = parallelize(titan_model.build(shape, "meta"), mesh, checked.plan, checked.options)
     except LayoutError as error:  # what depends on this process's device
         raise ConfigError(f"[parallel] {with_keys(str(error))}") from None
     share_sequences(model.parts, mesh["cp"])

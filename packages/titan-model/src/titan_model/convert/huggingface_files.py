@@ -12,8 +12,9 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,10 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titan_model.companions import Companions
 from titan_model.convert.errors import WeightsError, check_shapes
+from titan_model.convert.folders import check_downloaded, open_folder, read_json_object
+from titan_model.convert.huggingface_companions import CONFIG, companion_files, config_with, read_companions
 from titan_model.convert.huggingface_config import config_from_huggingface
 from titan_model.convert.huggingface_names import huggingface_map
-from titan_model.convert.loading import TensorSource, internal_tensors, load_mapped, read_json_object
+from titan_model.convert.load_changes import LoadChanges, change_config
+from titan_model.convert.loading import TensorSource, internal_tensors, load_mapped
 from titan_model.convert.weight_map import TensorRule
 from titan_model.decoder import Decoder
 
@@ -32,7 +37,10 @@ _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_huggingface(
-    directory: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    **changes: Unpack[LoadChanges],
 ) -> Decoder:
     """Build a decoder from a folder that transformers' `save_pretrained` wrote or that was downloaded from the Hub.
 
@@ -43,15 +51,22 @@ def load_huggingface(
         directory: Folder with `config.json` (model type `llama`, `qwen3` or `qwen3_moe`) and `model.safetensors`, or
             several files and `model.safetensors.index.json`.
         device: Device of the parameters.
-        dtype: Dtype of the parameters; None keeps that of the files.
+        dtype: Dtype of the parameters; None keeps that of the files or, if they mix several, takes the smallest that
+            holds all their values.
+        changes: Settings that differ from those of `config.json`, by the names of `DecoderConfig` and `MoEConfig`:
+            `attention`, `norm`, `max_seq_len`, `rope_theta`, `rope_scaling`, `init_std`, `vocab_size`, `balance_loss`
+            and `balance_bias_rate`. With a larger `vocab_size` each new row of embedding and head is the mean of the
+            file's rows; with a smaller one the last rows are dropped.
 
     Returns:
         The model. Its head is tied to its embedding if `config.json` says so.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If `config.json` has a setting that a `Decoder` does not support.
-        WeightsError: If tensors are missing, unexpected or of the wrong shape; the message lists all of them.
+        FileNotFoundError: If the folder or a file is missing.
+        ValueError: If `config.json` has a setting that a `Decoder` does not support, or a change is not possible.
+        WeightsError: If tensors are missing, unexpected, quantized or of the wrong shape; the message lists all of
+            them. If the folder is another thing (a LoRA adapter, files that Git LFS did not download); the message says
+            what it is.
 
     Example:
         >>> import tempfile
@@ -62,23 +77,32 @@ def load_huggingface(
         >>> model.config == preset("debug_qwen3")
         True
     """
-    directory = Path(directory)
-    config = config_from_huggingface(read_json_object(directory / "config.json", "a Hugging Face model"))
+    directory = open_folder(directory)
+    stored = config_from_huggingface(read_json_object(directory / CONFIG, "a Hugging Face model"))
+    config = change_config(stored, changes)
+    stored = replace(config, vocab_size=stored.vocab_size)
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         for path in _weight_files(directory):
+            check_downloaded(path)
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:
                 raise WeightsError(f"{path}: corrupt, or not a safetensors file: {error}") from None
+            if twice := sorted(files.keys() & set(file.keys())):
+                raise WeightsError(f"{path}: {twice[0]} is in another file too: remove the files that are not needed")
             files |= dict.fromkeys(file.keys(), file)
         source = TensorSource(
             where=str(directory),
             shapes={name: file.get_slice(name).get_shape() for name, file in files.items()},
+            dtypes={name: _dtype_name(file.get_slice(name).get_dtype()) for name, file in files.items()},
             fetch=lambda name: files[name].get_tensor(name),
         )
         fused_experts = any(name.endswith(".experts.gate_up_proj") for name in files)
-        return load_mapped(config, huggingface_map(config, fused_experts=fused_experts), source, device, dtype)
+        weights = huggingface_map(stored, fused_experts=fused_experts)
+        model = load_mapped(stored, weights, source, device, dtype, vocab_size=config.vocab_size)
+    model.companions = read_companions(directory)
+    return model
 
 
 def save_huggingface(
@@ -87,12 +111,14 @@ def save_huggingface(
     *,
     dtype: torch.dtype | None = None,
     max_file_bytes: int = 5_000_000_000,
+    tokenizer: str | os.PathLike[str] | None = None,
     extra_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that transformers' `AutoConfig` and `AutoModelForCausalLM.from_pretrained` read.
 
     The folder appears under its name only when it is complete. Tied weights are written once. Besides the model, memory
-    holds the tensors of one file at most. Tokenizer files are not written: copy them into the folder afterwards.
+    holds the tensors of one file at most. Tokenizer files, chat templates, `generation_config.json` and token ids are
+    written as they were in the folder that the model was loaded from, or in `tokenizer`.
 
     Args:
         model: The model, unsharded.
@@ -100,12 +126,14 @@ def save_huggingface(
         dtype: Dtype of the written tensors; None keeps that of the parameters.
         max_file_bytes: Size of its tensors above which a new file is started. (The external tensors that one tensor of
             the model becomes stay in one file, for example those of a block's experts.)
-        extra_config: Further entries of `config.json`, such as `bos_token_id` and `eos_token_id`.
+        tokenizer: Folder with the files of a tokenizer; None takes those that the model was loaded with, if any.
+        extra_config: Further entries of `config.json`, such as `bos_token_id` and `eos_token_id`. They cannot override
+            what describes the model.
 
     Raises:
         FileExistsError: If the folder exists and is not empty.
-        ValueError: If transformers has no architecture for this model, or the parameters are sharded or on the meta
-            device.
+        ValueError: If transformers has no architecture for this model, the parameters are sharded or on the meta
+            device, or `extra_config` contradicts the model.
         WeightsError: If the model's tensors do not match its config (wrapped modules, for example).
     """
     directory = Path(directory).absolute()
@@ -117,13 +145,20 @@ def save_huggingface(
     tensors = _unsharded_tensors(model)
     files = _split(weights.rules, tensors, dtype, max_file_bytes)
     kept = dtype or tensors["embed.weight"].dtype
-    values = {**weights.config, "torch_dtype": str(kept).removeprefix("torch."), **(extra_config or {})}
+    extra = dict(extra_config or {})
+    companions = model.companions if tokenizer is None else read_companions(open_folder(tokenizer))
+    companions = companions or Companions()
+    described = {**weights.config, "torch_dtype": str(kept).removeprefix("torch.")}
+    values = config_with(described, companions, extra)
+    beside = companion_files(companions, values, extra)
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     staging.mkdir()
     try:
-        _write_json(staging / "config.json", values)
+        _write_json(staging / CONFIG, values)
+        for name, content in beside.items():
+            _write(staging / name, content)
         _write_files(staging, files, tensors, dtype)
         staging.replace(directory)  # replaces an empty folder; fails on any other
     except BaseException:
@@ -132,7 +167,12 @@ def save_huggingface(
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a model folder: those that the index lists, or the single file."""
+    """Return the safetensors files of a model folder: the single file or, without one, those that the index lists.
+
+    The order is that of transformers, which leaves an old index behind when it saves a single file.
+    """
+    if (directory / _ONE_FILE).is_file():
+        return [directory / _ONE_FILE]
     index = directory / _INDEX
     if index.is_file():
         listed = read_json_object(index, "a Hugging Face model").get("weight_map")
@@ -143,11 +183,16 @@ def _weight_files(directory: Path) -> list[Path]:
         if missing:
             raise FileNotFoundError(f"{directory}: missing {', '.join(missing)}, listed in {_INDEX}")
         return paths
-    if (directory / _ONE_FILE).is_file():
-        return [directory / _ONE_FILE]
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     why = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
     raise FileNotFoundError(f"{directory}: neither {_ONE_FILE} nor {_INDEX} found{why}")
+
+
+def _dtype_name(code: str) -> str:
+    """Return torch's name of a dtype of safetensors, or its code if it is not one that weights may have."""
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+    names |= {"F8_E5M2": "float8_e5m2"} | {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+    return names.get(code) or ("uint8" if code == "U8" else code.lower())
 
 
 def _unsharded_tensors(model: Decoder) -> dict[str, Tensor]:
@@ -211,8 +256,12 @@ def _write_files(
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
+    _write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -35,8 +35,9 @@ def huggingface_map(config: DecoderConfig, *, fused_experts: bool = False) -> De
         rules=tuple(rules),
         config=values,
         aliases={HEAD: EMBED} if config.tied_embeddings else {},
-        # Rotary frequencies, which early releases of transformers stored as weights.
-        ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        # Frequencies, cosines and sines that releases of transformers and other programs stored as weights. They follow
+        # from the config.
+        ignored=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.\w+",),
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from titan_model.config import DecoderConfig
 from titan_model.convert.errors import WeightsError, check_shapes
-from titan_model.convert.loading import TensorSource, external_shapes, load_mapped, read_json_object
+from titan_model.convert.folders import check_downloaded, open_folder, read_json_object
+from titan_model.convert.loading import TensorSource, external_shapes, load_mapped
 from titan_model.convert.weight_map import DecoderWeightMap, InterleavedRotary, Rename, TensorRule
 from titan_model.decoder import Decoder
 
@@ -80,14 +81,15 @@ def load_meta(
         config: The decoder's shape, for example `preset("llama3_8b")`. It supplies what `params.json` does not record:
             context length, factors of the rotary scaling, whether the head is tied.
         device: Device of the parameters.
-        dtype: Dtype of the parameters; None keeps that of the files.
+        dtype: Dtype of the parameters; None keeps that of the files or, if they mix several, takes the smallest that
+            holds all their values.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If `params.json` contradicts the config; the message lists every contradiction.
         WeightsError: If tensors are missing, unexpected or of the wrong shape; the message lists all of them.
     """
-    directory = Path(directory)
+    directory = open_folder(directory)
     weights = meta_map(config)
     _check_params(read_json_object(directory / "params.json", "a Llama model in Meta's original format"), config)
     paths = sorted(directory.glob("consolidated.*.pth"))
@@ -111,7 +113,8 @@ def load_meta(
             sizes[dim] *= len(parts)
         return sizes
 
-    source = TensorSource(str(directory), {name: shape(name) for name in parts[0]}, fetch)
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in parts[0].items()}
+    source = TensorSource(str(directory), {name: shape(name) for name in parts[0]}, dtypes, fetch)
     return load_mapped(config, weights, source, device, dtype)
 
 
@@ -167,6 +170,7 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _open(path: Path) -> dict[str, Tensor]:
+    check_downloaded(path)
     try:
         part = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:

@@ -142,8 +142,8 @@ class DecoderWeightMap:
     Attributes:
         rules: One rule for each group of tensors, in the order of the model.
         config: The contents of the format's config.json or params.json.
-        aliases: External names that files may contain in addition, each with the external name that it is a copy of
-            (tied heads).
+        aliases: External names that files may contain in addition or instead, each with the external name that it is a
+            copy of (tied heads).
         ignored: Regular expressions of external names that files may contain in addition and that are not read.
     """
 
