@@ -1,13 +1,16 @@
 """A run's checkpoints as folders that transformers reads."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from titan_ckpt import open_checkpoint
+from titan_data import ByteTokenizer, load_tokenizer
 from titan_train.cli import main
 from titan_train.errors import ExitCode
+from titan_train.tokenizer_files import tokenizer_files, write_tokenizer_files
 
 TINY = {
     "model.dim": "32",
@@ -44,6 +47,46 @@ def test_each_checkpoint_is_a_folder_that_transformers_reads(tmp_path: Path) -> 
     assert lineage["tokens_seen"] == 4 * 2 * 16
     assert lineage["layout"]["tp"] == 1
     assert lineage["parent"]["step"] == 2
+
+    # Text goes in and comes out as in training, and generation ends where documents end.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[-1])
+    for text in TEXTS:
+        ids = tokenizer(text).input_ids
+        assert ids == [256, *ByteTokenizer().encode(text)]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (256, 257)
+    with torch.no_grad():  # a model that always says eos
+        model.model.norm.weight.fill_(0)
+    model.lm_head.bias = torch.nn.Parameter((torch.arange(264) == 257).float())
+    assert model.generate(torch.tensor([[256, 65]]), max_new_tokens=9, do_sample=False).tolist() == [[256, 65, 257]]
+
+
+TEXTS = ["", "hello", "  two  spaces\n\ttab ", "Grüße, 世界 🙂", bytes(range(128)).decode()]
+
+
+def test_the_files_of_a_tokenizer_are_those_that_lie_beside_it(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.train_from_iterator(["some text"], tokenizers.trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
+    for given in (tmp_path / "mine.json", tmp_path):
+        file = tmp_path / ("mine.json" if given.suffix else "tokenizer.json")
+        trained.save(str(file))
+        tokenizer = load_tokenizer(given)
+        files = tokenizer_files(tokenizer, str(given))
+        assert files["tokenizer.json"] == file.read_bytes()
+        out = tmp_path / f"out{given.suffix}"
+        write_tokenizer_files(out, tokenizer, str(given))
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+        theirs = transformers.AutoTokenizer.from_pretrained(out)
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+        assert json.loads(files["generation_config.json"]) == {"bos_token_id": 0, "eos_token_id": 1}
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "chat_template": "x"}')
+    files = tokenizer_files(load_tokenizer(tmp_path), str(tmp_path))
+    assert files["chat_template.jinja"] == b"{{ messages }}"
+    assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>", "chat_template": "x"}
 
 
 def test_a_model_that_transformers_lacks_is_refused_at_the_start(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from titan_train.distributed import Process
 from titan_train.errors import ConfigError
 from titan_train.interfaces import BatchLoader
 from titan_train.optimizer import Optimizer
+from titan_train.tokenizer_files import token_ids, write_tokenizer_files
 
 
 class Progress:
@@ -117,7 +119,7 @@ def assemble(checked: Checked, process: Process) -> Run:
         optimizer=Optimizer(model.named_parameters(), config.optimizer),
         tokenizer=checked.tokenizer,
         loader=open_loader(config, checked.tokenizer, place, pin_memory=process.device.type == "cuda"),
-        checkpointer=_checkpointer(config, shape),
+        checkpointer=_checkpointer(checked, process),
         progress=Progress(),
     )
 
@@ -138,11 +140,10 @@ def _sum_over(group: ProcessGroup, values: Tensor) -> Tensor:
     return total
 
 
-def _checkpointer(config: Config, shape: DecoderConfig) -> Checkpointer:
+def _checkpointer(checked: Checked, process: Process) -> Checkpointer:
+    config = checked.config
     saving, folder = config.checkpoint, config.run.folder
-    exporters = []
-    if saving.huggingface:
-        exporters.append(HuggingFaceExport(f"{folder}/huggingface", titan_model.huggingface_map(shape)))
+    exporters = [_huggingface_export(checked, process)] if saving.huggingface else []
     return Checkpointer(
         f"{folder}/checkpoints",
         keep_last=saving.keep_last,
@@ -151,4 +152,19 @@ def _checkpointer(config: Config, shape: DecoderConfig) -> Checkpointer:
         asynchronous=saving.asynchronous,
         on_save_error=saving.on_error,
         exporters=exporters,
+    )
+
+
+def _huggingface_export(checked: Checked, process: Process) -> HuggingFaceExport:
+    """Return the exporter of checkpoints, with the tokenizer that the run is trained with."""
+    folder, tokenizer = Path(checked.config.run.folder), checked.tokenizer
+    files = folder / "tokenizer"
+    if process.is_first:  # which also exports
+        write_tokenizer_files(files, tokenizer, checked.config.data.tokenizer)
+    weights = titan_model.huggingface_map(checked.model_config)
+    return HuggingFaceExport(
+        folder / "huggingface",
+        weights,
+        config={**weights.config, **token_ids(tokenizer)},
+        extra_files=sorted(files.iterdir()) if process.is_first else (),
     )

@@ -27,4 +27,4 @@ class CheckpointSection(Section):
     on_error: Literal["raise", "warn"] = "raise"
     """If a checkpoint cannot be written: end the run, or warn and continue."""
     huggingface: bool = False
-    """Also export the weights of each checkpoint to `huggingface` in the run's folder, for use with transformers."""
+    """Also export each checkpoint, with its tokenizer, to `huggingface` in the run's folder, for transformers."""
