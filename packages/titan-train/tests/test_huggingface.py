@@ -1,5 +1,6 @@
 """A run's checkpoints as folders that transformers reads."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -87,6 +88,45 @@ def test_the_files_of_a_tokenizer_are_those_that_lie_beside_it(tmp_path: Path) -
     files = tokenizer_files(load_tokenizer(tmp_path), str(tmp_path))
     assert files["chat_template.jinja"] == b"{{ messages }}"
     assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>", "chat_template": "x"}
+
+
+def test_ranks_of_tiktoken_become_a_tokenizer_that_transformers_reads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tiktoken")
+    words = [
+        "he",
+        "th",
+        "in",
+        "an",
+        " t",
+        " a",
+        "er",
+        "ing",
+        "and",
+        " th",
+        "the",
+        " the",
+        "ther",
+        "12",
+        "123",
+        "\n\n",
+        "  ",
+    ]
+    ranks = [*(bytes([byte]) for byte in range(256)), *(word.encode() for word in words)]
+    lines = [f"{base64.b64encode(token).decode()} {number}" for number, token in enumerate(ranks)]
+    (tmp_path / "tokenizer.model").write_text("\n".join(lines))
+    tokenizer = load_tokenizer(tmp_path)
+    write_tokenizer_files(tmp_path / "out", tokenizer, str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (273, 274, 277)
+    random = torch.Generator().manual_seed(0)
+    mixed = [
+        "".join([*words, "Ü", "世", "'s", " ", "\t"][i] for i in torch.randint(0, 22, (40,), generator=random))
+        for _ in TEXTS
+    ]
+    for text in [*TEXTS, *mixed, "the other thing and 12345 hers", "<|end_of_text|"]:
+        assert theirs(text).input_ids == [273, *tokenizer.encode(text)], text
+        assert theirs.decode(tokenizer.encode(text)) == text
 
 
 def test_a_model_that_transformers_lacks_is_refused_at_the_start(

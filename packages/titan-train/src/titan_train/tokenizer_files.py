@@ -11,7 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from titan_data import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from titan_data import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+from titan_data.tokenizers.tiktoken import SPLIT_PATTERN, parse_ranks
+from titan_train.tokenizer_json import Ranks, tokenizer_json
 
 # What may lie beside a tokenizer's file and belongs to it.
 _BESIDE = (
@@ -24,7 +26,8 @@ _BESIDE = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_BOS, _EOS = "<bos>", "<eos>"
+_FAST = "PreTrainedTokenizerFast"  # what reads tokenizer.json in transformers
+_LLAMA = "LlamaTokenizer"  # what reads SentencePiece models in transformers
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -54,8 +57,8 @@ def write_tokenizer_files(directory: Path, tokenizer: Tokenizer, path: str) -> N
 def tokenizer_files(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
     """Return the contents of the files by name: the tokenizer, and where generation begins and ends.
 
-    Files beside the tokenizer's own come as they are. A tokenizer of tiktoken ranks has no form that transformers reads
-    without further settings: of it only the token ids are exported.
+    Files beside the tokenizer's own come as they are. Of a tokenizer that is not one of titan-data's, only the token
+    ids are known.
 
     Args:
         tokenizer: The tokenizer.
@@ -65,7 +68,12 @@ def tokenizer_files(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
     files = {"generation_config.json": _json(ids)} if ids else {}
     match tokenizer:
         case ByteTokenizer():
-            files |= _byte_tokenizer(tokenizer)
+            special = {"<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id}
+            files |= _byte_level({bytes([byte]): byte for byte in range(256)}, special, tokenizer, None)
+        case TiktokenTokenizer():
+            file = _file(path, "tokenizer.model")
+            ranks = parse_ranks(file.read_bytes(), str(file))
+            files |= _byte_level(ranks, tokenizer.special_tokens, tokenizer, SPLIT_PATTERN)
         case HuggingFaceTokenizer():
             file = _file(path, "tokenizer.json")
             text = json.loads(file.read_bytes())
@@ -76,9 +84,6 @@ def tokenizer_files(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
             files |= {"tokenizer.model": file.read_bytes(), "tokenizer_config.json": _json({"tokenizer_class": _LLAMA})}
             files |= _beside(file)
     return files
-
-
-_LLAMA = "LlamaTokenizer"  # what reads SentencePiece models in transformers
 
 
 def _file(path: str, name: str) -> Path:
@@ -95,47 +100,17 @@ def _config(tokenizer: dict[str, Any], known: Tokenizer) -> bytes:
     names = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
     special = {"bos_token": known.bos_id, "eos_token": known.eos_id, "pad_token": known.pad_id}
     tokens = {key: names[number] for key, number in special.items() if number in names}
-    return _json({"tokenizer_class": "PreTrainedTokenizerFast", **tokens})
+    return _json({"tokenizer_class": _FAST, **tokens})
 
 
-def _byte_tokenizer(tokenizer: ByteTokenizer) -> dict[str, bytes]:
-    """Return `ByteTokenizer` as a byte-level BPE without merges, which also puts bos before a text."""
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-    special = [
-        {"id": number, "content": name, "special": True}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for name, number in ((_BOS, tokenizer.bos_id), (_EOS, tokenizer.eos_id))
-    ]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    one, two = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}
-    bos = {"SpecialToken": {"id": _BOS, "type_id": 0}}
-    content = {
-        "version": "1.0",
-        "added_tokens": special,
-        "pre_tokenizer": level,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, one],
-            "pair": [bos, one, bos, two],
-            "special_tokens": {_BOS: {"id": _BOS, "ids": [tokenizer.bos_id], "tokens": [_BOS]}},
-        },
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-    }
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": _BOS,
-        "eos_token": _EOS,
-        "clean_up_tokenization_spaces": False,
-    }
+def _byte_level(ranks: Ranks, special: dict[str, int], known: Tokenizer, pattern: str | None) -> dict[str, bytes]:
+    """Return a byte-level tokenizer as tokenizer.json."""
+    names = {number: name for name, number in special.items()}
+    ends = {"bos_token": known.bos_id, "eos_token": known.eos_id, "pad_token": known.pad_id}
+    tokens = {key: names[number] for key, number in ends.items() if number is not None}
+    settings = {"tokenizer_class": _FAST, "clean_up_tokenization_spaces": False, **tokens}
+    content = tokenizer_json(ranks, special, tokens["bos_token"], pattern)
     return {"tokenizer.json": _json(content), "tokenizer_config.json": _json(settings)}
-
-
-def _byte_characters() -> list[str]:
-    """Return the character that byte-level tokenizers write each byte as (GPT-2, Radford et al. 2019)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -1,0 +1,71 @@
+"""Byte-level tokenizers in the form of Hugging Face's tokenizer.json, which transformers reads.
+
+`tokenizer_files` calls it for the tokenizers of titan-data that are not stored in this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Ranks = Mapping[bytes, int]
+"""Tokens and their ids; a pair of neighbors is merged if together they are a token, that of the lowest id first."""
+
+
+def tokenizer_json(ranks: Ranks, special: Mapping[str, int], bos: str, pattern: str | None) -> dict[str, Any]:
+    """Return the contents of a tokenizer.json that encodes as tiktoken does, and puts bos before a text.
+
+    Args:
+        ranks: Tokens and their ids, all 256 bytes among them.
+        special: Special tokens and their ids.
+        bos: The special token that goes before a text.
+        pattern: Regular expression of the pieces within which bytes are merged; None: a text is one piece.
+    """
+    characters = byte_characters()
+
+    def written(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": number, "content": name, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for name, number in special.items()
+        ],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*([split] if pattern else []), level]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, first],
+            "pair": [start, first, start, second],
+            "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}},
+        },
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,  # a piece that is a token needs no merges
+            "vocab": {written(token): number for token, number in ranks.items()},
+            "merges": [[written(left), written(right)] for left, right in merges_of(ranks)],
+        },
+    }
+
+
+def merges_of(ranks: Ranks) -> list[tuple[bytes, bytes]]:
+    """Return the pairs of tokens that make a token, in the order in which they are merged."""
+    merges = []
+    for token in sorted(ranks, key=lambda token: ranks[token]):
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [(left, right) for left, right in pairs if left in ranks and right in ranks]
+        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return merges
+
+
+def byte_characters() -> list[str]:
+    """Return the character that byte-level tokenizers write each byte as (GPT-2, Radford et al. 2019)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
