@@ -93,29 +93,35 @@ def test_text_that_is_not_utf_8(tmp_path: Path, unit: str, streaming: bool) -> N
         read_all(flat_files(tmp_path / "*.txt", **options, shards=1, on_malformed="raise"))
 
 
-@pytest.mark.parametrize("damage", ["cut off", "cut in the header", "flipped", "garbage behind", "not packed at all"])
-@pytest.mark.parametrize("compression", ["gz", "zst"])
-def test_a_corrupt_compressed_file_ends_there_and_the_next_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, compression: str, damage: str
-) -> None:
-    texts = [f"{i} {i * 2654435761 % 1000003}" for i in range(5000)]
-    whole = write_jsonl(tmp_path / "whole.jsonl", texts).read_bytes()
+DAMAGES = ("cut off", "cut in the header", "flipped", "garbage behind", "not packed at all")
+
+
+def damaged(whole: bytes, compression: str, damage: str) -> bytes:
     packed = compress(whole, compression)
-    data = {
+    return {
         "cut off": packed[:-40],
         "cut in the header": packed[:3],
         "flipped": packed[: len(packed) // 4] + b"\xff\xff\xff\xff" * 4 + packed[len(packed) // 4 + 16 :],
         "garbage behind": packed + b"garbage",
         "not packed at all": whole,
     }[damage]
-    write_bytes(tmp_path / f"a.jsonl.{compression}", data)
-    write_jsonl(tmp_path / "b.jsonl", ["next"], compression)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+def test_a_corrupt_compressed_file_ends_there_and_the_next_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, compression: str, damage: str
+) -> None:
+    texts = [f"{i} {i * 2654435761 % 1000003}" for i in range(5000)]
+    whole = write_jsonl(tmp_path / "whole.jsonl", texts).read_bytes()
+    write_bytes(tmp_path / f"a.jsonl.{compression}", damaged(whole, compression, damage))
+    write_jsonl(tmp_path / "b.jsonl", texts, compression)
     pattern = tmp_path / "[ab].jsonl.*"
     source = flat_files(pattern, streaming=True, shards=1)
     (read,) = read_shards(source)
-    assert read[-1] == "next"
-    count = len(read) - 1
-    assert read[:-1] == texts[:count]
+    assert read[-5000:] == texts
+    count = len(read) - 5000
+    assert read[:count] == texts[:count]
     if damage == "garbage behind":
         assert count == 5000
     elif damage in ("cut off", "flipped"):
@@ -125,11 +131,41 @@ def test_a_corrupt_compressed_file_ends_there_and_the_next_goes_on(
     assert source.malformed == 1
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"a.jsonl.{compression}, after line {count}: the .{compression} file is" in message
-    for start in (1, count, count + 1, count + 2):
-        fresh = flat_files(pattern, streaming=True, shards=1)
-        assert list(fresh.iterate(0, start)) == read[start:]
     with pytest.raises(DataError, match=r"a\.jsonl.*after line"):
         read_shards(flat_files(pattern, streaming=True, shards=1, on_malformed="raise"))
+
+
+@pytest.mark.parametrize(("compression", "unit"), [("gz", "line"), ("zst", "paragraph"), ("gz", "file")])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_from_any_record_on_the_same_follows_whatever_is_corrupt_before(
+    tmp_path: Path, compression: str, damage: str, unit: str
+) -> None:
+    texts = [f"{i} {i * 2654435761 % 1000003}" for i in range(600)]
+    between = "\n\n" if unit == "paragraph" else "\n"
+    whole = between.join(texts).encode()
+    for name in ("a", "c"):
+        write_bytes(tmp_path / f"{name}.txt.{compression}", damaged(whole, compression, damage))
+    for name in ("b", "d"):
+        write_bytes(tmp_path / f"{name}.txt", between.join(texts[:10]).encode(), compression)
+
+    def open_stream(index_directory: Path | None = None) -> Any:
+        pattern = tmp_path / "*.txt.*"
+        return flat_files(pattern, streaming=True, shards=1, text_unit=unit, index_directory=index_directory)
+
+    source = open_stream()
+    (read,) = read_shards(source)
+    half = len(read) // 2  # the last records of b are before it, the first of c after it
+    starts = {0, 1, 600, half - 11, half - 10, half - 9, half - 1, half, half + 1, len(read) - 1, len(read)}
+    for start in sorted(starts & {*range(len(read) + 1)}):
+        assert list(open_stream().iterate(0, start)) == read[start:], start
+        again = open_stream(tmp_path / "index")  # which earlier runs have written, wherever they began
+        for begin in (start, 0, start):
+            assert list(again.iterate(0, begin)) == read[begin:], begin
+    assert source.malformed or (compression, damage) == ("zst", "flipped")  # zstd frames need not have a checksum
+    if source.malformed and unit != "file":  # an index does not hide a corrupt file
+        options = {"text_unit": unit, "index_directory": tmp_path / "index", "on_malformed": "raise"}
+        with pytest.raises(DataError, match=r"a\.txt"):
+            list(flat_files(tmp_path / "*.txt.*", streaming=True, shards=1, **options).iterate(0, len(read)))
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])

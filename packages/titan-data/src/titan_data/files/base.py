@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from typing import Protocol
 
+from titan_data.files.counts import RecordCount
 from titan_data.files.storage import DataFile
 
 
@@ -34,11 +35,11 @@ class FileFormat(Protocol):
         """
         ...
 
-    def stream(self, file: DataFile, start: int) -> Generator[str, None, int]:
+    def stream(self, file: DataFile, start: int) -> Generator[str, None, RecordCount]:
         """Read the records from number `start` on.
 
         Returns:
-            Number of records in the file, including those before `start`.
+            The number of records in the file, including those before `start`: the same whatever `start` is.
         """
         ...
 

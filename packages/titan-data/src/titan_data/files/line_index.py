@@ -62,7 +62,7 @@ class IndexDirectory:
         self._write(self._path(file, unit, "json"), lambda out: out.write(data))
 
     def _path(self, file: DataFile, unit: str, suffix: str) -> Path:
-        identity = json.dumps([file.label, file.size, file.version, unit])
+        identity = json.dumps([file.label, file.path, file.size, file.version, unit])
         return self._directory / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.{suffix}"
 
     def _write(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:

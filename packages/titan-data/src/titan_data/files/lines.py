@@ -7,7 +7,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
-from itertools import islice
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from titan_data.errors import DataError
 from titan_data.files.compression import CorruptFileError, compression_of, open_bytes
+from titan_data.files.counts import RecordCount
 from titan_data.files.line_index import IndexDirectory
 from titan_data.files.malformed import MalformedRecords
 from titan_data.files.options import StorageOptions
@@ -64,25 +64,21 @@ class LineFormat:
         with open_bytes(file, self._retry) as lines:
             yield from lines if self._unit == "line" else _paragraphs(lines)
 
-    def stream(self, file: DataFile, start: int) -> Generator[str, None, int]:
+    def stream(self, file: DataFile, start: int) -> Generator[str, None, RecordCount]:
         """Read the records from number `start` on; earlier ones are skipped without decoding."""
-        known = None if self._index_directory is None else self._index_directory.load_count(file, self._unit)
-        if known is not None and known <= start:
-            return known
         number = 0
         records = self.records(file)
         try:
-            number = sum(1 for _ in islice(records, start))
-            while (record := next(records, None)) is not None:
-                yield self.text(file, number, record)
+            for record in records:
+                if number >= start:
+                    yield self.text(file, number, record)
                 number += 1
         except CorruptFileError as error:
             self._malformed.report(f"{file.label}, after {self._unit} {number}", str(error))
+            return RecordCount(number, exact=False)
         finally:
             records.close()
-        if self._index_directory is not None and known is None:
-            self._index_directory.save_count(file, self._unit, number)
-        return number
+        return RecordCount(number)
 
     def index(self, file: DataFile) -> "IndexedLines":
         """Find where each record begins, by reading the file once or from a saved index."""

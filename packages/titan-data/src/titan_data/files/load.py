@@ -10,8 +10,10 @@ import numpy as np
 from titan_data.errors import DataError
 from titan_data.files.base import FileFormat
 from titan_data.files.compression import compression_of, require_compression
+from titan_data.files.counts import RecordCounts
 from titan_data.files.glob import find_files, source_name
 from titan_data.files.jsonl import JsonLines
+from titan_data.files.line_index import IndexDirectory
 from titan_data.files.lines import LineFormat
 from titan_data.files.malformed import MalformedRecords
 from titan_data.files.options import Format, Parsing, StorageOptions
@@ -98,7 +100,10 @@ def load_files(
     if shards < 1:
         raise DataError(f"a stream needs at least 1 shard, not {shards}")
     settings["shards"] = shards = min(shards, len(files))
-    return FileStream(name, Fingerprint.of(reader.kind, digests, settings), malformed, files, reader, shards)
+    unit = f"{reader.kind}/{parsing.text_unit}" if format == "text" else reader.kind
+    index = None if storage.index_directory is None else IndexDirectory(storage.index_directory)
+    fingerprint = Fingerprint.of(reader.kind, digests, settings)
+    return FileStream(name, fingerprint, malformed, files, reader, shards, RecordCounts(unit, index))
 
 
 class FileRecords:
@@ -149,6 +154,7 @@ class FileStream:
         files: Sequence[DataFile],
         reader: FileFormat,
         shards: int,
+        counts: RecordCounts,
     ) -> None:
         self.name = name
         self.shards = shards
@@ -156,7 +162,7 @@ class FileStream:
         self._malformed = malformed
         self._files = files
         self._reader = reader
-        self._counts: dict[int, int] = {}  # records of the files that were read to their ends
+        self._counts = counts
 
     @property
     def malformed(self) -> int:
@@ -169,10 +175,12 @@ class FileStream:
 
     def iterate(self, shard: int, start: int, /) -> Generator[str, None, None]:
         """Read a shard's texts from number `start` on; earlier ones are skipped without decoding."""
-        for number in range(shard, len(self._files), self.shards):
-            if (count := self._counts.get(number)) is None or count > start:
-                count = yield from self._reader.stream(self._files[number], start)
-                self._counts[number] = count
+        for file in self._files[shard :: self.shards]:
+            count = self._counts.get(file)
+            if count is None or count > start:
+                read = yield from self._reader.stream(file, start)
+                self._counts.put(file, read)
+                count = read.records
             start = max(start - count, 0)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from titan_data.errors import DataError
 from titan_data.files.compression import CorruptFileError, compression_of
+from titan_data.files.counts import RecordCount
 from titan_data.files.malformed import MalformedRecords
 from titan_data.files.options import StorageOptions
 from titan_data.files.storage import DataFile, StorageReader
@@ -53,18 +54,18 @@ class Parquet:
         except _ColumnError as error:
             raise DataError(f"{file.label} has {error}") from None
 
-    def stream(self, file: DataFile, start: int) -> Generator[str, None, int]:
+    def stream(self, file: DataFile, start: int) -> Generator[str, None, RecordCount]:
         """Read the rows from number `start` on; earlier row groups are not read."""
         number = 0
         with ExitStack() as stack:
             if (parquet := self._enter(stack, file)) is None:
-                return 0
+                return RecordCount(0, exact=file.size == 0)
             for group, size in enumerate(_group_sizes(parquet)):
                 if number + size > start:
                     chunks = self._chunks(parquet, file, group, number)
                     yield from self._texts(file, chunks, number, size, max(start - number, 0))
                 number += size
-        return number
+        return RecordCount(number)
 
     def index(self, file: DataFile) -> "IndexedParquet":
         """Find the row groups; no texts are read yet."""

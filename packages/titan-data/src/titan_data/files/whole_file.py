@@ -3,6 +3,7 @@
 from collections.abc import Generator
 
 from titan_data.files.compression import CorruptFileError, open_bytes
+from titan_data.files.counts import RecordCount
 from titan_data.files.malformed import MalformedRecords
 from titan_data.files.retry import Retry
 from titan_data.files.storage import DataFile
@@ -25,11 +26,11 @@ class WholeFiles:
     def check(self, file: DataFile) -> None:
         """Do nothing: any text is valid."""
 
-    def stream(self, file: DataFile, start: int) -> Generator[str, None, int]:
+    def stream(self, file: DataFile, start: int) -> Generator[str, None, RecordCount]:
         """Read the document, unless `start` is after it."""
         if start == 0:
             yield self.text(file)
-        return 1
+        return RecordCount(1)
 
     def index(self, file: DataFile) -> "IndexedWholeFile":
         """Make the document readable; nothing is read yet."""
