@@ -1,7 +1,9 @@
 """`titan-data` on the command line: from text to tokens, messages of one line, exit codes."""
 
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_corpus import write_parquet
 from titan_data import ByteTokenizer, ListSource, cli
 from titan_data.shards.dataset import TokenShards
 from titan_data.tokenizers.load import load_tokenizer
@@ -174,6 +177,44 @@ def test_errors_are_one_line_and_an_exit_code(
     assert message in err
     lines = [line for line in err.splitlines() if line.startswith("titan-data")]
     assert len(lines) == 1
+
+
+def test_unreadable_files_are_a_failure_unless_allowed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(json.dumps({"text": f"{i} {i * 2654435761 % 1000003}"}) + "\n" for i in range(1000)).encode()
+    write_parquet(tmp_path / "1.parquet", ["a"] * 10)
+    write_parquet(tmp_path / "2.parquet", ["b"] * 1000, key="content")
+    (tmp_path / "1.jsonl.gz").write_bytes(gzip.compress(lines)[:-500])
+    (tmp_path / "2.jsonl.gz").write_bytes(gzip.compress(lines))
+    for kind, lost in {
+        "parquet": "2.parquet: .*1,000 rows",
+        "jsonl.gz": r"1\.jsonl\.gz, after line \d+: .*bytes",
+    }.items():
+        words = ["prepare", f"*.{kind}", "--tokenizer", "bytes", "--workers", "0", "--out", kind]
+        for _ in range(2):  # also when it is repeated
+            code, out, err = run(capsys, *words)
+            assert (code, out) == (1, "")
+            assert re.search(lost.replace(": ", ":? "), err)
+            assert "on_unreadable_file" in err
+        assert not Path(kind, "index.json").exists()
+        code, out, _ = run(capsys, *words, "--on-unreadable-file", "skip")
+        assert code == 0
+        assert re.search(f"unreadable: .*{lost}", out)
+
+
+@pytest.mark.parametrize("line", ['{"text": ""}', '{"text": 1}'])
+def test_a_prepare_without_a_token_is_a_failure(
+    line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text(f"{line}\n" * 10)
+    for _ in range(2):
+        code, out, err = run(capsys, "prepare", "a.jsonl", "--tokenizer", "bytes", "--workers", "0", "--out", "out")
+        assert (code, out) == (1, "")
+        assert "has no text in any of its 10 documents" in err
+        assert not list(Path("out").iterdir())  # so that a corrected command can write to it
 
 
 @pytest.mark.parametrize("command", ["", "prepare", "inspect", "verify", "train-tokenizer", "download-tokenizer"])

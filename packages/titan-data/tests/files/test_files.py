@@ -314,7 +314,7 @@ def test_fingerprints_say_what_has_changed(tmp_path: Path, kind: str, streaming:
         assert list_differences(before, fingerprint(shards=2)) == ["shards: was 4, now 2"]
     if kind == "jsonl":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("titan_data.files.jsonl.JsonLines.check", lambda self, file: None)
+            patch.setattr("titan_data.files.jsonl.JsonLines.check", lambda self, file, head: None)
             assert list_differences(before, fingerprint(text_key="id")) == ["text_key: was 'text', now 'id'"]
     last.rename(folder / last.name.replace("11", "12"))
     assert list_differences(before, fingerprint()) == [

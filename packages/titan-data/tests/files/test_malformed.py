@@ -1,5 +1,6 @@
 """Records that cannot be used: named by file and line, counted, and of no influence on the others' places."""
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -128,11 +129,15 @@ def test_a_corrupt_compressed_file_ends_there_and_the_next_goes_on(
         assert count < 5000
     else:
         assert count == 0
-    assert source.malformed == 1
+    assert source.malformed == 0  # a file is no record
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"a.jsonl.{compression}, after line {count}: the .{compression} file is" in message
-    with pytest.raises(DataError, match=r"a\.jsonl.*after line"):
-        read_shards(flat_files(pattern, streaming=True, shards=1, on_malformed="raise"))
+    ((where, why, lost),) = source.unreadable
+    assert where.endswith(f"a.jsonl.{compression}, after line {count}")
+    assert "truncated" in why or "corrupt" in why
+    assert re.search(r"[0-9,]+ (of its [0-9,]+ )?bytes", lost)
+    with pytest.raises(DataError, match=r"a\.jsonl.*after line.*on_unreadable_file=\"skip\""):
+        read_shards(flat_files(pattern, streaming=True, shards=1, on_unreadable_file="raise"))
 
 
 @pytest.mark.parametrize(("compression", "unit"), [("gz", "line"), ("zst", "paragraph"), ("gz", "file")])
@@ -161,18 +166,18 @@ def test_from_any_record_on_the_same_follows_whatever_is_corrupt_before(
         again = open_stream(tmp_path / "index")  # which earlier runs have written, wherever they began
         for begin in (start, 0, start):
             assert list(again.iterate(0, begin)) == read[begin:], begin
-    assert source.malformed or (compression, damage) == ("zst", "flipped")  # zstd frames need not have a checksum
-    if source.malformed and unit != "file":  # an index does not hide a corrupt file
-        options = {"text_unit": unit, "index_directory": tmp_path / "index", "on_malformed": "raise"}
+    assert source.unreadable or (compression, damage) == ("zst", "flipped")  # zstd frames need not have a checksum
+    if source.unreadable and unit != "file":  # an index does not hide a corrupt file
+        options = {"text_unit": unit, "index_directory": tmp_path / "index", "on_unreadable_file": "raise"}
         with pytest.raises(DataError, match=r"a\.txt"):
             list(flat_files(tmp_path / "*.txt.*", streaming=True, shards=1, **options).iterate(0, len(read)))
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])
-def test_a_corrupt_compressed_text_file_is_one_malformed_document(tmp_path: Path, compression: str) -> None:
+def test_a_corrupt_compressed_text_file_is_an_empty_document(tmp_path: Path, compression: str) -> None:
     write_bytes(tmp_path / f"a.txt.{compression}", compress(b"some text " * 100, compression)[:-3])
     source = flat_files(tmp_path / "a.txt.*")
-    assert (read_all(source), source.malformed) == ([""], 1)
+    assert (read_all(source), source.malformed, len(source.unreadable)) == ([""], 0, 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -196,7 +201,13 @@ def test_corrupt_parquet(tmp_path: Path, streaming: bool) -> None:
     assert set(read[20:30]) <= {"", *texts[20:30]}
     assert read[29] == ""
     assert read[50:] == [*texts, "last"]
-    assert source.malformed == 4
+    assert source.malformed == 0
+    assert {Path(re.split(", |$", where)[0]).name: lost for where, _, lost in source.unreadable} == {
+        "a.parquet": f"{30 - len(read[:30]) + read[20:30].count('')} rows",
+        "c.parquet": f"{len(whole) - 20:,} bytes",
+        "d.parquet": "4 bytes",
+        "f.parquet": "1 rows",
+    }
     if streaming:
         for start in (19, 20, 25, 30, 50, 101):
             again = flat_files(tmp_path / "*.parquet", streaming=True, shards=1)
@@ -205,7 +216,7 @@ def test_corrupt_parquet(tmp_path: Path, streaming: bool) -> None:
         assert read_all(flat_files(tmp_path / "*.parquet", streaming=True, shards=1)) == read
     for name, says in {"a": "row group 2 from row", "c": "corrupt Parquet", "f": "has no column 'text'"}.items():
         with pytest.raises(DataError, match=rf"{name}\.parquet.*{says}"):
-            read_all(flat_files([tmp_path / "g.parquet", tmp_path / f"{name}.parquet"], on_malformed="raise"))
+            read_all(flat_files([tmp_path / "g.parquet", tmp_path / f"{name}.parquet"], on_unreadable_file="raise"))
 
 
 def test_parquet_columns_of_other_types(tmp_path: Path) -> None:
@@ -233,3 +244,56 @@ def test_parquet_text_that_is_not_utf_8(tmp_path: Path) -> None:
         assert (read_all(source), source.malformed) == (["a", "", "c"], 1)
     with pytest.raises(DataError, match=r"a\.parquet, row 1: invalid UTF-8"):
         read_all(flat_files(tmp_path / "a.parquet", on_malformed="raise"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_file_is_checked_before_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, streaming: bool
+) -> None:
+    if kind == "jsonl.gz" and not streaming:
+        pytest.skip("compressed files are streams")
+
+    def write(name: str, key: str, record: str) -> None:
+        if kind == "parquet":
+            write_parquet(tmp_path / f"{name}.parquet", [record] * 50, key=key)
+        else:
+            write_jsonl(tmp_path / f"{name}.jsonl", [record] * 50, "gz" if kind.endswith("gz") else None, key=key)
+
+    write("1", "text", "a")
+    for number in range(2, 10):
+        write(str(number), "content", "b" * (200_000 if number == 2 and kind != "parquet" else 10))
+    pattern = tmp_path / "*"
+    with pytest.raises(DataError, match="8 of 9 files cannot be read") as raised:
+        flat_files(pattern, streaming=streaming, on_unreadable_file="raise")
+    lines = str(raised.value).splitlines()
+    assert [Path(line.split()[0]).name for line in lines[1:6]] == [f"{number}.{kind}" for number in range(2, 7)]
+    assert all("no " in line and "'text'" in line and "content" in line and "lost: " in line for line in lines[1:6])
+    assert lines[6:] == ["  and 3 more", 'To read the others, set on_unreadable_file to "skip".']
+    source = flat_files(pattern, streaming=streaming)
+    assert len(source.unreadable) == 8
+    assert "2." + kind in caplog.records[0].getMessage()
+    (tmp_path / f"1.{kind}").unlink()
+    with pytest.raises(DataError, match="8 of 8 files cannot be read"):  # the key is wrong
+        flat_files(pattern, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("key", ["meta.text", "meta.deep.text", "a.b", "a.b.text"])
+def test_keys_may_be_paths(tmp_path: Path, key: str, streaming: bool) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [{"meta": {"text": f"1 {i}", "deep": {"text": f"2 {i}"}}, "a.b": f"4 {i}"} for i in range(5)]
+    expected = [{"meta.text": f"1 {i}", "meta.deep.text": f"2 {i}", "a.b": f"4 {i}"}.get(key) for i in range(5)]
+    records[3]["meta"] = None
+    if key.startswith("meta"):
+        expected[3] = ""
+    write_bytes(tmp_path / "a.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        if key == "a.b.text":
+            with pytest.raises(DataError, match=r"'a\.b\.text'.*meta\.deep\.text"):
+                flat_files(tmp_path / name, text_key=key, streaming=streaming)
+        else:
+            source = flat_files(tmp_path / name, text_key=key, streaming=streaming)
+            assert (read_all(source), source.malformed) == (expected, 0)

@@ -35,7 +35,7 @@ def flat_loader(sources: Source | list[Any], tokenizer: Tokenizer | None, **opti
 
 def flat_files(patterns: Any, **options: Any) -> Any:
     """Open files with the fields of `Parsing` and `StorageOptions`, and the rest of the arguments."""
-    parsing = Parsing(**_take(options, "format", "text_unit", "on_malformed"))
+    parsing = Parsing(**_take(options, "format", "text_unit", "on_malformed", "on_unreadable_file"))
     storage = StorageOptions(**_take(options, "filesystem", "retry", "index_directory", "cache_bytes"))
     return load_files(patterns, parsing=parsing, storage=storage, **options)
 

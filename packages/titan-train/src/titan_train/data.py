@@ -154,7 +154,7 @@ def _open(source: Source, name: str | None, where: str, tokenizer: titan_data.To
                     text_key=source.text_key,
                     streaming=source.streaming,
                     name=name,
-                    parsing=Parsing(source.format, source.text_unit, source.on_malformed),
+                    parsing=Parsing(source.format, source.text_unit, source.on_malformed, source.on_unreadable_file),
                     storage=StorageOptions(
                         filesystem=source.storage_options or {}, index_directory=source.index_directory
                     ),

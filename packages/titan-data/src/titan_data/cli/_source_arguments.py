@@ -22,7 +22,10 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("source options")
     group.add_argument(
-        "--text-key", default="text", metavar="KEY", help="JSON key or Parquet column of the text (default: text)"
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="JSON key or Parquet column of the text, as a path if it is nested, such as meta.text (default: text)",
     )
     group.add_argument(
         "--format",
@@ -46,6 +49,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         default="skip",
         help="skip: malformed records become empty documents and are counted; raise: stop at the first (default: skip)",
     )
+    group.add_argument(
+        "--on-unreadable-file",
+        choices=("skip", "raise"),
+        default="raise",
+        help="raise: stop if a file cannot be read, or not to its end; skip: continue without what is lost, and list "
+        "it (default: raise)",
+    )
 
 
 def open_source(options: argparse.Namespace) -> RandomAccessSource | StreamSource:
@@ -61,7 +71,7 @@ def open_source(options: argparse.Namespace) -> RandomAccessSource | StreamSourc
             text_key=options.text_key,
             streaming=True,
             shards=_ONE_FILE_EACH,
-            parsing=Parsing(options.format, options.text_unit, options.on_malformed),
+            parsing=Parsing(options.format, options.text_unit, options.on_malformed, options.on_unreadable_file),
         )
     if len(words) > 1:
         raise DataError(f"{special[0]} cannot be combined with other sources: run the command once for each source")

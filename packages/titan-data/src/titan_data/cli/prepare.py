@@ -82,6 +82,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{found.empty:,} of the documents are empty (no text, or malformed)")
     if malformed := getattr(source, "malformed", 0):
         print(f"{malformed:,} malformed records were found in this run")
+    for file in getattr(source, "unreadable", ()):
+        print(f"unreadable: {file}")
     return 0
 
 

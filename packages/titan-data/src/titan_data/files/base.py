@@ -27,11 +27,17 @@ class FileFormat(Protocol):
         """Name of the format, for fingerprints."""
         ...
 
-    def check(self, file: DataFile) -> None:
-        """Check the beginning of a file before anything else is read.
+    def check(self, file: DataFile, head: bytes) -> None:
+        """Check the beginning or footer of a file before anything else is read.
+
+        Args:
+            file: The file.
+            head: Its first bytes, so that it need not be opened for them.
 
         Raises:
-            DataError: If the file cannot contain texts, for example if the text column is missing.
+            WrongSchemaError: If the file has no texts where they are looked for.
+            CorruptFileError: If it is already seen to be corrupt.
+            DataError: If files like this cannot be read at all.
         """
         ...
 

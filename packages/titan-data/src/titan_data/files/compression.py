@@ -3,6 +3,7 @@
 `open_bytes` is called by the formats for every file, compressed or not.
 """
 
+import contextlib
 import io
 import zlib
 from typing import Any, Protocol
@@ -15,7 +16,19 @@ _READ_BYTES = 64 << 10  # compressed bytes at a time: even a thousandfold expans
 
 
 class CorruptFileError(Exception):
-    """The rest of a file cannot be read, and a retry would not help; the message says why."""
+    """The rest of a file cannot be read, and a retry would not help; the message says why.
+
+    Attributes:
+        lost: How much cannot be read, in bytes or rows.
+    """
+
+    def __init__(self, why: str, lost: str) -> None:
+        super().__init__(why)
+        self.lost = lost
+
+
+class WrongSchemaError(CorruptFileError):
+    """A file has no texts where they are looked for."""
 
 
 class _Decompressor(Protocol):
@@ -59,14 +72,28 @@ def open_bytes(file: DataFile, retry: Retry) -> io.BufferedReader:
     """
     raw: io.RawIOBase = StorageReader(file, retry)
     if (compression := compression_of(file.path.partition("?")[0])) is not None:
-        raw = _DecompressedReader(io.BufferedReader(raw, BLOCK), compression)
+        raw = _DecompressedReader(io.BufferedReader(raw, BLOCK), compression, file.size)
     return io.BufferedReader(raw, BLOCK)
+
+
+def first_bytes(file: DataFile, head: bytes) -> bytes:
+    """Decompress as much of a file as can be decompressed of its first bytes."""
+    if (compression := compression_of(file.path.partition("?")[0])) is None:
+        return head
+    reader = _DecompressedReader(io.BufferedReader(io.BytesIO(head)), compression, None)  # type: ignore[arg-type]
+    found = bytearray()
+    buffer = bytearray(BLOCK)
+    with contextlib.suppress(CorruptFileError):
+        while len(found) < BLOCK and (size := reader.readinto(buffer)):
+            found += buffer[:size]
+    return bytes(found)
 
 
 class _DecompressedReader(io.RawIOBase):
     """The contents of a compressed file of one or more frames (gzip: members)."""
 
-    def __init__(self, compressed: io.BufferedReader, compression: str) -> None:
+    def __init__(self, compressed: io.BufferedReader, compression: str, size: int | None) -> None:
+        self._size = size
         self._compressed = compressed
         self._compression = compression
         self._decompressor: _Decompressor | None = None
@@ -85,7 +112,10 @@ class _DecompressedReader(io.RawIOBase):
             if not data:
                 if self._decompressor is None:
                     return 0
-                self._failure = CorruptFileError(f"the .{self._compression} file is truncated")
+                self._failure = CorruptFileError(
+                    f"the .{self._compression} file is truncated",
+                    f"what followed its {self._compressed.tell():,} bytes",
+                )
             else:
                 self._pending = memoryview(self._decompress(data))
         size = min(len(buffer), len(self._pending))
@@ -111,7 +141,10 @@ class _DecompressedReader(io.RawIOBase):
             except MemoryError:
                 raise
             except Exception as error:  # zstandard's error is an Exception; the module may not be installed
-                self._failure = CorruptFileError(f"the .{self._compression} file is corrupt: {error}")
+                # Before the block that failed everything has been read, and of it perhaps a part.
+                begin = max(self._compressed.tell() - _READ_BYTES, 0)
+                lost = "the rest" if self._size is None else f"up to {self._size - begin:,} of its {self._size:,} bytes"
+                self._failure = CorruptFileError(f"the .{self._compression} file is corrupt: {error}", lost)
                 break
             data = b""
             if self._decompressor.eof:

@@ -16,7 +16,7 @@ from titan_data.errors import DataError
 from titan_data.files.compression import CorruptFileError, compression_of, open_bytes
 from titan_data.files.counts import RecordCount
 from titan_data.files.line_index import IndexDirectory
-from titan_data.files.malformed import MalformedRecords
+from titan_data.files.malformed import Findings
 from titan_data.files.options import StorageOptions
 from titan_data.files.reading import reading
 from titan_data.files.storage import DataFile, changed
@@ -35,7 +35,7 @@ class LineFormat:
         kind: Name of the format.
         unit: What one record is.
         decode: Turns a record, without its line end, into text; raises ValueError if it is malformed.
-        malformed: Collects malformed records.
+        findings: Collects malformed records and unreadable files.
         storage: How storage is read, and where indices are kept.
     """
 
@@ -44,19 +44,19 @@ class LineFormat:
         kind: str,
         unit: Literal["line", "paragraph"],
         decode: Callable[[str], str],
-        malformed: MalformedRecords,
+        findings: Findings,
         storage: StorageOptions,
     ) -> None:
         self.kind = kind
         self._unit = unit
         self._decode = decode
-        self._malformed = malformed
+        self._findings = findings
         self._retry = storage.retry
         directory = storage.index_directory
         self._index_directory = None if directory is None else IndexDirectory(directory)
         self._open_files = _OpenFiles()
 
-    def check(self, file: DataFile) -> None:
+    def check(self, file: DataFile, head: bytes) -> None:
         """Do nothing: any text is valid."""
 
     def records(self, file: DataFile) -> Generator[bytes, None, None]:
@@ -74,7 +74,7 @@ class LineFormat:
                     yield self.text(file, number, record)
                 number += 1
         except CorruptFileError as error:
-            self._malformed.report(f"{file.label}, after {self._unit} {number}", str(error))
+            self._findings.report_file(f"{file.label}, after {self._unit} {number}", str(error), error.lost)
             return RecordCount(number, exact=False)
         finally:
             records.close()
@@ -102,9 +102,9 @@ class LineFormat:
         try:
             return self._decode(str(record.rstrip(b"\r\n"), "utf-8"))
         except UnicodeDecodeError as error:
-            self._malformed.report(self._where(file, number), f"invalid UTF-8: {error.reason} at byte {error.start}")
+            self._findings.report(self._where(file, number), f"invalid UTF-8: {error.reason} at byte {error.start}")
         except (ValueError, RecursionError) as error:
-            self._malformed.report(self._where(file, number), str(error))
+            self._findings.report(self._where(file, number), str(error))
         return ""
 
     def _where(self, file: DataFile, number: int) -> str:

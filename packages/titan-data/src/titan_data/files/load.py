@@ -9,13 +9,13 @@ import numpy as np
 
 from titan_data.errors import DataError
 from titan_data.files.base import FileFormat
-from titan_data.files.compression import compression_of, require_compression
+from titan_data.files.compression import CorruptFileError, WrongSchemaError, compression_of, require_compression
 from titan_data.files.counts import RecordCounts
 from titan_data.files.glob import find_files, source_name
 from titan_data.files.jsonl import JsonLines
 from titan_data.files.line_index import IndexDirectory
 from titan_data.files.lines import LineFormat
-from titan_data.files.malformed import MalformedRecords
+from titan_data.files.malformed import Findings, UnreadableFile
 from titan_data.files.options import Format, Parsing, StorageOptions
 from titan_data.files.parquet import Parquet
 from titan_data.files.retry import Retry
@@ -33,6 +33,7 @@ _FORMATS: dict[str, Format] = {
     ".md": "text",
 }
 _THREADS = 16  # files checked concurrently
+_SHOWN = 5  # unreadable files named in a message
 
 
 def load_files(
@@ -56,11 +57,12 @@ def load_files(
 
     A malformed record (invalid JSON, no `text_key`, no text in it, invalid UTF-8) becomes an empty document, which a
     loader skips: the numbers of the other documents do not change. A corrupt compressed file ends where it is corrupt;
-    in a corrupt Parquet row group the rest of the rows are empty.
+    in a corrupt Parquet row group the rest of the rows are empty. Such files are listed in `unreadable`, with what is
+    lost; `malformed` is the number of malformed records.
 
     Args:
         patterns: Paths, globs or URLs that fsspec knows (`s3://…`, `https://…`, `hf://…`).
-        text_key: Key of the text in JSON lines, or its column in Parquet.
+        text_key: Key of the text in JSON lines, or its column in Parquet; a path for nested ones ("meta.text").
         streaming: Read the documents in order instead of by index.
         shards: With streaming, number of logical shards that the files are distributed over; at most one per file. A
             stream's order depends on it.
@@ -73,8 +75,9 @@ def load_files(
         part-10), pattern by pattern. The fingerprint consists of their names, sizes and samples of their contents.
 
     Raises:
-        DataError: If a pattern matches nothing, the format is unknown or differs between files, the first file has no
-            `text_key`, records cannot be read in any order, or an extra is not installed.
+        DataError: If a pattern matches nothing, the format is unknown or differs between files, no file can be read and
+            has `text_key` (with on_unreadable_file="raise": not every file), records cannot be read in any order, or an
+            extra is not installed.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -88,22 +91,22 @@ def load_files(
     storage = storage or StorageOptions()
     files = find_files(patterns, options=storage.filesystem, retry=storage.retry)
     name = name or source_name(patterns if isinstance(patterns, str | Path) else patterns[0])
-    malformed = MalformedRecords(name, parsing.on_malformed)
+    findings = Findings(name, parsing.on_malformed, parsing.on_unreadable_file)
     format = parsing.format or _format_of(files)
-    reader = _open_format(format, text_key, parsing, malformed, storage)
+    reader = _open_format(format, text_key, parsing, findings, storage)
     settings: dict[str, str | int | bool] = {"streaming": streaming}
     settings |= {"text_unit": parsing.text_unit} if format == "text" else {"text_key": text_key}
-    digests = _check_and_digest(files, reader, storage.retry)
+    digests = _check_and_digest(files, reader, findings, storage.retry)
     if not streaming:
         fingerprint = Fingerprint.of(reader.kind, digests, settings)
-        return FileRecords(name, fingerprint, malformed, files, reader)
+        return FileRecords(name, fingerprint, findings, files, reader)
     if shards < 1:
         raise DataError(f"a stream needs at least 1 shard, not {shards}")
     settings["shards"] = shards = min(shards, len(files))
     unit = f"{reader.kind}/{parsing.text_unit}" if format == "text" else reader.kind
     index = None if storage.index_directory is None else IndexDirectory(storage.index_directory)
     fingerprint = Fingerprint.of(reader.kind, digests, settings)
-    return FileStream(name, fingerprint, malformed, files, reader, shards, RecordCounts(unit, index))
+    return FileStream(name, fingerprint, findings, files, reader, shards, RecordCounts(unit, index))
 
 
 class FileRecords:
@@ -113,13 +116,13 @@ class FileRecords:
         self,
         name: str,
         fingerprint: Fingerprint,
-        malformed: MalformedRecords,
+        findings: Findings,
         files: Sequence[DataFile],
         reader: FileFormat,
     ) -> None:
         self.name = name
         self._fingerprint = fingerprint
-        self._malformed = malformed
+        self._findings = findings
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             self._indexed = list(pool.map(reader.index, files))
         self._ends = np.cumsum([len(records) for records in self._indexed], dtype=np.int64)
@@ -127,7 +130,12 @@ class FileRecords:
     @property
     def malformed(self) -> int:
         """Number of malformed records met so far, each counted once."""
-        return self._malformed.count
+        return self._findings.malformed
+
+    @property
+    def unreadable(self) -> tuple[UnreadableFile, ...]:
+        """The files found so far that cannot be read, or not to their ends, and how much is lost."""
+        return self._findings.unreadable
 
     def fingerprint(self) -> Fingerprint:
         """Return the files' names and digests, as they were when the source was opened."""
@@ -150,7 +158,7 @@ class FileStream:
         self,
         name: str,
         fingerprint: Fingerprint,
-        malformed: MalformedRecords,
+        findings: Findings,
         files: Sequence[DataFile],
         reader: FileFormat,
         shards: int,
@@ -159,7 +167,7 @@ class FileStream:
         self.name = name
         self.shards = shards
         self._fingerprint = fingerprint
-        self._malformed = malformed
+        self._findings = findings
         self._files = files
         self._reader = reader
         self._counts = counts
@@ -167,7 +175,12 @@ class FileStream:
     @property
     def malformed(self) -> int:
         """Number of malformed records met so far, each counted once."""
-        return self._malformed.count
+        return self._findings.malformed
+
+    @property
+    def unreadable(self) -> tuple[UnreadableFile, ...]:
+        """The files found so far that cannot be read, or not to their ends, and how much is lost."""
+        return self._findings.unreadable
 
     def fingerprint(self) -> Fingerprint:
         """Return the files' names and digests, as they were when the source was opened."""
@@ -204,23 +217,51 @@ def _format_of(files: Sequence[DataFile]) -> Format:
 
 
 def _open_format(
-    format: Format, text_key: str, parsing: Parsing, malformed: MalformedRecords, storage: StorageOptions
+    format: Format, text_key: str, parsing: Parsing, findings: Findings, storage: StorageOptions
 ) -> FileFormat:
     if format == "jsonl":
-        return JsonLines(text_key, malformed, storage)
+        return JsonLines(text_key, findings, storage)
     if format == "parquet":
-        return Parquet(text_key, malformed, storage)
+        return Parquet(text_key, findings, storage)
     if parsing.text_unit == "file":
-        return WholeFiles(malformed, storage.retry)
-    return LineFormat("text", parsing.text_unit, str, malformed, storage)
+        return WholeFiles(findings, storage.retry)
+    return LineFormat("text", parsing.text_unit, str, findings, storage)
 
 
-def _check_and_digest(files: Sequence[DataFile], reader: FileFormat, retry: Retry) -> list[tuple[str, str]]:
-    """Check that the first file has what is to be read; return the names and digests of all."""
+def _check_and_digest(
+    files: Sequence[DataFile], reader: FileFormat, findings: Findings, retry: Retry
+) -> list[tuple[str, str]]:
+    """Check that every file has what is to be read, before the work begins; return the names and digests of all."""
     for file in files:
         require_compression(compression_of(file.name))
+
+    def check(file: DataFile) -> tuple[str, CorruptFileError | None]:
+        digest, head = digest_sample(file, retry)
+        try:
+            if file.size != 0:
+                reader.check(file, head)
+        except CorruptFileError as error:
+            return digest, error
+        return digest, None
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(lambda file: digest_sample(file, retry), files))
-    if (first := next((file for file in files if file.size != 0), None)) is not None:
-        reader.check(first)
-    return [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
+        checked = list(pool.map(check, files))
+    found = [(file, error) for file, (_, error) in zip(files, checked, strict=True) if error is not None]
+    if found and (findings.stops_at_files or len(found) == sum(file.size != 0 for file in files)):
+        raise DataError(_describe_unreadable(found, len(files)))
+    for file, error in found:
+        findings.report_file(file.label, str(error), error.lost)
+    return [(file.name, digest) for file, (digest, _) in zip(files, checked, strict=True)]
+
+
+def _describe_unreadable(found: Sequence[tuple[DataFile, CorruptFileError]], files: int) -> str:
+    lines = [
+        f"{file.label}{' ' if isinstance(error, WrongSchemaError) else ': '}{error}" for file, error in found[:_SHOWN]
+    ]
+    if files == 1:
+        return lines[0]
+    lines = [f"{line} (lost: {error.lost})" for line, (_, error) in zip(lines, found, strict=False)]
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return "\n  ".join(
+        [f"{len(found)} of {files} files cannot be read: repair them or leave them out:", *lines, *more]
+    ) + ('\nTo read the others, set on_unreadable_file to "skip".' if len(found) < files else "")

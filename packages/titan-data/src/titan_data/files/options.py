@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from titan_data.errors import DataError
-from titan_data.files.malformed import OnMalformed
+from titan_data.files.malformed import OnMalformed, OnUnreadableFile
 from titan_data.files.retry import Retry
 
 Format = Literal["jsonl", "parquet", "text"]
@@ -22,6 +22,8 @@ class Parsing:
         text_unit: What one document of a text file is: the complete "file", each "line", or each "paragraph" (the lines
             between blank ones).
         on_malformed: "skip" to warn about malformed records, by file and line, and to count them; "raise" to stop.
+        on_unreadable_file: "skip" to warn about files that cannot be read, or not to their ends (corrupt data, no
+            `text_key`), and to list them with the number of rows or bytes that are lost; "raise" to stop.
 
     Raises:
         DataError: If a value is not one of those above.
@@ -30,6 +32,7 @@ class Parsing:
     format: Format | None = None
     text_unit: TextUnit = "file"
     on_malformed: OnMalformed = "skip"
+    on_unreadable_file: OnUnreadableFile = "skip"
 
     def __post_init__(self) -> None:
         if self.format not in (None, "jsonl", "parquet", "text"):
@@ -38,6 +41,8 @@ class Parsing:
             raise DataError(f'text_unit must be "file", "line" or "paragraph", not {self.text_unit!r}')
         if self.on_malformed not in ("skip", "raise"):
             raise DataError(f'on_malformed must be "skip" or "raise", not {self.on_malformed!r}')
+        if self.on_unreadable_file not in ("skip", "raise"):
+            raise DataError(f'on_unreadable_file must be "skip" or "raise", not {self.on_unreadable_file!r}')
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from titan_data.errors import DataError
-from titan_data.files.compression import CorruptFileError, compression_of
+from titan_data.files.compression import CorruptFileError, WrongSchemaError, compression_of
 from titan_data.files.counts import RecordCount
-from titan_data.files.malformed import MalformedRecords
+from titan_data.files.malformed import Findings
 from titan_data.files.options import StorageOptions
 from titan_data.files.storage import DataFile, StorageReader
 
@@ -25,8 +25,8 @@ class Parquet:
     """Parquet files of any codec. Null texts are empty documents.
 
     Args:
-        text_key: Name of the text column.
-        malformed: Collects malformed rows, row groups and files.
+        text_key: Name of the text column, or a path into a column of structs, joined by dots.
+        findings: Collects malformed rows and unreadable row groups and files.
         storage: How storage is read. At least one decoded row group is kept, whatever `cache_bytes` is.
 
     Raises:
@@ -35,24 +35,19 @@ class Parquet:
 
     kind = "parquet"
 
-    def __init__(self, text_key: str, malformed: MalformedRecords, storage: StorageOptions) -> None:
+    def __init__(self, text_key: str, findings: Findings, storage: StorageOptions) -> None:
         _import_pyarrow()
         self._text_key = text_key
-        self._malformed = malformed
+        self._findings = findings
         self._retry = storage.retry
         self._cache = _Cache(storage.cache_bytes)
 
-    def check(self, file: DataFile) -> None:
+    def check(self, file: DataFile, head: bytes) -> None:
         """Check that the file has the text column."""
         if compression_of(file.name):
             raise DataError(f"{file.label}: Parquet is compressed inside, so decompress the file before reading it")
-        try:
-            with self._open(file) as parquet:
-                self._column(parquet)
-        except CorruptFileError:
-            pass  # reported when it is read
-        except _ColumnError as error:
-            raise DataError(f"{file.label} has {error}") from None
+        with self._open(file) as parquet:
+            self._check_column(parquet)
 
     def stream(self, file: DataFile, start: int) -> Generator[str, None, RecordCount]:
         """Read the rows from number `start` on; earlier row groups are not read."""
@@ -109,16 +104,18 @@ class Parquet:
             # Without threads: requests stay in order, and the cores are left to training.
             batches = parquet.iter_batches(_BATCH, row_groups=[group], columns=[self._text_key], use_threads=False)
             for batch in _readable(batches):
-                yield batch.column(0)
+                yield _inner_column(batch.column(0), batch.schema.names[0], self._text_key)
                 number += len(batch)
         except CorruptFileError as error:
-            self._malformed.report(f"{file.label}, row group {group} from row {number} on", str(error))
+            lost = first + _group_sizes(parquet)[group] - number
+            where = f"{file.label}, row group {group} from row {number} on"
+            self._findings.report_file(where, str(error), f"{lost:,} rows")
 
     def _decode(self, file: DataFile, row: int, value: Any) -> str:
         try:
             text = value.as_py()
         except UnicodeDecodeError as error:
-            self._malformed.report(f"{file.label}, row {row}", f"invalid UTF-8: {error.reason} at byte {error.start}")
+            self._findings.report(f"{file.label}, row {row}", f"invalid UTF-8: {error.reason} at byte {error.start}")
             return ""
         return "" if text is None else str(text)
 
@@ -128,11 +125,9 @@ class Parquet:
             return None
         try:
             parquet = stack.enter_context(self._open(file))
-            self._column(parquet)
+            self._check_column(parquet)
         except CorruptFileError as error:
-            self._malformed.report(file.label, str(error))
-        except _ColumnError as error:
-            self._malformed.report(file.label, f"has {error}")
+            self._findings.report_file(file.label, str(error), error.lost)
         else:
             return parquet
         return None
@@ -141,19 +136,22 @@ class Parquet:
     def _open(self, file: DataFile) -> Iterator[Any]:
         parquet_module = _import_pyarrow()
         with StorageReader(file, self._retry) as reader:
-            with _corrupt_file_errors():
+            with _corrupt_file_errors(f"{file.size:,} bytes" if file.size else "all of it"):
                 parquet = parquet_module.ParquetFile(reader, pre_buffer=False)
             yield parquet
 
-    def _column(self, parquet: Any) -> None:
+    def _check_column(self, parquet: Any) -> None:
         """Check that the text column exists and contains text."""
         schema = parquet.schema_arrow
-        if self._text_key not in schema.names:
-            raise _ColumnError(f"no column {self._text_key!r}; set text_key to one of: {', '.join(schema.names)}")
-        kind = schema.field(self._text_key).type
+        rows = f"{parquet.metadata.num_rows:,} rows"
+        if (kind := _column_type(schema, self._text_key)) is None:
+            names = ", ".join(_paths(schema))
+            raise WrongSchemaError(f"has no column {self._text_key!r}; set text_key to one of: {names}", rows)
         texts = kind.value_type if str(kind).startswith("dictionary") else kind
         if str(texts) not in ("string", "large_string", "string_view", "null"):
-            raise _ColumnError(f"no text in column {self._text_key!r}, but {kind}: set text_key to a column of strings")
+            raise WrongSchemaError(
+                f"has no text in column {self._text_key!r}, but {kind}: set text_key to a column of strings", rows
+            )
 
 
 class IndexedParquet:
@@ -178,8 +176,35 @@ def _group_sizes(parquet: Any) -> list[int]:
     return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 
 
-class _ColumnError(Exception):
-    """The text column is missing or not of strings."""
+def _column_type(schema: Any, key: str) -> Any:
+    """Return the type of a column, or of a field in a column of structs; None if there is none."""
+    names = [field.name for field in schema]
+    if key in names:
+        return schema[names.index(key)].type
+    for field in schema:
+        if key.startswith(f"{field.name}.") and str(field.type).startswith("struct"):
+            return _column_type(list(field.type), key[len(field.name) + 1 :])
+    return None
+
+
+def _inner_column(column: Any, name: str, key: str) -> Any:
+    """Return the field of a column of structs that a key names; the column itself if that is its name."""
+    if key == name:
+        return column
+    import pyarrow.compute  # here: an optional extra
+
+    key = key[len(name) + 1 :]
+    field = next(field for field in column.type if key == field.name or key.startswith(f"{field.name}."))
+    return _inner_column(pyarrow.compute.struct_field(column, field.name), field.name, key)
+
+
+def _paths(schema: Any) -> list[str]:
+    """List the columns, those in columns of structs as paths."""
+    paths: list[str] = []
+    for field in schema:
+        inner = _paths(field.type) if str(field.type).startswith("struct") else []
+        paths += [f"{field.name}.{path}" for path in inner] or [field.name]
+    return paths
 
 
 class _Cache:
@@ -216,7 +241,7 @@ def _size(chunks: list[Any]) -> int:
 
 def _readable(batches: Iterator[Any]) -> Iterator[Any]:
     while True:
-        with _corrupt_file_errors():
+        with _corrupt_file_errors("the rest of the row group"):
             batch = next(batches, None)
         if batch is None:
             return
@@ -224,7 +249,7 @@ def _readable(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _corrupt_file_errors() -> Iterator[None]:
+def _corrupt_file_errors(lost: str) -> Iterator[None]:
     """Turn pyarrow's errors into CorruptFileError; errors of storage are DataErrors and pass through."""
     import pyarrow
 
@@ -233,7 +258,8 @@ def _corrupt_file_errors() -> Iterator[None]:
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise CorruptFileError(f"corrupt Parquet: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        why = str(error).splitlines()[0] if str(error) else repr(error)
+        raise CorruptFileError(f"corrupt Parquet: {why}", lost) from error
 
 
 def _import_pyarrow() -> Any:

@@ -216,7 +216,7 @@ def changed(file: DataFile) -> str:
     )
 
 
-def digest_sample(file: DataFile, retry: Retry) -> str:
+def digest_sample(file: DataFile, retry: Retry) -> tuple[str, bytes]:
     """Digest a file's size, its first 64 KiB and its last: notices almost any edit, at the cost of two short reads.
 
     Args:
@@ -224,15 +224,17 @@ def digest_sample(file: DataFile, retry: Retry) -> str:
         retry: How reads are retried.
 
     Returns:
-        16 hexadecimal digits.
+        16 hexadecimal digits, and the first 64 KiB.
     """
     digest = hashlib.sha256(f"{file.size}\n".encode())
+    head = b""
     with StorageReader(file, retry) as reader:
         for begin, end in _sample_ranges(file.size):
             reader.seek(begin)
             while reader.tell() < end and (data := reader.read(end - reader.tell())):
                 digest.update(data)
-    return digest.hexdigest()[:16]
+                head += data if begin == 0 else b""
+    return digest.hexdigest()[:16], head
 
 
 def _sample_ranges(size: int | None) -> Iterator[tuple[int, int]]:

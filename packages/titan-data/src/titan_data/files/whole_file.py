@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 from titan_data.files.compression import CorruptFileError, open_bytes
 from titan_data.files.counts import RecordCount
-from titan_data.files.malformed import MalformedRecords
+from titan_data.files.malformed import Findings
 from titan_data.files.retry import Retry
 from titan_data.files.storage import DataFile
 
@@ -13,17 +13,17 @@ class WholeFiles:
     """Text files that are one document each, compressed or not.
 
     Args:
-        malformed: Collects malformed files.
+        findings: Collects malformed and unreadable files.
         retry: How reads are retried.
     """
 
     kind = "text"
 
-    def __init__(self, malformed: MalformedRecords, retry: Retry) -> None:
-        self._malformed = malformed
+    def __init__(self, findings: Findings, retry: Retry) -> None:
+        self._findings = findings
         self._retry = retry
 
-    def check(self, file: DataFile) -> None:
+    def check(self, file: DataFile, head: bytes) -> None:
         """Do nothing: any text is valid."""
 
     def stream(self, file: DataFile, start: int) -> Generator[str, None, RecordCount]:
@@ -42,9 +42,9 @@ class WholeFiles:
             with open_bytes(file, self._retry) as data:
                 return str(data.read().removeprefix(b"\xef\xbb\xbf"), "utf-8")
         except CorruptFileError as error:
-            self._malformed.report(file.label, str(error))
+            self._findings.report_file(file.label, str(error), error.lost)
         except UnicodeDecodeError as error:
-            self._malformed.report(file.label, f"invalid UTF-8: {error.reason} at byte {error.start}")
+            self._findings.report(file.label, f"invalid UTF-8: {error.reason} at byte {error.start}")
         return ""
 
 

@@ -89,7 +89,7 @@ def prepare(
         The manifest of the folder, which may have been finished before.
 
     Raises:
-        DataError: If the source cannot be read, has no documents or consists of tokens; the folder contains something
+        DataError: If the source cannot be read, has no text or consists of tokens; the folder contains something
             else; or the disk is full.
 
     Example:
@@ -129,6 +129,14 @@ def prepare(
         if not headers:
             (folder / UNFINISHED).unlink()
             raise DataError(f"source {source.name!r} has no documents")
+        if (documents := sum(header.documents for header in headers)) and not any(header.tokens for header in headers):
+            for number in range(len(headers)):
+                (folder / shard_name(number)).unlink()
+            (folder / UNFINISHED).unlink()
+            raise DataError(
+                f"source {source.name!r} has no text in any of its {documents:,} documents, so nothing was written: "
+                "check its files, and the key of the text"
+            )
         manifest = write_manifest(folder, job, headers)
         (folder / UNFINISHED).unlink(missing_ok=True)
         return manifest

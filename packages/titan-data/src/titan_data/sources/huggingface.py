@@ -13,6 +13,7 @@ from titan_data.errors import DataError
 from titan_data.files.glob import find_files
 from titan_data.files.retry import Retry, describe_error, may_pass
 from titan_data.files.storage import digest_sample
+from titan_data.files.text_key import MISSING, find_value, list_keys
 from titan_data.fingerprint import Fingerprint
 from titan_data.sources._huggingface_files import FILE_FORMATS, is_folder, local_files
 from titan_data.sources.base import RandomAccessSource, StreamSource
@@ -65,7 +66,8 @@ def load_huggingface_dataset(
         name: Configuration of the dataset.
         split: Split of the dataset; local files without splits are all "train".
         data_files: Paths or glob patterns of files; documents come in their order.
-        text_key: Column of the text. A record whose text is None is an empty document.
+        text_key: Column of the text; a path for nested ones ("meta.text"). A record whose text is None is an empty
+            document.
         streaming: Read during training, instead of preparing a copy on disk first. Streams are not shuffled. None:
             only for "c4".
         shards: With streaming, number of logical shards that the dataset's files are distributed over; at most one per
@@ -92,7 +94,8 @@ def load_huggingface_dataset(
     request = dict(options, name=name, split=split, streaming=bool(streaming), revision=hub.revision)
     dataset, commit = _open(path, patterns, files, hub.cache_directory, request)
     _check_column(dataset, text_key, path)
-    dataset = dataset.select_columns([text_key])  # the others need not be decoded
+    # The others need not be decoded.
+    dataset = dataset.select_columns([_top_column(dataset, text_key)])
     settings = {key: repr(value) for key, value in request.items() if value is not None}
     settings |= {"path": "a folder" if is_folder(path) else path, "text_key": text_key}
     if commit is not None:
@@ -258,7 +261,7 @@ def _fingerprint(
         items = [(pattern, "") for pattern in patterns or ()]
     else:
         found = find_files([*files]) if files else []
-        items = [(file.name, digest_sample(file, Retry())) for file in found]
+        items = [(file.name, digest_sample(file, Retry())[0]) for file in found]
     return Fingerprint.of("huggingface", items, settings)
 
 
@@ -276,14 +279,27 @@ def _check_column(dataset: Any, text_key: str, path: str) -> None:
         if first is None:
             return  # an empty stream: the loader reports it
         columns = list(first)
-    if text_key not in columns:
+    if _first_key(text_key, columns) is None:
         raise DataError(f"{path!r} has no column {text_key!r}; set text_key to one of: {', '.join(sorted(columns))}")
 
 
+def _first_key(text_key: str, columns: Sequence[str]) -> str | None:
+    """Return the column that a key, or the beginning of a path of keys, names."""
+    named = [column for column in columns if text_key == column or text_key.startswith(f"{column}.")]
+    return max(named, key=len, default=None)
+
+
+def _top_column(dataset: Any, text_key: str) -> str:
+    columns = dataset.column_names
+    return (None if columns is None else _first_key(text_key, columns)) or text_key.partition(".")[0]
+
+
 def _text(record: Mapping[str, Any], text_key: str) -> str:
-    value = record[text_key]
+    value = find_value(record, text_key)
     if value is None:
         return ""
+    if value is MISSING:
+        raise DataError(f"a record has no {text_key!r}; set text_key to one of: {', '.join(list_keys(record))}")
     if not isinstance(value, str):
         kind = type(value).__name__
         raise DataError(f"column {text_key!r} is of type {kind}, not text: set text_key to a column of strings")

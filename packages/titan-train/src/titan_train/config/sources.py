@@ -37,13 +37,15 @@ class FilesSource(SourceSection):
     format: Literal["jsonl", "parquet", "text"] | None = None
     """Format of the files; "none" decides by their names."""
     text_key: str = "text"
-    """Key or column that holds the text."""
+    """Key or column that holds the text; a path for nested ones, such as meta.text."""
     text_unit: Literal["file", "line", "paragraph"] = "file"
     """What one document is, in text files."""
     streaming: bool = False
     """Read documents one after another, without shuffling them."""
     on_malformed: Literal["skip", "raise"] = "skip"
     """Skip and count malformed records, or stop at the first one."""
+    on_unreadable_file: Literal["skip", "raise"] = "skip"
+    """Skip files that cannot be read, or not to their ends, with a warning that says what is lost, or stop."""
     index_directory: str | None = None
     """Folder that caches where each record begins, so that later starts need not scan the files; "none" scans."""
     storage_options: dict[str, str | int | float | bool] = {}
