@@ -47,6 +47,7 @@ from titan_data.tokenizers.huggingface import HuggingFaceTokenizer
 from titan_data.tokenizers.load import load_tokenizer
 from titan_data.tokenizers.sentencepiece import SentencePieceTokenizer
 from titan_data.tokenizers.tiktoken import TiktokenTokenizer
+from titan_data.tokenizers.tiktoken_encodings import TiktokenEncoding
 from titan_data.tokenizers.train import train_tokenizer
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "StdlibSource",
     "StorageOptions",
     "StreamSource",
+    "TiktokenEncoding",
     "TiktokenTokenizer",
     "TokenShards",
     "TokenSource",

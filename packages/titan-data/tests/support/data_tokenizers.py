@@ -10,7 +10,8 @@ import pytest
 from titan_data import Tokenizer
 from titan_data.tokenizers.huggingface import HuggingFaceTokenizer
 from titan_data.tokenizers.sentencepiece import SentencePieceTokenizer
-from titan_data.tokenizers.tiktoken import SPLIT_PATTERN, TiktokenTokenizer
+from titan_data.tokenizers.tiktoken import TiktokenTokenizer
+from titan_data.tokenizers.tiktoken_encodings import SPLIT_PATTERN
 from titan_data.tokenizers.train import train_tokenizer
 
 KINDS = ("bpe", "sentencepiece", "huggingface")

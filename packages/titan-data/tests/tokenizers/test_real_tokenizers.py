@@ -26,7 +26,8 @@ from titan_data.tokenizers.base import ByteTokenizer
 from titan_data.tokenizers.huggingface import HuggingFaceTokenizer
 from titan_data.tokenizers.load import load_tokenizer
 from titan_data.tokenizers.sentencepiece import SentencePieceTokenizer
-from titan_data.tokenizers.tiktoken import SPLIT_PATTERN, TiktokenTokenizer, cut_long_text
+from titan_data.tokenizers.tiktoken import TiktokenTokenizer, cut_long_text
+from titan_data.tokenizers.tiktoken_encodings import SPECIAL_TOKENS, SPLIT_PATTERN
 from titan_data.tokenizers.train import train_tokenizer
 
 each_kind = pytest.mark.parametrize("kind", cases.KINDS)
@@ -188,14 +189,14 @@ def test_training_is_reproducible_in_another_process(kind: str) -> None:
 @settings(deadline=None, max_examples=300)
 @given(text=st.text(max_size=100) | st.text("abe \n", max_size=100))
 def test_tiktoken_gives_the_ids_of_the_trainer(text: str) -> None:
-    ranks = cases.VOCAB_SIZE["bpe"] - tiktoken.SPECIAL_TOKENS
+    ranks = cases.VOCAB_SIZE["bpe"] - SPECIAL_TOKENS
     trainer = _trainer(ranks)
     text = text.encode("utf-8", "replace").decode()
     assert cases.tokenizer("bpe").encode(text) == trainer.encode(text).ids
 
 
 def test_tiktoken_gives_the_ids_of_the_trainer_on_real_text() -> None:
-    trainer = _trainer(cases.VOCAB_SIZE["bpe"] - tiktoken.SPECIAL_TOKENS)
+    trainer = _trainer(cases.VOCAB_SIZE["bpe"] - SPECIAL_TOKENS)
     for text in cases.texts():
         assert cases.tokenizer("bpe").encode(text) == trainer.encode(text).ids
 

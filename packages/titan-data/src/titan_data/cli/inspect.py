@@ -6,6 +6,7 @@ from typing import Any
 
 from titan_data.cli._numbers import count
 from titan_data.cli._token_arguments import add_token_arguments, open_tokens
+from titan_data.cli._tokenizer_arguments import add_tokenizer_arguments, open_tokenizer
 from titan_data.errors import DataError
 
 _SHOWN_TOKENS = 200  # tokens printed of each sample
@@ -19,10 +20,8 @@ def add_parser(commands: Any) -> None:
         description="Show the number of documents and tokens, a histogram of document lengths, and sample documents.",
     )
     add_token_arguments(parser)
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help="show samples as text, decoded with this tokenizer (it must have made the tokens)",
+    add_tokenizer_arguments(
+        parser, "show samples as text, decoded with this tokenizer (it must have made the tokens)", required=False
     )
     parser.add_argument("--samples", type=count, default=3, metavar="N", help="number of sample documents (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="seed that selects the samples (default: 0)")
@@ -32,10 +31,9 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print statistics and samples."""
     from titan_data.shards.statistics import count_lengths
-    from titan_data.tokenizers.load import load_tokenizer
 
     source = open_tokens(options)
-    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    tokenizer = None if options.tokenizer is None else open_tokenizer(options)
     made_by = source.tokenizer_fingerprint
     if tokenizer is not None and made_by is not None and tokenizer.fingerprint != made_by:
         raise DataError(f"these tokens were made by tokenizer {made_by}, not by {tokenizer.fingerprint}")

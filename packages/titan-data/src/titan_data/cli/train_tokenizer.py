@@ -47,6 +47,6 @@ def run(options: argparse.Namespace) -> int:
     with explain_full_disk(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, data)
-    tokenizer = load_tokenizer(out)
+    tokenizer = load_tokenizer(out, encoding="llama3" if options.kind == "bpe" else None)
     print(f"{out}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint}")
     return 0

@@ -81,13 +81,22 @@ class ByteTokenizer:
     """One token per UTF-8 byte: ids 0 to 255 are the bytes, 256 is bos, 257 is eos.
 
     For tests, first runs and byte models: nothing to download, nothing to train.
+
+    Args:
+        bos: Whether a bos stands before each document.
+        eos: Whether an eos stands after each document.
     """
 
     vocab_size: Final[int] = 258
-    bos_id: Final[int] = 256
-    eos_id: Final[int] = 257
+    bos_id: int | None = 256
+    eos_id: int | None = 257
     pad_id: Final[None] = None
-    fingerprint: Final[str] = "titan-data/bytes/1"
+    fingerprint: str = "titan-data/bytes/1"
+
+    def __init__(self, *, bos: bool = True, eos: bool = True) -> None:
+        if not (bos and eos):
+            self.bos_id, self.eos_id = 256 if bos else None, 257 if eos else None
+            self.fingerprint = f"titan-data/bytes/1/{'bos' if bos else ''}/{'eos' if eos else ''}"
 
     def encode(self, text: str) -> list[int]:
         """Turn text into its UTF-8 bytes.

@@ -6,8 +6,9 @@ from typing import Any
 
 from titan_data.errors import DataError
 
-# The first group whose first file the repository has is the tokenizer; the other files of the group belong to it.
-_CANDIDATES = (("tokenizer.model",), ("tokenizer.json", "tokenizer_config.json"))
+# The first group whose first file the repository has is the tokenizer; the other files of the group belong to it. The
+# order is that of `load_tokenizer`.
+_CANDIDATES = (("tokenizer.json", "tokenizer_config.json"), ("tokenizer.model", "tokenizer_config.json"))
 _HTTP_CLIENTS = ("http", "requests")  # modules of the errors of connections, httpx's and requests'
 
 
@@ -42,7 +43,7 @@ def download_tokenizer(
             return paths[0]
     where = f"folder {subfolder} of {repo_id}" if subfolder else repo_id
     raise DataError(
-        f"{where} has no {' and no '.join(names[0] for names in _CANDIDATES)}: "
+        f"{where} has no {' and no '.join(names[0] for names in reversed(_CANDIDATES))}: "
         "is it in a subfolder (such as --subfolder original)?"
     )
 

@@ -1,36 +1,23 @@
-"""Llama 3's tokenizer: byte-pair ranks in tiktoken's file format, a split pattern and 256 special tokens."""
+"""Byte-pair ranks in tiktoken's file format, as of Llama 3, with a split pattern and special tokens."""
 
 import base64
 import binascii
 import hashlib
+import json
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from titan_data.errors import DataError
 from titan_data.tokenizers.base import replace_surrogates
-
-# How Llama 3 splits text into the pieces in which bytes are then merged.
-# Source: Meta's llama3 repository, llama/tokenizer.py (the same pattern as in tiktoken's cl100k_base).
-SPLIT_PATTERN: Final = "|".join(
-    [
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-
-SPECIAL_TOKENS: Final = 256  # their ids follow the ranks: 128000 to 128255 in Llama 3
-_BOS, _EOS, _PAD = 0, 1, 4  # among the special tokens; Llama 3.1 names number 4 "<|finetune_right_pad_id|>"
+from titan_data.tokenizers.markers import Markers, parse_config
+from titan_data.tokenizers.tiktoken_encodings import ENCODINGS, TiktokenEncoding, find_encoding, llama3_encoding
 
 # Longer texts are split as in Meta's reference, so that the ids are the same: every _MAX_CHARACTERS, and within runs of
 # more than _MAX_RUN characters that are all whitespace or all not. tiktoken's regex engine panics (which no `except
@@ -45,42 +32,69 @@ _PARALLEL_FROM = 20_000  # characters; below, threads cost more than they gain
 
 
 class TiktokenTokenizer:
-    """Byte-pair encoding through tiktoken, with Llama 3's split pattern and special tokens.
+    """Byte-pair encoding through tiktoken.
 
-    Ids `0..R-1` are the ranks of the file (R = 128,000 in Llama 3's), `R..R+255` the special tokens.
+    Ids `0..R-1` are the ranks of the file (R = 128,000 in Llama 3's), special tokens follow.
 
     Args:
         data: Contents of the rank file: on each line a token in base64 and its rank.
         name: The file's name, for messages.
+        config: Contents of the tokenizer_config.json next to it, or None.
+        markers: Which tokens stand before and after each document; what the files say if None.
+        encoding: Split pattern and special tokens, which the file does not say; if None those of Llama 3, or of the
+            published file that it is.
 
     Raises:
         DataError: If the contents are not a rank file, or corrupt.
     """
 
-    def __init__(self, data: bytes, name: str = "tokenizer.model") -> None:
+    def __init__(
+        self,
+        data: bytes,
+        name: str = "tokenizer.model",
+        config: bytes | None = None,
+        markers: Markers | None = None,
+        encoding: TiktokenEncoding | None = None,
+    ) -> None:
         import tiktoken  # here: keeps `import titan_data` fast
 
         ranks = parse_ranks(data, name)
-        self._data, self._name = data, name
-        self.special_tokens: dict[str, int] = {token: len(ranks) + i for i, token in enumerate(_special_token_names())}
+        self._arguments = (data, name, config, markers, encoding)
+        if encoding is None:
+            encoding = ENCODINGS[find_encoding(data) or "llama3"](len(ranks))
+        self.special_tokens: dict[str, int] = dict(encoding.special_tokens)
+        _check_special_tokens(self.special_tokens, len(ranks), name)
         self._ranks = len(ranks)
+        self._normalization = encoding.normalization
         self._encoding = tiktoken.Encoding(
-            name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            name, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
-        self.vocab_size: int = len(ranks) + SPECIAL_TOKENS
-        self.bos_id: int = len(ranks) + _BOS
-        self.eos_id: int = len(ranks) + _EOS
-        self.pad_id: int = len(ranks) + _PAD
-        digest = hashlib.sha256(SPLIT_PATTERN.encode())
+        self.vocab_size: int = max([len(ranks) - 1, *self.special_tokens.values()]) + 1
+        self.bos_id: int | None
+        self.eos_id: int | None
+        self.pad_id: int | None
+        usual_bos, usual_eos, self.pad_id = (
+            None if token is None else self.special_tokens[token]
+            for token in (encoding.bos, encoding.eos, encoding.pad)
+        )
+        self.bos_id, self.eos_id = (markers or Markers()).resolve(
+            self.special_tokens.get, parse_config(config, name), (usual_bos, usual_eos), self.special_tokens, name
+        )
+        digest = hashlib.sha256(encoding.pattern.encode())
         for token in ranks:  # in the order of their ranks
             digest.update(len(token).to_bytes(4, "little") + token)
+        if (self.bos_id, self.eos_id) != (usual_bos, usual_eos):
+            digest.update(json.dumps([self.bos_id, self.eos_id]).encode())
+        if encoding != llama3_encoding(len(ranks)):
+            digest.update(json.dumps([*self.special_tokens.items(), encoding.pad, encoding.normalization]).encode())
         self.fingerprint: str = f"tiktoken/{digest.hexdigest()[:32]}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._data, self._name)
+        return type(self), self._arguments
 
     def encode(self, text: str) -> list[int]:
         """Turn text into ids; lone surrogates become U+FFFD, names of special tokens are ordinary text."""
+        text = self._normalize(text)
         if len(text) <= _MAX_RUN:
             return self._encoding.encode_ordinary(text)
         ids: list[int] = []
@@ -101,15 +115,27 @@ class TiktokenTokenizer:
 
     def _encode_to_array(self, text: str) -> npt.NDArray[np.uint32]:
         """Do what `encode` does, without a Python list, which would take a sixth longer."""
+        text = self._normalize(text)
         if len(text) <= _MAX_RUN:
             return self._to_numpy(text)
         return np.concatenate([self._to_numpy(piece) for piece in cut_long_text(text)])
+
+    def _normalize(self, text: str) -> str:
+        return text if self._normalization is None else unicodedata.normalize(self._normalization, text)
 
     def _to_numpy(self, text: str) -> npt.NDArray[np.uint32]:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # lone surrogates; `encode_ordinary` replaces them by itself
             return self._encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())
+
+
+def _check_special_tokens(special_tokens: Mapping[str, int], ranks: int, name: str) -> None:
+    if wrong := [token for token, i in special_tokens.items() if i < ranks]:
+        raise DataError(
+            f"{name} has {ranks} ranks, and special token {wrong[0]!r} the id {special_tokens[wrong[0]]} of one of "
+            "them: the file is of another encoding"
+        )
 
 
 def parse_ranks(data: bytes, name: str) -> dict[bytes, int]:
@@ -173,16 +199,6 @@ def _may_have_long_run(part: str) -> bool:
 
 def _cuts_in_runs(part: str) -> list[int]:
     return [cut for run in _RUN.finditer(part) for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN)]
-
-
-def _special_token_names() -> list[str]:
-    """List Llama 3's special tokens in the order of their ids (source: Meta's llama3 repository)."""
-    names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
-    reserved = iter(range(SPECIAL_TOKENS))
-    return [
-        f"<|{names[i]}|>" if i in names else f"<|reserved_special_token_{next(reserved)}|>"
-        for i in range(SPECIAL_TOKENS)
-    ]
 
 
 def _corrupt(name: str, what: str) -> DataError:

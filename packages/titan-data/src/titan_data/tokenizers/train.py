@@ -8,7 +8,7 @@ from typing import Literal
 
 from titan_data.errors import DataError
 from titan_data.tokenizers.base import replace_surrogates
-from titan_data.tokenizers.tiktoken import SPECIAL_TOKENS, SPLIT_PATTERN
+from titan_data.tokenizers.tiktoken_encodings import SPECIAL_TOKENS, SPLIT_PATTERN
 
 Kind = Literal["bpe", "sentencepiece"]
 _MAX_LINE = 4000  # bytes; SentencePiece's trainer skips longer lines
@@ -48,7 +48,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
             f"a BPE vocabulary must have at least {256 + SPECIAL_TOKENS} ids "
             f"(256 bytes and {SPECIAL_TOKENS} special tokens), not {vocab_size}"
         )
-    bytes_of = _bytes_of_letters()
+    bytes_of = bytes_of_letters()
     trainer = trainers.BpeTrainer(vocab_size=count, initial_alphabet=list(bytes_of), show_progress=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,7 +71,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
     return b"".join(lines)
 
 
-def _bytes_of_letters() -> dict[str, bytes]:
+def bytes_of_letters() -> dict[str, bytes]:
     """Map the characters that represent bytes in byte-level BPE back to the bytes (GPT-2's scheme).
 
     Printable Latin-1 characters represent themselves; U+0100, U+0101 and so on represent the other bytes in order.

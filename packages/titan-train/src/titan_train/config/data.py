@@ -44,6 +44,14 @@ class DataSection(SourceTable):
     """Visit the documents of each epoch in an order drawn from the seed, if the source can be read in any order."""
     tokenizer: str = "bytes"
     """File or folder with tiktoken ranks, a SentencePiece model or a tokenizer.json; `bytes` uses UTF-8 bytes."""
+    bos: str | None = "auto"
+    """Name of the token before each document; "auto": what the tokenizer's files say; "none": no token."""
+    eos: str | None = "auto"
+    """Name of the token after each document; "auto": what the tokenizer's files say; "none": no token."""
+    encoding: Literal["gpt2", "cl100k_base", "o200k_base", "llama3", "qwen"] | None = None
+    """What belongs to a file of tiktoken ranks; "none" recognizes the published files."""
+    match_added_tokens: bool = False
+    """Find added tokens that are not special in the text, as transformers does, instead of reading them as text."""
     packing: Literal["concat", "best_fit", "one_per_row"] = "concat"
     """How documents become sequences: concatenated, each put where it fits best, or one document per sequence."""
     long_documents: Literal["split", "crop"] = "split"
