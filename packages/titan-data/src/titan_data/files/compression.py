@@ -71,14 +71,14 @@ def open_bytes(file: DataFile, retry: Retry) -> io.BufferedReader:
         after everything before that.
     """
     raw: io.RawIOBase = StorageReader(file, retry)
-    if (compression := compression_of(file.path.partition("?")[0])) is not None:
+    if (compression := compression_of(file.suffixes)) is not None:
         raw = _DecompressedReader(io.BufferedReader(raw, BLOCK), compression, file.size)
     return io.BufferedReader(raw, BLOCK)
 
 
 def first_bytes(file: DataFile, head: bytes) -> bytes:
     """Decompress as much of a file as can be decompressed of its first bytes."""
-    if (compression := compression_of(file.path.partition("?")[0])) is None:
+    if (compression := compression_of(file.suffixes)) is None:
         return head
     reader = _DecompressedReader(io.BufferedReader(io.BytesIO(head)), compression, None)  # type: ignore[arg-type]
     found = bytearray()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from titan_data.errors import DataError
+from titan_data.files.local_glob import check_link, glob_local
 from titan_data.files.retry import AttemptsFailedError, Retry, call_with_retries, within
 from titan_data.files.storage import DataFile, open_filesystem, size_and_version, without_query
 
@@ -31,8 +32,9 @@ def find_files(
     """Find the files that match patterns.
 
     Args:
-        patterns: Paths or URLs, with `*`, `?`, `[…]` and `**` (any number of folders); `~` is the home folder. Files
-            whose names, or whose folders' names, begin with a dot are found only if they are named in full.
+        patterns: Paths or URLs, with `*`, `?`, `[…]` and `**` (any number of folders, also behind links); `~` is the
+            home folder. Files whose names, or whose folders' names, begin with a dot are found only if they are named
+            in full.
         options: Arguments of fsspec's file system, such as credentials.
         retry: How often to retry when storage fails.
 
@@ -41,7 +43,8 @@ def find_files(
         patterns in the order given. A file that matches several patterns is listed once.
 
     Raises:
-        DataError: If a pattern matches nothing or names a folder, or the storage cannot be reached.
+        DataError: If a pattern matches nothing or names a folder, a link that it matches points to nothing, or the
+            storage cannot be reached.
     """
     if isinstance(patterns, str | Path):
         patterns = [patterns]
@@ -65,17 +68,26 @@ def source_name(pattern: str | Path) -> str:
     """Derive a source's name from a pattern: the last folder before the first wildcard, and everything after it."""
     path = without_query(os.fspath(pattern)).replace(os.sep, "/")
     parts = [part for part in (path.partition("://")[2] or path).split("/") if part]
-    first = next((i for i, part in enumerate(parts) if _is_magic(part)), None)
+    first = next((i for i, part in enumerate(parts) if has_wildcard(part)), None)
     return "/".join(parts[-1:] if first is None else parts[max(first - 1, 0) :])
 
 
-def _is_magic(path: str) -> bool:
-    return any(character in path for character in "*?[")
+def has_wildcard(path: str | Path) -> bool:
+    """Whether a path is a pattern."""
+    return any(character in os.fspath(path) for character in "*?[")
+
+
+def _is_remote(pattern: str) -> bool:
+    """Whether a pattern is a URL; "::" joins file systems only after the name of one (simplecache::/a/b)."""
+    if "://" in pattern:
+        return True
+    first, joined, _ = pattern.partition("::")
+    return bool(joined) and first in fsspec.available_protocols() and not os.path.lexists(pattern)
 
 
 def _expand(pattern: str, options: Mapping[str, Any], retry: Retry) -> list[DataFile]:
     """Find the files of one pattern."""
-    remote = "://" in pattern or "::" in pattern
+    remote = _is_remote(pattern)
     # fsspec expands `~` but keeps `..`: one file under two paths would be read twice.
     url = pattern if remote else os.path.abspath(os.path.expanduser(pattern))
     filesystem, path = open_filesystem(url, options)
@@ -96,14 +108,17 @@ def _expand(pattern: str, options: Mapping[str, Any], retry: Retry) -> list[Data
             return None
 
     # In web addresses a "?" is not a wildcard.
-    magic = "*" in path if url.startswith(("http://", "https://")) else _is_magic(path)
+    magic = "*" in path if url.startswith(("http://", "https://")) else has_wildcard(path)
     info = request(lambda: lookup(path))
+    if local and info is None:
+        check_link(path)
     infos: dict[str, Mapping[str, Any]] = {}
     if info is not None and info.get("type") != "directory":
         magic, infos = False, {path: info}
     elif magic:
         root = _literal_folder(path, magic=True)
-        matches = [match for match in request(lambda: filesystem.glob(path)) if not _is_hidden(match, path, root)]
+        expanded = request(lambda: glob_local(path) if local else filesystem.glob(path))
+        matches = [match for match in expanded if not _is_hidden(match, path, root)]
         # Not `glob(detail=True)`: some listings have another version of a file, or no size, than `info` has later.
         with ThreadPoolExecutor(_THREADS) as pool:
             looked_up = pool.map(lambda match: request(lambda: lookup(match)), matches)
@@ -131,7 +146,7 @@ def _literal_folder(path: str, *, magic: bool) -> str:
     if not magic:
         return without_query(path).rpartition("/")[0]
     parts = path.split("/")
-    first = next(i for i, part in enumerate(parts) if _is_magic(part))
+    first = next(i for i, part in enumerate(parts) if has_wildcard(part))
     return "/".join(parts[:first])
 
 
@@ -140,7 +155,7 @@ def _nothing_found(filesystem: Any, pattern: str, path: str, *, is_folder: bool)
     pattern = without_query(pattern)
     if is_folder:
         return f"{pattern} is a folder: name its files, such as {pattern.rstrip('/')}/**/*.jsonl"
-    message = f"no file matches {pattern}" if _is_magic(pattern) else f"file {pattern} does not exist"
+    message = f"no file matches {pattern}" if has_wildcard(pattern) else f"file {pattern} does not exist"
     if path.startswith(("http://", "https://")):
         return message
     nearest = path
@@ -159,9 +174,15 @@ def _nothing_found(filesystem: Any, pattern: str, path: str, *, is_folder: bool)
 
 def _with_unique_names(files: Iterable[DataFile]) -> list[DataFile]:
     """Number files of the same name (from several folders), as a fingerprint identifies files by name."""
+    files = list(files)
+    own = {file.name for file in files}
     seen: dict[str, int] = {}
     unique = []
     for file in files:
         times = seen[file.name] = seen.get(file.name, 0) + 1
-        unique.append(file if times == 1 else replace(file, name=f"{file.name} ({times})"))
+        if times > 1:
+            while (name := f"{file.name} ({times})") in own:  # which a file is called by itself
+                times = seen[file.name] = times + 1
+            file = replace(file, name=name)
+        unique.append(file)
     return unique

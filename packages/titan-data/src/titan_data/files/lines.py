@@ -82,7 +82,7 @@ class LineFormat:
 
     def index(self, file: DataFile) -> "IndexedLines":
         """Find where each record begins, by reading the file once or from a saved index."""
-        if not file.local or compression_of(file.path):
+        if not file.local or compression_of(file.suffixes):
             what = "compressed" if file.local else "remote"
             raise DataError(
                 f"{file.label} is {what}, so its records cannot be read in any order: read them in order with "

@@ -11,7 +11,8 @@ from titan_data.errors import DataError
 from titan_data.files.base import FileFormat
 from titan_data.files.compression import CorruptFileError, WrongSchemaError, compression_of, require_compression
 from titan_data.files.counts import RecordCounts
-from titan_data.files.glob import find_files, source_name
+from titan_data.files.glob import find_files, has_wildcard, source_name
+from titan_data.files.inputs import InputFiles
 from titan_data.files.jsonl import JsonLines
 from titan_data.files.line_index import IndexDirectory
 from titan_data.files.lines import LineFormat
@@ -66,7 +67,8 @@ def load_files(
         streaming: Read the documents in order instead of by index.
         shards: With streaming, number of logical shards that the files are distributed over; at most one per file. A
             stream's order depends on it.
-        name: The source's name; by default the end of the first pattern.
+        name: The source's name; by default the end of the first pattern. A name that is given is part of the source's
+            identity; one made of a folder and wildcards is not. See `TokenShards`.
         parsing: How files become documents; `Parsing()` if None.
         storage: How storage is read; `StorageOptions()` if None.
 
@@ -90,23 +92,28 @@ def load_files(
     parsing = parsing or Parsing()
     storage = storage or StorageOptions()
     files = find_files(patterns, options=storage.filesystem, retry=storage.retry)
-    name = name or source_name(patterns if isinstance(patterns, str | Path) else patterns[0])
+    first = patterns if isinstance(patterns, str | Path) else next(iter(patterns), "")
+    named = name is not None or not has_wildcard(first)
+    name = name or source_name(first)
     findings = Findings(name, parsing.on_malformed, parsing.on_unreadable_file)
     format = parsing.format or _format_of(files)
     reader = _open_format(format, text_key, parsing, findings, storage)
     settings: dict[str, str | int | bool] = {"streaming": streaming}
     settings |= {"text_unit": parsing.text_unit} if format == "text" else {"text_key": text_key}
     digests = _check_and_digest(files, reader, findings, storage.retry)
+    inputs = InputFiles(files, storage.retry)
     if not streaming:
         fingerprint = Fingerprint.of(reader.kind, digests, settings)
-        return FileRecords(name, fingerprint, findings, files, reader)
+        return FileRecords(name, fingerprint, findings, files, reader, inputs, named=named)
     if shards < 1:
         raise DataError(f"a stream needs at least 1 shard, not {shards}")
     settings["shards"] = shards = min(shards, len(files))
     unit = f"{reader.kind}/{parsing.text_unit}" if format == "text" else reader.kind
     index = None if storage.index_directory is None else IndexDirectory(storage.index_directory)
     fingerprint = Fingerprint.of(reader.kind, digests, settings)
-    return FileStream(name, fingerprint, findings, files, reader, shards, RecordCounts(unit, index))
+    return FileStream(
+        name, fingerprint, findings, files, reader, inputs, shards, RecordCounts(unit, index), named=named
+    )
 
 
 class FileRecords:
@@ -119,10 +126,15 @@ class FileRecords:
         findings: Findings,
         files: Sequence[DataFile],
         reader: FileFormat,
+        inputs: InputFiles,
+        *,
+        named: bool,
     ) -> None:
         self.name = name
         self._fingerprint = fingerprint
         self._findings = findings
+        self.inputs = inputs
+        self.named = named  # see `identity_of`
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             self._indexed = list(pool.map(reader.index, files))
         self._ends = np.cumsum([len(records) for records in self._indexed], dtype=np.int64)
@@ -161,13 +173,18 @@ class FileStream:
         findings: Findings,
         files: Sequence[DataFile],
         reader: FileFormat,
+        inputs: InputFiles,
         shards: int,
         counts: RecordCounts,
+        *,
+        named: bool,
     ) -> None:
         self.name = name
         self.shards = shards
         self._fingerprint = fingerprint
         self._findings = findings
+        self.inputs = inputs
+        self.named = named  # see `identity_of`
         self._files = files
         self._reader = reader
         self._counts = counts
@@ -201,7 +218,7 @@ def _format_of(files: Sequence[DataFile]) -> Format:
     """Infer the format from the suffixes; all files must be of one format."""
     found: dict[Format, DataFile] = {}
     for file in files:
-        path = file.name.partition(" (")[0].lower()
+        path = file.suffixes
         if compression_of(path):
             path = path.rpartition(".")[0]
         if (format := _FORMATS.get(os.path.splitext(path)[1])) is None:
@@ -233,7 +250,7 @@ def _check_and_digest(
 ) -> list[tuple[str, str]]:
     """Check that every file has what is to be read, before the work begins; return the names and digests of all."""
     for file in files:
-        require_compression(compression_of(file.name))
+        require_compression(compression_of(file.suffixes))
 
     def check(file: DataFile) -> tuple[str, CorruptFileError | None]:
         digest, head = digest_sample(file, retry)

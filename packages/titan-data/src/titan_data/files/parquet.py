@@ -44,7 +44,7 @@ class Parquet:
 
     def check(self, file: DataFile, head: bytes) -> None:
         """Check that the file has the text column."""
-        if compression_of(file.name):
+        if compression_of(file.suffixes):
             raise DataError(f"{file.label}: Parquet is compressed inside, so decompress the file before reading it")
         with self._open(file) as parquet:
             self._check_column(parquet)

@@ -5,6 +5,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +46,11 @@ class DataFile:
     size: int | None
     version: str | None
 
+    @property
+    def suffixes(self) -> str:
+        """The end of the name by which formats and compressions are recognized, in lower case."""
+        return without_query(self.path).rpartition("/")[2].lower()
+
 
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """Open the file system of a path or URL.
@@ -60,6 +66,9 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         DataError: If the protocol is unknown, its package is not installed, or the options are wrong.
     """
     try:
+        if os.path.isabs(url):  # names of files may contain "::", which in URLs joins file systems
+            filesystem = fsspec.filesystem("file", **options)
+            return filesystem, filesystem._strip_protocol(url)
         filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError, TypeError) as error:
         raise DataError(f"{without_query(url)} cannot be opened: {error}") from error

@@ -22,6 +22,7 @@ _MAX_JSON = HEADER_SIZE - _PREFIX.size - _DIGEST_SIZE
 
 MANIFEST = "index.json"
 OFFSETS = "document-offsets.u64"  # where each document of the folder begins, and where the last one ends
+INPUTS = "inputs.json"  # versions of the files that the folder was made from, if it was made from files
 UNFINISHED = "prepare.json"  # the job of an unfinished folder; removed when the manifest is written
 
 

@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from titan_data.errors import DataError
 from titan_data.fingerprint import list_differences
 from titan_data.shards.format import (
     HEADER_SIZE,
+    INPUTS,
     MANIFEST,
     UNFINISHED,
     Header,
@@ -23,6 +24,7 @@ from titan_data.shards.format import (
     shard_size,
     token_dtype,
 )
+from titan_data.shards.inputs import RecordedInputs, check_unchanged
 from titan_data.shards.workers import Encoded, Encoders
 from titan_data.shards.writer import STAGING, ShardWriter, explain_full_disk, write_atomically, write_manifest
 from titan_data.sources.base import RandomAccessSource, Source, StreamSource
@@ -67,6 +69,7 @@ def prepare(
     *,
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    checksum: bool = False,
     report: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Tokenize a source into a folder of token shards.
@@ -83,14 +86,17 @@ def prepare(
         path: Folder for the shards; created if missing.
         workers: Processes that tokenize; None for one per core, 0 to tokenize in this process.
         shard_tokens: Maximum number of tokens of a shard, unless a single document has more.
+        checksum: Read all input files once more at the beginning and record their checksums, so that a resume tells
+            files that were only copied from edited ones; and compare them when it resumes. Without, sizes and times of
+            modification (or ETags) must be the same.
         report: Called with the progress after each batch.
 
     Returns:
         The manifest of the folder, which may have been finished before.
 
     Raises:
-        DataError: If the source cannot be read, has no text or consists of tokens; the folder contains something
-            else; or the disk is full.
+        DataError: If the source cannot be read, has no documents or consists of tokens; the folder contains something
+            else; an input file was edited since the work began; or the disk is full.
 
     Example:
         >>> import tempfile
@@ -122,39 +128,41 @@ def prepare(
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
             _check_same_job(manifest.job, job, folder)
+            recorded = _read_record(folder / INPUTS)[0] if (folder / INPUTS).exists() else None
+            if recorded is not None:
+                recorded.check(source, folder, checksum=checksum)
             return manifest
-        headers = _begin(folder, job)
+        headers, inputs = _begin(folder, job, source, checksum=checksum)
         with Encoders(tokenizer, token_dtype(job.vocab_size), _cores() if workers is None else workers) as encoders:
             _write_shards(source, encoders, _Shards(folder, job, headers), report)
         if not headers:
             (folder / UNFINISHED).unlink()
             raise DataError(f"source {source.name!r} has no documents")
-        if (documents := sum(header.documents for header in headers)) and not any(header.tokens for header in headers):
-            for number in range(len(headers)):
-                (folder / shard_name(number)).unlink()
-            (folder / UNFINISHED).unlink()
-            raise DataError(
-                f"source {source.name!r} has no text in any of its {documents:,} documents, so nothing was written: "
-                "check its files, and the key of the text"
-            )
+        check_unchanged(source)
+        if inputs is not None:
+            write_atomically(folder / INPUTS, _dump({"inputs": inputs.to_json()}))
         manifest = write_manifest(folder, job, headers)
         (folder / UNFINISHED).unlink(missing_ok=True)
         return manifest
 
 
-def _begin(folder: Path, job: Job) -> list[Header]:
-    """Check that the folder is empty or of this job, and list the headers of its finished shards."""
+def _begin(folder: Path, job: Job, source: Source, *, checksum: bool) -> tuple[list[Header], RecordedInputs | None]:
+    """Check that the folder is empty or of this job; return the headers of its finished shards, and the input files."""
     record = folder / UNFINISHED
     if not record.exists():
         if others := sorted(entry.name for entry in folder.iterdir() if entry.name != record.name + STAGING):
             raise DataError(f"{folder} is not empty (it contains {others[0]}): choose another folder, or empty it")
-        write_atomically(record, (json.dumps(job.to_json(), indent=1) + "\n").encode())
-        return []
+        inputs = RecordedInputs.of(source, checksum=checksum)
+        write_atomically(record, _dump({**job.to_json(), **({} if inputs is None else {"inputs": inputs.to_json()})}))
+        return [], inputs
+    inputs, fields = _read_record(record)
     try:
-        saved = Job.from_json(json.loads(record.read_bytes()))
+        saved = Job.from_json(fields)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record} is corrupt ({error!r}): empty the folder and start again") from None
+        raise _corrupt_record(record, error) from None
     _check_same_job(saved, job, folder)
+    if inputs is not None:
+        inputs.check(source, folder, checksum=checksum)
     headers: list[Header] = []
     while (path := folder / shard_name(len(headers))).exists():
         with path.open("rb") as file:
@@ -162,7 +170,25 @@ def _begin(folder: Path, job: Job) -> list[Header]:
         if path.stat().st_size != shard_size(header.documents, header.tokens, token_dtype(job.vocab_size)):
             raise DataError(f"{path} is corrupt: remove it and all later shards, and run the same command again")
         headers.append(header)
-    return headers
+    return headers, inputs
+
+
+def _read_record(path: Path) -> tuple[RecordedInputs | None, dict[str, Any]]:
+    """Read the record of a folder: its input files if there are any, and the other fields."""
+    try:
+        fields = json.loads(path.read_bytes())
+        inputs = fields.pop("inputs", None)
+        return None if inputs is None else RecordedInputs.from_json(inputs), fields
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt_record(path, error) from None
+
+
+def _corrupt_record(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is corrupt ({error!r}): empty the folder and start again")
+
+
+def _dump(fields: dict[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=1) + "\n").encode()
 
 
 def _write_shards(

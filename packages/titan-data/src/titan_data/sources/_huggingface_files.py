@@ -32,7 +32,10 @@ def local_files(path: str, patterns: Sequence[str] | None) -> list[Path] | None:
         if not folder.is_dir():
             raise DataError(f"folder {path} does not exist")
         if patterns is None:
-            found = sorted(file for file in folder.rglob("*") if file.is_file())
+            entries = sorted(folder.rglob("*"))
+            for entry in entries:
+                _check_link(entry)
+            found = [entry for entry in entries if entry.is_file()]
             return [file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts)]
     else:
         return None
@@ -41,11 +44,26 @@ def local_files(path: str, patterns: Sequence[str] | None) -> list[Path] | None:
     return [file for pattern in patterns for file in _expand(folder, pattern)]
 
 
+def _check_link(entry: Path, *, folders: bool = False) -> None:
+    """Refuse links that would be left out in silence: those to nothing, and those to folders unless `folders`."""
+    if entry.is_symlink() and not entry.exists():
+        raise DataError(
+            f"{entry} is a link to {entry.readlink()}, which does not exist: restore it, or remove the link"
+        )
+    if entry.is_symlink() and entry.is_dir() and not folders:
+        raise DataError(
+            f"{entry} is a link to a folder, which `datasets` does not enter: name its files with data_files, such as "
+            "data_files='**/*.jsonl'"
+        )
+
+
 def _expand(folder: Path, pattern: str) -> list[Path]:
     """Find the files that match one path or glob pattern, sorted."""
     full = folder / Path(pattern).expanduser()
     # glob.glob, not Path.glob: it accepts absolute patterns and skips hidden files.
     found = [full] if full.exists() else [Path(match) for match in glob.glob(str(full), recursive=True)]  # noqa: PTH207
+    for file in found:
+        _check_link(file, folders=True)
     files = sorted(file for file in found if file.is_file())
     if not files:
         raise DataError(f"no file matches {full}" if glob.has_magic(pattern) else f"file {full} does not exist")

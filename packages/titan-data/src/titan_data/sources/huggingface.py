@@ -11,8 +11,9 @@ from typing import Any
 
 from titan_data.errors import DataError
 from titan_data.files.glob import find_files
+from titan_data.files.inputs import InputFiles
 from titan_data.files.retry import Retry, describe_error, may_pass
-from titan_data.files.storage import digest_sample
+from titan_data.files.storage import DataFile, digest_sample
 from titan_data.files.text_key import MISSING, find_value, list_keys
 from titan_data.fingerprint import Fingerprint
 from titan_data.sources._huggingface_files import FILE_FORMATS, is_folder, local_files
@@ -100,24 +101,40 @@ def load_huggingface_dataset(
     settings |= {"path": "a folder" if is_folder(path) else path, "text_key": text_key}
     if commit is not None:
         settings["revision"] = commit
+    named = source_name is not None or not is_folder(path)
     source_name = source_name or _source_name(path, label, name, files)
+    found = None if files is None else find_files([*files]) if files else []
+    inputs = None if found is None else InputFiles(found, hub.retry)
     if not streaming:
-        fingerprint = _fingerprint(files, patterns, {**settings, "rows": len(dataset)})
-        return HuggingFaceRecords(dataset, text_key, source_name, fingerprint)
+        fingerprint = _fingerprint(found, patterns, {**settings, "rows": len(dataset)})
+        return HuggingFaceRecords(dataset, text_key, source_name, fingerprint, inputs, named=named)
     if shards < 1:
         raise DataError(f"a stream needs at least 1 shard, not {shards}")
     shards = min(shards, dataset.num_shards)
-    fingerprint = _fingerprint(files, patterns, {**settings, "shards": shards})
-    return HuggingFaceStream(dataset, text_key, fingerprint, name=source_name, shards=shards, retry=hub.retry)
+    fingerprint = _fingerprint(found, patterns, {**settings, "shards": shards})
+    return HuggingFaceStream(
+        dataset, text_key, fingerprint, name=source_name, shards=shards, retry=hub.retry, inputs=inputs, named=named
+    )
 
 
 class HuggingFaceRecords:
     """The records of a `datasets.Dataset` as a random-access source; made by `load_huggingface_dataset`."""
 
-    def __init__(self, dataset: Any, text_key: str, name: str, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        text_key: str,
+        name: str,
+        fingerprint: Fingerprint,
+        inputs: InputFiles | None = None,
+        *,
+        named: bool = True,
+    ) -> None:
         self._dataset = dataset
         self._text_key = text_key
         self._fingerprint = fingerprint
+        self.inputs = inputs
+        self.named = named  # see `identity_of`
         self.name = name
 
     def fingerprint(self) -> Fingerprint:
@@ -135,11 +152,22 @@ class HuggingFaceStream:
     """The records of a `datasets.IterableDataset` as a stream source; made by `load_huggingface_dataset`."""
 
     def __init__(
-        self, dataset: Any, text_key: str, fingerprint: Fingerprint, *, name: str, shards: int, retry: Retry
+        self,
+        dataset: Any,
+        text_key: str,
+        fingerprint: Fingerprint,
+        *,
+        name: str,
+        shards: int,
+        retry: Retry,
+        inputs: InputFiles | None = None,
+        named: bool = True,
     ) -> None:
         self._dataset = dataset
         self._text_key = text_key
         self._fingerprint = fingerprint
+        self.inputs = inputs
+        self.named = named  # see `identity_of`
         self._retry = retry
         self.name = name
         self.shards = shards
@@ -255,13 +283,12 @@ def _import_datasets() -> Any:
 
 
 def _fingerprint(
-    files: Sequence[Path] | None, patterns: Sequence[str] | None, settings: Mapping[str, str | int]
+    files: Sequence[DataFile] | None, patterns: Sequence[str] | None, settings: Mapping[str, str | int]
 ) -> Fingerprint:
     if files is None:
         items = [(pattern, "") for pattern in patterns or ()]
     else:
-        found = find_files([*files]) if files else []
-        items = [(file.name, digest_sample(file, Retry())[0]) for file in found]
+        items = [(file.name, digest_sample(file, Retry())[0]) for file in files]
     return Fingerprint.of("huggingface", items, settings)
 
 
