@@ -22,9 +22,11 @@ from titan_data.batching.options import Distribution, ReadAhead
 from titan_data.batching.packing import Packer, Packing
 from titan_data.batching.prefetch import Prefetcher
 from titan_data.batching.shared_tokens import SharedTokens
-from titan_data.batching.state import LoaderSettings, dump_state, read_state
+from titan_data.batching.state import LoaderSettings, check_state, dump_state, read_state, saved_identities
 from titan_data.errors import DataError
-from titan_data.sources.base import Source, TokenSource
+from titan_data.files.inputs import inputs_of
+from titan_data.fingerprint import Fingerprint
+from titan_data.sources.base import Source, TokenSource, identity_of
 from titan_data.tokenizers.base import Tokenizer
 
 _EXIT_SECONDS = 5.0  # how long a read that hangs (on a network, say) is waited for when the process exits …
@@ -87,49 +89,79 @@ class Loader:
         distribution = distribution or Distribution()
         self._read_ahead = read_ahead or ReadAhead()
         check_batch_size(global_batch_size, distribution.world_size)
-        parts = _sorted_parts(sources)
-        self._settings = LoaderSettings(
-            seed=seed,
-            shuffle=shuffle,
-            tokenizer=None if tokenizer is None else tokenizer.fingerprint,
-            global_batch_size=global_batch_size,
-            packing=packing or Packing(),
-            phases=resolve_phases(parts, seq_len, phases),
-            fingerprints={part.source.name: part.source.fingerprint() for part in parts},
-            max_epochs={part.source.name: part.max_epochs for part in parts},
+        self._parts = _list_parts(sources)
+        self._sources = [part.source for part in self._parts]
+        self._global_batch_size, self._seed, self._shuffle = global_batch_size, seed, shuffle
+        self._packing, self._seq_len, self._phases = packing or Packing(), seq_len, phases
+        self._tokenizer, self._distribution = tokenizer, distribution
+        self._fingerprints = {source.name: source.fingerprint() for source in self._sources}
+        _warn_of_copies(self._fingerprints)
+        self._settings = self._resolve_settings(
+            {source.name: identity_of(source, self._fingerprints[source.name]) for source in self._sources}
         )
-        check_tokenizers([part.source for part in parts], tokenizer)
-        encode = _encoder(tokenizer, share_directory, [part.source for part in parts])
-        self._feeds = self._open_feeds(parts, encode)
-        self._reader = self._open_reader(parts, tokenizer, distribution)
+        check_tokenizers(self._sources, tokenizer)
+        self._encode = _encoder(tokenizer, share_directory, self._sources)
+        workers = self._read_ahead.workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="titan-data-tokenize") if workers > 0 else None
+        if self._pool is not None:
+            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        self._feeds = self._open_feeds(self._settings)
+        self._reader = self._open_reader(self._settings, self._feeds)
         self._state = self._reader.state  # after the batch returned last; the reader may be ahead
         self._prefetcher: Prefetcher[tuple[Batch, ReaderState]] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
 
-    def _open_feeds(self, parts: Sequence[MixtureSource], encode: Encode | None) -> list[Feed]:
-        workers = self._read_ahead.workers
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="titan-data-tokenize") if workers > 0 else None
-        if pool is not None:
-            weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
-        seed, shuffle = self._settings.seed, self._settings.shuffle
+    def _resolve_settings(self, identities: Mapping[str, str]) -> LoaderSettings:
+        """Make the settings, with the sources in the order of their identities.
+
+        So neither the order of the arguments nor a name that was derived from a path changes the batches.
+        """
+        parts = sorted(self._parts, key=lambda part: (identities[part.source.name], part.source.name))
+        names = [part.source.name for part in parts]
+        return LoaderSettings(
+            seed=self._seed,
+            shuffle=self._shuffle,
+            tokenizer=None if self._tokenizer is None else self._tokenizer.fingerprint,
+            global_batch_size=self._global_batch_size,
+            packing=self._packing,
+            phases=resolve_phases(parts, self._seq_len, self._phases),
+            fingerprints={name: self._fingerprints[name] for name in names},
+            max_epochs={part.source.name: part.max_epochs for part in parts},
+            identities={name: identities[name] for name in names},
+            named=frozenset(source.name for source in self._sources if getattr(source, "named", True)),
+        )
+
+    def _ordered_parts(self, settings: LoaderSettings) -> list[MixtureSource]:
+        by_name = {part.source.name: part for part in self._parts}
+        return [by_name[name] for name in settings.fingerprints]
+
+    def _open_feeds(self, settings: LoaderSettings) -> list[Feed]:
         return [
-            open_feed(part.source, encode, seed=seed, shuffle=shuffle, pool=pool, workers=workers) for part in parts
+            open_feed(
+                part.source,
+                settings.identities[part.source.name],
+                self._encode,
+                seed=settings.seed,
+                shuffle=settings.shuffle,
+                pool=self._pool,
+                workers=self._read_ahead.workers,
+            )
+            for part in self._ordered_parts(settings)
         ]
 
-    def _open_reader(
-        self, parts: Sequence[MixtureSource], tokenizer: Tokenizer | None, distribution: Distribution
-    ) -> GlobalBatchReader:
-        packing, global_batch_size = self._settings.packing, self._settings.global_batch_size
-        own = global_batch_size // distribution.world_size
+    def _open_reader(self, settings: LoaderSettings, feeds: Sequence[Feed]) -> GlobalBatchReader:
+        packing, global_batch_size = settings.packing, settings.global_batch_size
+        own = global_batch_size // self._distribution.world_size
+        parts = self._ordered_parts(settings)
         return GlobalBatchReader(
             parts,
-            [_open_packer(feed, part.max_epochs, packing) for feed, part in zip(self._feeds, parts, strict=True)],
-            self._settings.phases,
+            [_open_packer(feed, part.max_epochs, packing) for feed, part in zip(feeds, parts, strict=True)],
+            settings.phases,
             global_batch_size=global_batch_size,
-            own=range(distribution.rank * own, (distribution.rank + 1) * own),
+            own=range(self._distribution.rank * own, (self._distribution.rank + 1) * own),
             cross_document=packing.cross_document,
-            pad_id=_pad_id(tokenizer),
-            vocab_size=None if tokenizer is None else tokenizer.vocab_size,
+            pad_id=_pad_id(self._tokenizer),
+            vocab_size=_vocab_size(self._tokenizer, self._sources),
         )
 
     @property
@@ -237,15 +269,34 @@ class Loader:
             ChangedDataError: If anything differs that is not allowed; all differences are listed.
             DataError: If the state is corrupt, or a current read hangs. The loader is left unchanged in all cases.
         """
-        starts = {feed.name: feed.start for feed in self._feeds}
-        resume = read_state(state, self._settings, starts, allow_changes)
+        check_state(state, allow_changes)
+        settings, feeds, reader = self._settings, self._feeds, self._reader
+        if (identities := saved_identities(state, settings)) != settings.identities:
+            # The saved run's order, under whatever name the sources are now.
+            settings = self._resolve_settings(identities)
+            feeds = self._open_feeds(settings)
+            reader = self._open_reader(settings, feeds)
+        starts = {feed.name: feed.start for feed in feeds}
+        resume = read_state(state, settings, starts, allow_changes)
         sources = []
-        for number, (feed, source) in enumerate(zip(self._feeds, resume.reader.sources, strict=True)):
+        for number, (feed, source) in enumerate(zip(feeds, resume.reader.sources, strict=True)):
             cursor = feed.check(source.packer.cursor, lenient=number in resume.lenient)
             sources.append(source._replace(packer=source.packer._replace(cursor=cursor)))
+        self._log_what_was_compared()
         self._stop_reading()
+        self._settings, self._feeds, self._reader = settings, feeds, reader
         self._state = resume.reader._replace(sources=tuple(sources))
         self._reader.resume(self._state, resume.lenient)
+
+    def _log_what_was_compared(self) -> None:
+        for source in self._sources:
+            if (inputs := inputs_of(source)) is not None:
+                _log.info(
+                    "source %r: its %d files are compared with the saved run by name, size, first and last 64 KiB; "
+                    "an edit between, which keeps the size, is not seen",
+                    source.name,
+                    len(inputs),
+                )
 
 
 def _produce(reader: GlobalBatchReader, *, pin_memory: bool) -> Callable[[], tuple[Batch, ReaderState]]:
@@ -264,12 +315,18 @@ def _produce(reader: GlobalBatchReader, *, pin_memory: bool) -> Callable[[], tup
     return produce
 
 
-def _sorted_parts(sources: Source | Sequence[MixtureSource]) -> list[MixtureSource]:
-    """Sort the sources by name, so that the order in which they are given does not change the batches."""
+def _list_parts(sources: Source | Sequence[MixtureSource]) -> list[MixtureSource]:
     if isinstance(sources, Sequence) and all(isinstance(part, MixtureSource) for part in sources):
-        parts = [part for part in sources if isinstance(part, MixtureSource)]
-        return sorted(parts, key=lambda part: part.source.name)
+        return [part for part in sources if isinstance(part, MixtureSource)]
     return [MixtureSource(sources)]  # type: ignore[arg-type]  # MixtureSource checks that it is a source
+
+
+def _warn_of_copies(fingerprints: Mapping[str, Fingerprint]) -> None:
+    by_digest: dict[str, str] = {}
+    for name, fingerprint in fingerprints.items():
+        first = by_digest.setdefault(fingerprint.digest, name)
+        if first != name and fingerprint.count > 0:
+            _log.warning("sources %r and %r have the same documents: each will be used twice", first, name)
 
 
 def _encoder(
@@ -289,6 +346,14 @@ def _open_packer(feed: Feed, max_epochs: int | None, packing: Packing) -> Packer
     if packing.kind == "one_per_row":
         return OnePerSequence(feed, max_epochs, crop=crop)
     return BestFit(feed, max_epochs, window=packing.packing_window, crop=crop)
+
+
+def _vocab_size(tokenizer: Tokenizer | None, sources: Sequence[Source]) -> int | None:
+    """Return what all ids must be below: the tokenizer's number, else that which all token sources know."""
+    if tokenizer is not None:
+        return tokenizer.vocab_size
+    known = [getattr(source, "vocab_size", None) for source in sources]
+    return max((size for size in known if size is not None), default=None) if None not in known else None
 
 
 def _pad_id(tokenizer: Tokenizer | None) -> int:

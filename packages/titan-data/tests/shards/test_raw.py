@@ -95,7 +95,7 @@ def test_llm_c_headers_are_recognized(tmp_path: Path, magic: int, version: int, 
     header[:3] = magic, version, len(ids)
     path = tmp_path / "fineweb.bin"
     path.write_bytes(header.tobytes() + np.array(ids, dtype=dtype).tobytes())
-    assert read_all(RawTokens(path, dtype=dtype, eos_id=EOS)) == [[EOS], [1, 2, EOS], [3]]
+    assert read_all(RawTokens(path, dtype=dtype, bos_id=EOS)) == [[EOS, 1, 2], [EOS, 3]]
     with pytest.raises(DataError, match=f"contains {dtype} according to its header"):
         RawTokens(path, dtype="uint32" if dtype == "uint16" else "uint16", eos_id=EOS)
     path.write_bytes(path.read_bytes()[:-2])

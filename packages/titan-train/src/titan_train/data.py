@@ -78,7 +78,13 @@ def load_tokenizer(data: DataSection) -> titan_data.Tokenizer:
         ConfigError: If it cannot be loaded.
     """
     try:
-        return titan_data.load_tokenizer(data.tokenizer)
+        return titan_data.load_tokenizer(
+            data.tokenizer,
+            bos=data.bos,
+            eos=data.eos,
+            match_added_tokens=data.match_added_tokens,
+            encoding=data.encoding,
+        )
     except DataError as error:
         raise ConfigError(f"data.tokenizer: {error}") from None
 
@@ -170,12 +176,17 @@ def _open(source: Source, name: str | None, where: str, tokenizer: titan_data.To
                     source_name=name,
                 )
             case ShardsSource():
-                return titan_data.TokenShards(source.path, name=name)
+                return titan_data.TokenShards(source.path, name=name, verify=source.verify)
             case MegatronSource():
                 return titan_data.MegatronTokens(source.path, name=name)
             case RawSource():
                 return titan_data.RawTokens(
-                    source.files, dtype=source.dtype, eos_id=source.eos_id, vocab_size=tokenizer.vocab_size, name=name
+                    source.files,
+                    dtype=source.dtype,
+                    eos_id=source.eos_id,
+                    bos_id=source.bos_id,
+                    vocab_size=tokenizer.vocab_size,
+                    name=name,
                 )
     except DataError as error:
         raise ConfigError(f"{where}, source {source.source!r}: {error}") from None

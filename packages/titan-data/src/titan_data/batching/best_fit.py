@@ -34,7 +34,7 @@ class BestFit:
     A window never crosses the end of an epoch, so each epoch's tokens are used before the next one's. Its sequences are
     shuffled, so that those of a long document are spread over many batches instead of filling a few. The state is the
     beginning of the window and the number of its sequences that are used: a resume packs the window again, which gives
-    the same sequences. If S changes within a window, the documents that are left are packed again for the new S.
+    the same sequences. If S changes within a window, what is left of its documents is packed again for the new S.
 
     Args:
         feed: Where the documents come from.
@@ -113,14 +113,16 @@ class BestFit:
     def _pack(self, parts: list[_Part], seq_len: int) -> None:
         """Pack parts of documents into sequences of S tokens, and shuffle the sequences."""
         cut: list[_Part] = []
-        for number, start, stop, cropped in sorted(parts):
+        for number, start, stop in _rejoin(parts):
             if self._crop:
                 end = min(start + seq_len, stop)
-                cut.append(_Part(number, start, end, cropped + stop - end))
+                cut.append(_Part(number, start, end, stop - end))
             else:
                 cut += [_Part(number, at, min(at + seq_len, stop), 0) for at in range(start, stop, seq_len)]
         bins = best_fit([part.stop - part.start for part in cut], seq_len)
-        order = Permutation(len(bins), key=f"{self._feed.name}/{list(self._begin.cursor)}/{seq_len}") if bins else ()
+        order = (
+            Permutation(len(bins), key=f"{self._feed.identity}/{list(self._begin.cursor)}/{seq_len}") if bins else ()
+        )
         self._sequences = deque([cut[i] for i in bins[at]] for at in order)
         self._used.append((seq_len, 0))
 
@@ -138,6 +140,20 @@ class BestFit:
         sequence.skipped += self._skipped.skipped
         self._begin = PackerState(self._queue.cursor_and_offset()[0])
         self._documents, self._used = [], []
+
+
+def _rejoin(parts: list[_Part]) -> list[tuple[int, int, int]]:
+    """Undo cuts that were made for another S: `(document, start, stop)` of what is left of each, in order.
+
+    Otherwise neighboring pieces of a document, each short for a larger S, could meet in one sequence as two documents.
+    """
+    joined: list[tuple[int, int, int]] = []
+    for number, start, stop, cropped in sorted(parts):
+        if joined and joined[-1][0] == number and joined[-1][2] == start:
+            joined[-1] = (number, joined[-1][1], stop + cropped)
+        else:
+            joined.append((number, start, stop + cropped))
+    return joined
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:

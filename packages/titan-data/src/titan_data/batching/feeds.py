@@ -27,6 +27,11 @@ class Feed(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """What orders of the source's documents, and of their sequences, depend on; see `identity_of`."""
+        ...
+
+    @property
     def start(self) -> Cursor:
         """The cursor before the first document."""
         ...
@@ -57,14 +62,22 @@ class Feed(Protocol):
 
 
 def open_feed(
-    source: Source, encode: Encode | None, *, seed: int, shuffle: bool, pool: Executor | None, workers: int
+    source: Source,
+    identity: str,
+    encode: Encode | None,
+    *,
+    seed: int,
+    shuffle: bool,
+    pool: Executor | None,
+    workers: int,
 ) -> Feed:
     """Open the feed for a source.
 
     Args:
         source: Where the documents come from.
+        identity: What the order depends on besides seed and epoch; see `identity_of`.
         encode: Turns texts into ids; may be None for a source of tokens.
-        seed: Seed of the shuffle; the order also depends on the source's name and the epoch.
+        seed: Seed of the shuffle.
         shuffle: Whether to shuffle; no effect on a stream, which is read in its own order.
         pool: Threads that tokenize ahead, or None to tokenize when the tokens are needed.
         workers: Number of threads in the pool.
@@ -77,14 +90,14 @@ def open_feed(
     """
     # TokenSource first: it has all members of RandomAccessSource, and more.
     if isinstance(source, TokenSource):
-        return TokenFeed(source, EpochOrder(source.name, len(source), seed=seed, shuffle=shuffle))
+        return TokenFeed(source, EpochOrder(source.name, identity, len(source), seed=seed, shuffle=shuffle))
     if encode is None:
         raise DataError(f"source {source.name!r} contains text, so the loader needs a tokenizer")
     blocks_ahead = workers * _BLOCKS_AHEAD
     if isinstance(source, RandomAccessSource):
-        order = EpochOrder(source.name, len(source), seed=seed, shuffle=shuffle)
+        order = EpochOrder(source.name, identity, len(source), seed=seed, shuffle=shuffle)
         return RandomAccessFeed(source, order, encode, pool, blocks_ahead)
-    return StreamFeed(source, encode, pool, blocks_ahead)
+    return StreamFeed(source, identity, encode, pool, blocks_ahead)
 
 
 class TokenFeed:
@@ -94,6 +107,7 @@ class TokenFeed:
         self._source = source
         self._order = order
         self.name = source.name
+        self.identity = order.identity
         self.start = order.start
         self.check = order.check
 

@@ -12,7 +12,8 @@ class EpochOrder:
     """The order of `count` documents in each epoch, shuffled or not. A cursor is `(epoch, index in the epoch)`.
 
     Args:
-        name: The source's name. With seed and epoch it is the key of the shuffle.
+        name: The source's name, for messages.
+        identity: With seed and epoch it is the key of the shuffle.
         count: Number of documents.
         seed: Seed of the shuffle.
         shuffle: Whether each epoch has an order of its own; otherwise documents come as they are numbered.
@@ -23,10 +24,11 @@ class EpochOrder:
 
     start: Cursor = (0, 0)
 
-    def __init__(self, name: str, count: int, *, seed: int, shuffle: bool) -> None:
+    def __init__(self, name: str, identity: str, count: int, *, seed: int, shuffle: bool) -> None:
         if count == 0:
             raise DataError(f"source {name!r} has no documents")
         self.name = name
+        self.identity = identity
         self.count = count
         self._seed = seed
         self._shuffle = shuffle
@@ -48,5 +50,5 @@ class EpochOrder:
         if not self._shuffle:
             return np.arange(index, stop)
         if self._permutation is None or self._permutation[0] != epoch:
-            self._permutation = (epoch, Permutation(self.count, key=f"{self._seed}/{self.name}/{epoch}"))
+            self._permutation = (epoch, Permutation(self.count, key=f"{self._seed}/{self.identity}/{epoch}"))
         return self._permutation[1].entries(index, stop)

@@ -6,7 +6,7 @@ renames in the code.
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,8 @@ class LoaderSettings:
         phases: Weights, in the order of `fingerprints`, and S, by step.
         fingerprints: The sources' fingerprints, by name.
         max_epochs: The sources' `max_epochs`, by name.
+        identities: What the sources' orders depend on, by name; see `identity_of`.
+        named: Names of the sources whose names somebody has chosen.
     """
 
     seed: int
@@ -48,6 +50,8 @@ class LoaderSettings:
     phases: Sequence[ResolvedPhase]
     fingerprints: Mapping[str, Fingerprint]
     max_epochs: Mapping[str, int | None]
+    identities: Mapping[str, str]
+    named: frozenset[str]
 
 
 def dump_state(reader: ReaderState, settings: LoaderSettings) -> dict[str, Any]:
@@ -83,6 +87,8 @@ def dump_state(reader: ReaderState, settings: LoaderSettings) -> dict[str, Any]:
                 "ended": source.ended,
                 "max_epochs": settings.max_epochs[name],
                 "fingerprint": settings.fingerprints[name].to_json(),
+                # Left out where it is the name.
+                **({} if settings.identities[name] == name else {"identity": settings.identities[name]}),
             }
             for name, source in zip(names, reader.sources, strict=True)
         },
@@ -121,15 +127,7 @@ def read_state(
         ChangedDataError: If anything differs that is not allowed; all differences are listed.
         DataError: If the state is of another version or corrupt, or `allow_changes` has an unknown entry.
     """
-    if unknown := sorted(set(allow_changes) - set(get_args(Change))):
-        raise DataError(
-            f"allow_changes: unknown {', '.join(map(repr, unknown))}; choose from {', '.join(get_args(Change))}"
-        )
-    version = state.get("version")
-    if version != STATE_VERSION:
-        raise DataError(f"the loader state has version {version!r}, but this titan-data reads version {STATE_VERSION}")
-    if state.get("checksum") != _checksum({key: value for key, value in state.items() if key != "checksum"}):
-        raise DataError("the loader state is corrupt: its checksum does not match")
+    check_state(state, allow_changes)
     differences = _differences(state, settings)
     changes = {change for change, _ in differences}
     if refused := sorted(changes - set(allow_changes)):
@@ -143,13 +141,73 @@ def read_state(
     return _resume(state, settings, starts, changes)
 
 
+def check_state(state: Mapping[str, Any], allow_changes: Collection[str]) -> None:
+    """Check that a state can be read.
+
+    Raises:
+        DataError: If it is of another version or corrupt, or `allow_changes` has an unknown entry.
+    """
+    if unknown := sorted(set(allow_changes) - set(get_args(Change))):
+        raise DataError(
+            f"allow_changes: unknown {', '.join(map(repr, unknown))}; choose from {', '.join(get_args(Change))}"
+        )
+    version = state.get("version")
+    if version != STATE_VERSION:
+        raise DataError(f"the loader state has version {version!r}, but this titan-data reads version {STATE_VERSION}")
+    if state.get("checksum") != _checksum({key: value for key, value in state.items() if key != "checksum"}):
+        raise DataError("the loader state is corrupt: its checksum does not match")
+
+
+def match_sources(state: Mapping[str, Any], settings: LoaderSettings) -> dict[str, str]:
+    """Match the sources of a loader with those of a saved state.
+
+    Sources of one name are matched, and sources of equal contents if the name of one of them was only derived from a
+    path: a copy of a folder is the same source.
+
+    Returns:
+        Saved names by the names of now; sources without a match are left out.
+    """
+    saved = {name: source["fingerprint"] for name, source in state["sources"].items()}
+    chosen = {name for name, source in state["sources"].items() if source.get("identity", name) == name}
+    found: dict[str, str] = {}
+
+    def match(fits: Callable[[str, Fingerprint, str], bool]) -> None:
+        for name, fingerprint in settings.fingerprints.items():
+            if name not in found:
+                taken = set(found.values())
+                then = next(
+                    (then for then in sorted(saved) if then not in taken and fits(name, fingerprint, then)), None
+                )
+                if then is not None:
+                    found[name] = then
+
+    def equal(fingerprint: Fingerprint, then: str) -> bool:
+        # Without items, a fingerprint does not tell contents apart.
+        return fingerprint.count > 0 and fingerprint.digest == saved[then]["digest"]
+
+    match(lambda name, fingerprint, then: name == then and fingerprint.digest == saved[then]["digest"])
+    match(lambda name, fingerprint, then: equal(fingerprint, then) and not (name in settings.named and then in chosen))
+    match(lambda name, fingerprint, then: name == then)
+    return found
+
+
+def saved_identities(state: Mapping[str, Any], settings: LoaderSettings) -> dict[str, str]:
+    """Return the identities to continue with: those of the saved state for the sources that it has."""
+    matched = match_sources(state, settings)
+    return {
+        name: state["sources"][matched[name]].get("identity", matched[name]) if name in matched else identity
+        for name, identity in settings.identities.items()
+    }
+
+
 def _resume(
     state: Mapping[str, Any], settings: LoaderSettings, starts: Mapping[str, Cursor], changes: Collection[str]
 ) -> Resume:
     reordered = not {"tokenizer", "seed", "shuffle", "packing"}.isdisjoint(changes)
     sources, lenient = [], set()
+    matched = match_sources(state, settings)
     for number, (name, fingerprint) in enumerate(settings.fingerprints.items()):
-        saved = state["sources"].get(name)
+        saved = state["sources"].get(matched.get(name))
         if saved is None:
             sources.append(SourceState(PackerState(starts[name])))
             continue
@@ -182,20 +240,35 @@ def _differences(state: Mapping[str, Any], settings: LoaderSettings) -> list[tup
         for key in sorted({*saved["packing"], *packing})
         if (then := saved["packing"].get(key)) != (now := packing.get(key))
     ]
+    matched = match_sources(state, settings)
     for name, fingerprint in settings.fingerprints.items():
-        if (source := state["sources"].get(name)) is not None:
+        if (source := state["sources"].get(matched.get(name))) is not None:
             lines = list_differences(Fingerprint.from_json(source["fingerprint"]), fingerprint)
             found += [("data", f"data of source {name!r}: {line}") for line in lines]
             now = settings.max_epochs[name]
             if source["max_epochs"] != now and (source["ended"] or (now is not None and source["cursor"][0] >= now)):
                 found.append(("mixture", f"max_epochs of {name!r}: saved {source['max_epochs']}, now {now}"))
-    return found + _phase_differences(state, settings)
+    found += _phase_differences(state, settings, matched)
+    return found + _renamed(state, settings, matched) if found else found
 
 
-def _phase_differences(state: Mapping[str, Any], settings: LoaderSettings) -> list[tuple[str, str]]:
+def _renamed(state: Mapping[str, Any], settings: LoaderSettings, matched: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Point out sources that have only another name."""
+    missing = {name: source for name, source in state["sources"].items() if name not in matched.values()}
+    return [
+        ("mixture", f"source {name!r} has the documents of the saved source {then!r}: continue it under that name")
+        for name, fingerprint in settings.fingerprints.items()
+        for then, source in missing.items()
+        if name not in matched and fingerprint.count > 0 and fingerprint.digest == source["fingerprint"]["digest"]
+    ]
+
+
+def _phase_differences(
+    state: Mapping[str, Any], settings: LoaderSettings, matched: Mapping[str, str]
+) -> list[tuple[str, str]]:
     """Compare the phases that have begun; later phases may change freely."""
     step = max(state["step"], 1)
-    names = list(settings.fingerprints)
+    names = [matched.get(name, name) for name in settings.fingerprints]
     then = [phase for phase in state["phases"] if phase["from_step"] < step]
     today = [_dump_phase(phase, names) for phase in settings.phases if phase.from_step < step]
     found = []

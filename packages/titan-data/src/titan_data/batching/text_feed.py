@@ -26,14 +26,18 @@ class TextFeed(ABC):
 
     Args:
         name: The source's name.
+        identity: What the order depends on; see `identity_of`.
         start: The cursor before the first document.
         encode: Turns texts into ids.
         pool: Threads that tokenize ahead, or None to tokenize in `read`.
         blocks_ahead: Number of blocks in the pool.
     """
 
-    def __init__(self, name: str, start: Cursor, encode: Encode, pool: Executor | None, blocks_ahead: int) -> None:
+    def __init__(
+        self, name: str, identity: str, start: Cursor, encode: Encode, pool: Executor | None, blocks_ahead: int
+    ) -> None:
         self.name = name
+        self.identity = identity
         self.start = start
         self._encode = encode
         self._pool = pool
@@ -132,7 +136,7 @@ class RandomAccessFeed(TextFeed):
     def __init__(
         self, source: RandomAccessSource, order: EpochOrder, encode: Encode, pool: Executor | None, blocks_ahead: int
     ) -> None:
-        super().__init__(source.name, order.start, encode, pool, blocks_ahead)
+        super().__init__(source.name, order.identity, order.start, encode, pool, blocks_ahead)
         self._source = source
         self._order = order
         self._seek(order.start)
@@ -157,10 +161,12 @@ class RandomAccessFeed(TextFeed):
 class StreamFeed(TextFeed):
     """The queue of a stream: one text of each shard in turn. Cursor: `(epoch, next shard, texts read of each …)`."""
 
-    def __init__(self, source: StreamSource, encode: Encode, pool: Executor | None, blocks_ahead: int) -> None:
+    def __init__(
+        self, source: StreamSource, identity: str, encode: Encode, pool: Executor | None, blocks_ahead: int
+    ) -> None:
         if source.shards < 1:
             raise DataError(f"source {source.name!r} has {source.shards} shards, but needs at least 1")
-        super().__init__(source.name, (0, 0) + (0,) * source.shards, encode, pool, blocks_ahead)
+        super().__init__(source.name, identity, (0, 0) + (0,) * source.shards, encode, pool, blocks_ahead)
         self._source = source
         self._iterators: dict[int, Iterator[str] | None] = {}  # None for a shard that has ended
         self._seek(self.start)

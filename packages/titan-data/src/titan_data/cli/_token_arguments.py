@@ -21,6 +21,9 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eos-id", type=count, metavar="ID", help="id that ends each document (default: each file is one document)"
     )
+    group.add_argument(
+        "--bos-id", type=count, metavar="ID", help="id that begins each document, as in files of llm.c (default: none)"
+    )
     group.add_argument("--vocab-size", type=positive, metavar="N", help="check that all ids are below N")
 
 
@@ -36,7 +39,11 @@ def open_tokens(options: argparse.Namespace) -> TokenSource:
 
         return MegatronTokens(path)
     if options.dtype is None:
-        raise DataError(f"{path} has no .idx file next to it, so it contains raw ids: set --dtype, and --eos-id")
+        raise DataError(
+            f"{path} has no .idx file next to it, so it contains raw ids: set --dtype, and --eos-id or --bos-id"
+        )
     from titan_data.shards.raw import RawTokens
 
-    return RawTokens(path, dtype=options.dtype, eos_id=options.eos_id, vocab_size=options.vocab_size)
+    return RawTokens(
+        path, dtype=options.dtype, eos_id=options.eos_id, bos_id=options.bos_id, vocab_size=options.vocab_size
+    )

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from titan_data.errors import DataError
+from titan_data.files.reading import reading
 from titan_data.fingerprint import Fingerprint
+from titan_data.shards.digest import check_digest
 from titan_data.shards.format import HEADER_SIZE, OFFSETS, Header, ShardEntry, read_manifest, shard_size, token_dtype
 from titan_data.shards.mmap import map_array
 from titan_data.sources.base import Tokens
@@ -29,7 +31,11 @@ class TokenShards:
 
     Args:
         path: The folder.
-        name: The source's name; the folder's name if None.
+        name: The source's name; the folder's name if None. A name that is given is part of the source's identity: it
+            decides the order. Without one, the contents decide it, whatever the folder is called.
+        verify: Check the checksum of each shard when one of its documents is first read, and that of the offsets when
+            opening, at the cost of reading all of it once more. Without, sizes and headers are checked, and a token
+            that has changed on the disk is not noticed: run `titan-data verify` after copying.
 
     Attributes:
         name: The source's name.
@@ -44,18 +50,22 @@ class TokenShards:
         DataError: If the folder contains no finished token shards, or files of it are missing, truncated or corrupt.
     """
 
-    def __init__(self, path: str | Path, *, name: str | None = None) -> None:
+    def __init__(self, path: str | Path, *, name: str | None = None, verify: bool = False) -> None:
         self.path = Path(path).expanduser()
         manifest = read_manifest(self.path)
         job = manifest.job
         self.name = name if name is not None else self.path.absolute().name
+        self.named = name is not None  # see `identity_of`
         self.tokenizer_fingerprint: str | None = job.tokenizer
         self.vocab_size, self.bos_id, self.eos_id, self.pad_id = job.vocab_size, job.bos_id, job.eos_id, job.pad_id
         self.tokens = manifest.tokens
         self._shards = manifest.shards
         self._documents = manifest.documents
         self._dtype = token_dtype(job.vocab_size)
+        self._verify = verify
         self._check_sizes()
+        if verify:
+            _verify(self.path / OFFSETS, 0, manifest.offsets_sha256)
         self._first_tokens = [0, *accumulate(shard.tokens for shard in self._shards)]
         self._first_documents = [0, *accumulate(shard.documents for shard in self._shards)]
         self._offsets = map_array(self.path / OFFSETS, "<i8", self._documents + 1)
@@ -64,7 +74,7 @@ class TokenShards:
         self._opening = Lock()  # several loaders may read one source, each in its own thread
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.name)
+        return _reopen, (self.path, self.name if self.named else None, self._verify)
 
     def fingerprint(self) -> Fingerprint:
         """Return the shards' names and checksums from the manifest."""
@@ -104,6 +114,8 @@ class TokenShards:
             path = self.path / shard.name
             if number not in self._checked:
                 check_header(path, shard, self._first_documents[number])
+                if self._verify:
+                    _verify(path, HEADER_SIZE, shard.sha256)
                 self._checked.add(number)
             tokens = map_array(path, self._dtype, shard.tokens, HEADER_SIZE)
             while len(self._open) >= _OPEN_SHARDS:
@@ -154,5 +166,13 @@ def check_header(path: Path, shard: ShardEntry, first_document: int) -> Header:
     return header
 
 
-def _reopen(path: Path, name: str) -> TokenShards:
-    return TokenShards(path, name=name)
+def _verify(path: Path, start: int, sha256: str) -> None:
+    with reading(str(path)):
+        try:
+            check_digest(path, start, sha256)
+        except DataError as error:
+            raise DataError(f"{path}: {error}; prepare or copy the file again") from None
+
+
+def _reopen(path: Path, name: str | None, verify: bool) -> TokenShards:
+    return TokenShards(path, name=name, verify=verify)

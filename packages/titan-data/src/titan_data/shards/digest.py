@@ -1,4 +1,4 @@
-"""A digest of a large file that reads samples of it."""
+"""Digests of large files: of samples, and of all of it."""
 
 import hashlib
 from pathlib import Path
@@ -7,6 +7,7 @@ from titan_data.errors import DataError
 
 _SAMPLES = 64
 _SAMPLE_SIZE = 4096
+_CHUNK = 1 << 24  # bytes
 
 
 def sample_digest(path: Path) -> str:
@@ -21,3 +22,21 @@ def sample_digest(path: Path) -> str:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     return sha.hexdigest()[:16]
+
+
+def check_digest(path: Path, start: int, sha256: str) -> None:
+    """Read a file from a byte on, and check the SHA-256 of what is read.
+
+    Raises:
+        DataError: If it is another one, or the file cannot be read.
+    """
+    sha = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while data := file.read(_CHUNK):
+                sha.update(data)  # without the GIL
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from None
+    if sha.hexdigest() != sha256:
+        raise DataError("the checksum does not match: the contents have changed since they were written")

@@ -1,6 +1,5 @@
 """`verify_shards`: check every byte of token shards."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -12,6 +11,7 @@ import numpy as np
 
 from titan_data.errors import DataError
 from titan_data.shards.dataset import check_header
+from titan_data.shards.digest import check_digest
 from titan_data.shards.format import (
     HEADER_SIZE,
     MANIFEST,
@@ -100,8 +100,7 @@ def _check_shard(folder: Path, manifest: Manifest, shard: ShardEntry, first_docu
     path, dtype = folder / shard.name, token_dtype(manifest.job.vocab_size)
     _check_size(path, shard_size(shard.documents, shard.tokens, dtype))
     check_header(path, shard, first_document)
-    if _digest(path, HEADER_SIZE) != shard.sha256:
-        raise DataError("the checksum does not match: the contents have changed since they were written")
+    check_digest(path, HEADER_SIZE, shard.sha256)
     # The checksum matches: what follows only fails if the shard was written incorrectly.
     offsets = map_array(path, "<i8", shard.documents + 1, offsets_start(shard.tokens, dtype))
     if offsets[0] != 0 or offsets[-1] != shard.tokens or (np.diff(offsets) < 0).any():
@@ -115,8 +114,7 @@ def _check_shard(folder: Path, manifest: Manifest, shard: ShardEntry, first_docu
 def _check_offsets(folder: Path, manifest: Manifest) -> None:
     path = folder / OFFSETS
     _check_size(path, 8 * (manifest.documents + 1))
-    if _digest(path, 0) != manifest.offsets_sha256:
-        raise DataError("the checksum does not match: the contents have changed since they were written")
+    check_digest(path, 0, manifest.offsets_sha256)
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -126,15 +124,3 @@ def _check_size(path: Path, size: int) -> None:
         raise DataError(f"cannot be read: {error.strerror}") from None
     if found != size:
         raise DataError(f"has {found} bytes instead of {size}")
-
-
-def _digest(path: Path, start: int) -> str:
-    sha = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while data := file.read(_CHUNK):
-                sha.update(data)  # without the GIL
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from None
-    return sha.hexdigest()

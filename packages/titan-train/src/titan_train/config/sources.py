@@ -76,6 +76,8 @@ class ShardsSource(SourceSection):
     source: Literal["shards"] = "shards"
     path: Text
     """Folder that `titan-data prepare` wrote."""
+    verify: bool = False
+    """Check the checksum of each shard when it is first read, which reads it completely."""
 
 
 class RawSource(SourceSection):
@@ -87,7 +89,9 @@ class RawSource(SourceSection):
     dtype: Literal["uint16", "uint32"]
     """Data type of the ids, uint16 or uint32."""
     eos_id: CountOrZero | None = None
-    """Id that ends each document; "none" takes each file as one document."""
+    """Id that ends each document; "none": no id does. Without eos_id and bos_id, each file is one document."""
+    bos_id: CountOrZero | None = None
+    """Id that begins each document, as in files of llm.c and modded-nanogpt; "none": no id does."""
 
 
 class MegatronSource(SourceSection):
