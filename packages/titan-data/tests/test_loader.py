@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data_broken import PanickingTokenizer
 from data_flat import flat_files, flat_loader
 from data_loader_cases import ListStream, ListTokens, digest, encoded, make_source, open_loader
 from titan_data import (
@@ -29,6 +31,7 @@ from titan_data import (
     MixtureSource,
     Packing,
     Permutation,
+    Phase,
 )
 from titan_data.batching.global_batches import ReaderState, SourceState
 from titan_data.batching.packing import PackerState
@@ -699,3 +702,35 @@ def test_pinned_memory(prefetch: int) -> None:
     batch = next(open_loader(ListSource(TEXTS), pin_memory=True, prefetch=prefetch))
     assert all(value.is_pinned() for value in batch.values() if isinstance(value, torch.Tensor))
     assert digest([batch]) == digest([next(open_loader(ListSource(TEXTS)))])
+
+
+def test_numbers_of_numpy_make_a_state_in_json() -> None:
+    def settings(number: Any, fraction: Any) -> dict[str, Any]:
+        return {
+            "seq_len": number(16),
+            "global_batch_size": number(4),
+            "seed": number(7),
+            "packing": Packing("best_fit", packing_window=number(8)),
+            "phases": [Phase(number(2), {"a": fraction(0.5), "b": fraction(0.5)}, number(24))],
+        }
+
+    def opened(number: Any, fraction: Any) -> Loader:
+        sources = [
+            MixtureSource(ListSource([f"{name} {i}" * 9 for i in range(20)], name), fraction(0.5), number(9))
+            for name in ("a", "b")
+        ]
+        return flat_loader(sources, ByteTokenizer(), prefetch=0, **settings(number, fraction))
+
+    plain, numpy = opened(int, float), opened(np.int64, np.float64)
+    for _ in range(4):
+        assert next(plain)["tokens"].tolist() == next(numpy)["tokens"].tolist()
+    assert json.dumps(numpy.state_dict()) == json.dumps(plain.state_dict())
+    with pytest.raises(DataError, match=r"seq_len must be an integer, not 1\.5"):
+        flat_loader(ListSource(["a"]), ByteTokenizer(), seq_len=1.5, global_batch_size=1)
+
+
+def test_a_panic_in_a_tokenizer_is_told_with_the_document() -> None:
+    source = ListSource([f"document {i} " for i in range(60)])
+    loader = flat_loader(source, PanickingTokenizer(), seq_len=64, global_batch_size=4, shuffle=False, prefetch=0)
+    with pytest.raises(DataError, match=r"document at cursor \[0, 34\] cannot be tokenized: PanicError"):
+        list(loader)

@@ -22,3 +22,11 @@ class ChangedDataError(DataError):
     def __init__(self, message: str, changes: Sequence[str]) -> None:
         super().__init__(message)
         self.changes = tuple(changes)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is one of the code that was called, rather than a request to stop.
+
+    Libraries in Rust panic with exceptions that are not an `Exception`.
+    """
+    return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)

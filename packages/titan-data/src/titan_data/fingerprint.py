@@ -50,7 +50,7 @@ class Fingerprint:
         """
         kept: list[tuple[str, str]] = []
         count = 0
-        sorted_settings = tuple(sorted((settings or {}).items()))
+        sorted_settings = tuple(sorted((key, _plain(value)) for key, value in (settings or {}).items()))
         sha = hashlib.sha256(json.dumps([kind, sorted_settings]).encode())
         for name, digest in items:
             count += 1
@@ -79,6 +79,11 @@ class Fingerprint:
             digest=saved["digest"],
             items=tuple((name, digest) for name, digest in saved["items"]),
         )
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy as Python's."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def list_differences(saved: Fingerprint, now: Fingerprint) -> list[str]:

@@ -4,29 +4,24 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
 from titan_data.batching.batch import Batch
-from titan_data.batching.best_fit import BestFit
-from titan_data.batching.checks import check_batch_size, check_tokenizers
-from titan_data.batching.cutting import Concat, OnePerSequence
-from titan_data.batching.documents import Encode, encode_documents
+from titan_data.batching.checks import as_int, check_batch_size, check_tokenizers
 from titan_data.batching.feeds import Feed, open_feed
 from titan_data.batching.global_batches import GlobalBatchReader, ReaderState
 from titan_data.batching.mixing import MixtureSource, Phase, resolve_phases
+from titan_data.batching.opening import encoder, list_parts, open_packer, pad_id, vocab_size, warn_of_copies
 from titan_data.batching.options import Distribution, ReadAhead
-from titan_data.batching.packing import Packer, Packing
+from titan_data.batching.packing import Packing
 from titan_data.batching.prefetch import Prefetcher
-from titan_data.batching.shared_tokens import SharedTokens
 from titan_data.batching.state import LoaderSettings, check_state, dump_state, read_state, saved_identities
 from titan_data.errors import DataError
 from titan_data.files.inputs import inputs_of
-from titan_data.fingerprint import Fingerprint
-from titan_data.sources.base import Source, TokenSource, identity_of
+from titan_data.sources.base import Source, identity_of
 from titan_data.tokenizers.base import Tokenizer
 
 _EXIT_SECONDS = 5.0  # how long a read that hangs (on a network, say) is waited for when the process exits …
@@ -87,20 +82,22 @@ class Loader:
         share_directory: str | Path | None = None,
     ) -> None:
         distribution = distribution or Distribution()
+        seed, seq_len = as_int("seed", seed), as_int("seq_len", seq_len)
+        global_batch_size, shuffle = as_int("global_batch_size", global_batch_size), bool(shuffle)
         self._read_ahead = read_ahead or ReadAhead()
         check_batch_size(global_batch_size, distribution.world_size)
-        self._parts = _list_parts(sources)
+        self._parts = list_parts(sources)
         self._sources = [part.source for part in self._parts]
         self._global_batch_size, self._seed, self._shuffle = global_batch_size, seed, shuffle
         self._packing, self._seq_len, self._phases = packing or Packing(), seq_len, phases
         self._tokenizer, self._distribution = tokenizer, distribution
         self._fingerprints = {source.name: source.fingerprint() for source in self._sources}
-        _warn_of_copies(self._fingerprints)
+        warn_of_copies(self._fingerprints)
         self._settings = self._resolve_settings(
             {source.name: identity_of(source, self._fingerprints[source.name]) for source in self._sources}
         )
         check_tokenizers(self._sources, tokenizer)
-        self._encode = _encoder(tokenizer, share_directory, self._sources)
+        self._encode = encoder(tokenizer, share_directory, self._sources)
         workers = self._read_ahead.workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="titan-data-tokenize") if workers > 0 else None
         if self._pool is not None:
@@ -155,13 +152,13 @@ class Loader:
         parts = self._ordered_parts(settings)
         return GlobalBatchReader(
             parts,
-            [_open_packer(feed, part.max_epochs, packing) for feed, part in zip(feeds, parts, strict=True)],
+            [open_packer(feed, part.max_epochs, packing) for feed, part in zip(feeds, parts, strict=True)],
             settings.phases,
             global_batch_size=global_batch_size,
             own=range(self._distribution.rank * own, (self._distribution.rank + 1) * own),
             cross_document=packing.cross_document,
-            pad_id=_pad_id(self._tokenizer),
-            vocab_size=_vocab_size(self._tokenizer, self._sources),
+            pad_id=pad_id(self._tokenizer),
+            vocab_size=vocab_size(self._tokenizer, self._sources),
         )
 
     @property
@@ -313,51 +310,3 @@ def _produce(reader: GlobalBatchReader, *, pin_memory: bool) -> Callable[[], tup
         return batch, reader.state
 
     return produce
-
-
-def _list_parts(sources: Source | Sequence[MixtureSource]) -> list[MixtureSource]:
-    if isinstance(sources, Sequence) and all(isinstance(part, MixtureSource) for part in sources):
-        return [part for part in sources if isinstance(part, MixtureSource)]
-    return [MixtureSource(sources)]  # type: ignore[arg-type]  # MixtureSource checks that it is a source
-
-
-def _warn_of_copies(fingerprints: Mapping[str, Fingerprint]) -> None:
-    by_digest: dict[str, str] = {}
-    for name, fingerprint in fingerprints.items():
-        first = by_digest.setdefault(fingerprint.digest, name)
-        if first != name and fingerprint.count > 0:
-            _log.warning("sources %r and %r have the same documents: each will be used twice", first, name)
-
-
-def _encoder(
-    tokenizer: Tokenizer | None, share_directory: str | Path | None, sources: Sequence[Source]
-) -> Encode | None:
-    if tokenizer is None:
-        return None
-    if share_directory is None or all(isinstance(source, TokenSource) for source in sources):
-        return partial(encode_documents, tokenizer)
-    return SharedTokens(share_directory, tokenizer).encode
-
-
-def _open_packer(feed: Feed, max_epochs: int | None, packing: Packing) -> Packer:
-    crop = packing.long_documents == "crop"
-    if packing.kind == "concat":
-        return Concat(feed, max_epochs)
-    if packing.kind == "one_per_row":
-        return OnePerSequence(feed, max_epochs, crop=crop)
-    return BestFit(feed, max_epochs, window=packing.packing_window, crop=crop)
-
-
-def _vocab_size(tokenizer: Tokenizer | None, sources: Sequence[Source]) -> int | None:
-    """Return what all ids must be below: the tokenizer's number, else that which all token sources know."""
-    if tokenizer is not None:
-        return tokenizer.vocab_size
-    known = [getattr(source, "vocab_size", None) for source in sources]
-    return max((size for size in known if size is not None), default=None) if None not in known else None
-
-
-def _pad_id(tokenizer: Tokenizer | None) -> int:
-    """Choose the padding token. Any will do, as padding is neither scored nor attended to."""
-    if tokenizer is None:
-        return 0
-    return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)

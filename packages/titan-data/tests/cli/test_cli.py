@@ -223,6 +223,16 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: titan-data" in out
 
 
+def test_help_is_quick() -> None:
+    """It imports none of the libraries that take their time."""
+    code = "import sys\nfrom titan_data import cli\ntry: cli.main(['prepare', '--help'])\nfinally: print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    modules = ended.stdout.splitlines()[-1].split()
+    assert "titan_data.cli.prepare" in modules
+    assert not {"torch", "numpy", "fsspec", "rich", "pyarrow", "tokenizers", "tiktoken"} & {*modules}
+
+
 def test_other_formats_of_tokens(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

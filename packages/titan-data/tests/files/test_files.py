@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -446,3 +447,30 @@ def test_a_loader_goes_on_with_files_on_another_number_of_ranks(tmp_path: Path, 
     next((tmp_path / "corpus").glob("part-11*")).unlink()
     with pytest.raises(DataError, match=r"removed: part-11"):
         ranks(1)[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_corrupt_index_is_made_again(tmp_path: Path, streaming: bool, seed: int) -> None:
+    """Whatever has happened to it: an index is never the reason of an error or of other records."""
+    draw = random.Random(seed)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS, "gz" if streaming else None)
+    folder = tmp_path / "index"
+    options = {"streaming": streaming, "index_directory": folder, **({"shards": 1} if streaming else {})}
+
+    def read() -> list[str]:
+        source = flat_files(path, **options)
+        return [*source.iterate(0, 0)] if streaming else read_rows(source)
+
+    assert read() == TEXTS
+    write_jsonl(tmp_path / "b.jsonl", ["x", "y"])
+    (index,) = folder.iterdir()
+    whole = index.read_bytes()
+    damages = [b"", whole[:20], whole[:-8], whole + b"0", b"[" * 100_000, b"\x93NUMPY" + bytes(200), bytes(len(whole))]
+    for _ in range(60):
+        at = draw.randrange(len(whole))
+        damages.append(whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :])
+    for damage in damages:
+        index.write_bytes(damage)
+        if streaming:  # which passes over complete files
+            assert [*flat_files([path, path.with_name("b.jsonl")], **options).iterate(0, len(TEXTS) + 1)] == ["y"]
+        assert read() == TEXTS

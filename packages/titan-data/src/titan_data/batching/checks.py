@@ -1,5 +1,6 @@
 """Checks of the arguments of `Loader`; each error says what to change."""
 
+import operator
 from collections.abc import Sequence
 
 from titan_data.errors import DataError
@@ -25,6 +26,18 @@ def check_tokenizers(sources: Sequence[Source], tokenizer: Tokenizer | None) -> 
                 f"source {source.name!r} was made with tokenizer {made_with!r}, but {whose} is {wanted!r}: prepare the "
                 "data again with one tokenizer, or give the loader the tokenizer that made the data"
             )
+
+
+def as_int(name: str, value: int) -> int:
+    """Return a setting as Python's int, so that it can be part of a state in JSON; numpy's integers are accepted.
+
+    Raises:
+        DataError: If it is not an integer.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DataError(f"{name} must be an integer, not {value!r}") from None
 
 
 def check_batch_size(global_batch_size: int, world_size: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from titan_data.batching.checks import as_int
 from titan_data.errors import DataError
 from titan_data.sources.base import Source, check_source
 
@@ -35,6 +36,9 @@ class MixtureSource:
 
     def __post_init__(self) -> None:
         check_source(self.source)
+        object.__setattr__(self, "weight", float(self.weight))
+        if self.max_epochs is not None:
+            object.__setattr__(self, "max_epochs", as_int("max_epochs", self.max_epochs))
         _check_weight(self.source.name, self.weight)
         if self.max_epochs is not None and self.max_epochs < 1:
             raise DataError(
@@ -57,6 +61,11 @@ class Phase:
     from_step: int
     weights: Mapping[str, float] | None = None
     seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "from_step", as_int("from_step", self.from_step))
+        if self.seq_len is not None:
+            object.__setattr__(self, "seq_len", as_int("seq_len", self.seq_len))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ other ranks by lengths alone. Packers are in `cutting` (`Concat`, `OnePerSequenc
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from titan_data.batching.checks import as_int
 from titan_data.batching.documents import Block, Cursor
 from titan_data.errors import DataError
 
@@ -38,6 +39,8 @@ class Packing:
     cross_document: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "packing_window", as_int("packing_window", self.packing_window))
+        object.__setattr__(self, "cross_document", bool(self.cross_document))
         if self.kind not in ("concat", "best_fit", "one_per_row"):
             raise DataError(f"packing must be 'concat', 'best_fit' or 'one_per_row', not {self.kind!r}")
         if self.long_documents not in ("split", "crop"):

@@ -4,6 +4,7 @@
 what they share: gathering texts into blocks, and tokenizing blocks ahead in a pool of threads.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 
 from titan_data.batching.documents import Block, Cursor, Encode
 from titan_data.batching.shuffle import EpochOrder
-from titan_data.errors import DataError
+from titan_data.errors import DataError, is_failure
 from titan_data.sources.base import RandomAccessSource, StreamSource
 
 _BLOCK_TEXTS = 16  # texts per block: they are tokenized in one call …
@@ -74,6 +75,17 @@ class TextFeed(ABC):
         self._at = block.next_cursor
         return block
 
+    def _find_failing(self, texts: list[str]) -> int:
+        """Return the number of the text that cannot be tokenized by itself."""
+        for number, text in enumerate(texts):
+            try:
+                self._encode([text])
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                return number
+        return 0  # none alone: it is the first of those that fail together
+
     def _read_ahead(self, pool: Executor) -> Block:
         while len(self._ahead) < self._blocks_ahead:
             try:
@@ -121,6 +133,13 @@ class TextFeed(ABC):
             documents = self._encode(texts) if texts else []
         except DataError as error:
             raise DataError(f"source {self.name!r}, after cursor {list(cursors[0])}: {error}") from error
+        except BaseException as error:  # a panic of a library in Rust is not an Exception
+            if isinstance(error, Exception) or not is_failure(error):
+                raise
+            at = self._find_failing(texts)
+            raise DataError(
+                f"source {self.name!r}, the document at cursor {list(cursors[at])} cannot be tokenized: {error!r}"
+            ) from error
         return Block(
             np.array([len(document) for document in documents], dtype=np.int64),
             cursors=cursors.__getitem__,
@@ -166,7 +185,9 @@ class StreamFeed(TextFeed):
     ) -> None:
         if source.shards < 1:
             raise DataError(f"source {source.name!r} has {source.shards} shards, but needs at least 1")
-        super().__init__(source.name, identity, (0, 0) + (0,) * source.shards, encode, pool, blocks_ahead)
+        super().__init__(
+            source.name, identity, (0, 0) + (0,) * operator.index(source.shards), encode, pool, blocks_ahead
+        )
         self._source = source
         self._iterators: dict[int, Iterator[str] | None] = {}  # None for a shard that has ended
         self._seek(self.start)

@@ -1,11 +1,16 @@
 """Arguments that name a source of text, and opening it."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from titan_data.errors import DataError
-from titan_data.sources.base import RandomAccessSource, StreamSource
+
+if TYPE_CHECKING:
+    from titan_data.sources.base import RandomAccessSource, StreamSource
 
 _ONE_FILE_EACH = 1 << 30  # shards of a stream: one per file, which keeps the order of the files
 
@@ -99,6 +104,8 @@ def read_texts(source: RandomAccessSource | StreamSource, documents: int | None)
 
 
 def _all_texts(source: RandomAccessSource | StreamSource) -> Iterator[str]:
+    from titan_data.sources.base import RandomAccessSource
+
     if isinstance(source, RandomAccessSource):
         yield from (source[i] for i in range(len(source)))
     else:

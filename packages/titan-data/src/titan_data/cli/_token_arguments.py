@@ -1,11 +1,16 @@
 """Arguments that name a source of tokens, and opening it."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from titan_data.cli._numbers import count, positive
 from titan_data.errors import DataError
-from titan_data.sources.base import TokenSource
+
+if TYPE_CHECKING:
+    from titan_data.sources.base import TokenSource
 
 
 def add_token_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,12 @@
 """Arguments that name a tokenizer and its bos and eos, and loading it."""
 
-import argparse
+from __future__ import annotations
 
-from titan_data.tokenizers.base import Tokenizer
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from titan_data.tokenizers.base import Tokenizer
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:

@@ -80,7 +80,7 @@ def first_bytes(file: DataFile, head: bytes) -> bytes:
     """Decompress as much of a file as can be decompressed of its first bytes."""
     if (compression := compression_of(file.suffixes)) is None:
         return head
-    reader = _DecompressedReader(io.BufferedReader(io.BytesIO(head)), compression, None)  # type: ignore[arg-type]
+    reader = _DecompressedReader(io.BufferedReader(io.BytesIO(head)), compression, None)
     found = bytearray()
     buffer = bytearray(BLOCK)
     with contextlib.suppress(CorruptFileError):

@@ -73,6 +73,20 @@ class HasInputs(Protocol):
         ...
 
 
+@runtime_checkable
+class HasBytesRead(Protocol):
+    """A stream of files that knows how far it has been read."""
+
+    @property
+    def bytes_total(self) -> int | None:
+        """Bytes of all files; None if a server does not report a size."""
+        ...
+
+    def bytes_read(self, shard: int) -> int:
+        """Bytes that have been read, if the shards before `shard` are finished and it is being read."""
+        ...
+
+
 def inputs_of(source: object) -> InputFiles | None:
     """Return the files that a source reads; None for a source of another kind."""
     return source.inputs if isinstance(source, HasInputs) else None

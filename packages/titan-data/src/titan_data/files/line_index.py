@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -36,30 +37,38 @@ class IndexDirectory:
     def load_offsets(self, file: DataFile, unit: str) -> npt.NDArray[np.int64] | None:
         """Return int64 `[N + 1]`, where each record begins and the last ends, memory-mapped; None without an index."""
         try:
-            offsets: npt.NDArray[np.int64] = np.load(self._path(file, unit, "npy"), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
+            saved = np.load(self._path(file, unit, "npy"), mmap_mode="r", allow_pickle=False)
+        except Exception:  # a corrupt header raises anything
             return None
-        valid = offsets.ndim == 1 and offsets.dtype == np.int64 and len(offsets) > 0 and offsets[-1] == file.size
-        return np.asarray(offsets) if valid else None
+        if saved.ndim != 1 or saved.dtype != np.int64 or len(saved) < 2:
+            return None
+        offsets: npt.NDArray[np.int64] = np.asarray(saved[:-1])
+        return offsets if offsets[-1] == file.size and int(saved[-1]) == zlib.crc32(offsets.data) else None
 
     def save_offsets(self, file: DataFile, unit: str, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Write an index and return it memory-mapped, so that it need not be held in memory."""
-        self._write(self._path(file, unit, "npy"), lambda out: np.save(out, offsets, allow_pickle=False))
+        with_checksum = np.append(offsets, zlib.crc32(np.ascontiguousarray(offsets).data))
+        path = self._path(file, unit, "npy")
+        self._write(path, lambda out: np.save(out, with_checksum, allow_pickle=False))
         saved = self.load_offsets(file, unit)
         return offsets if saved is None else saved
 
     def load_count(self, file: DataFile, unit: str) -> int | None:
         """Return the number of records, or None if it was not saved."""
+        path = self._path(file, unit, "json")
         try:
-            count = json.loads(self._path(file, unit, "json").read_bytes())["records"]
-        except (OSError, ValueError, KeyError, TypeError):
+            saved = json.loads(path.read_bytes())
+            count = saved["records"]
+            valid = isinstance(count, int) and count >= 0 and saved["crc32"] == _crc32_of_count(path, count)
+        except Exception:  # a corrupt file raises anything, a RecursionError included
             return None
-        return count if isinstance(count, int) and count >= 0 else None
+        return count if valid else None
 
     def save_count(self, file: DataFile, unit: str, count: int) -> None:
         """Save the number of records."""
-        data = json.dumps({"file": file.name, "records": count}).encode()
-        self._write(self._path(file, unit, "json"), lambda out: out.write(data))
+        path = self._path(file, unit, "json")
+        data = json.dumps({"file": file.name, "records": count, "crc32": _crc32_of_count(path, count)}).encode()
+        self._write(path, lambda out: out.write(data))
 
     def _path(self, file: DataFile, unit: str, suffix: str) -> Path:
         identity = json.dumps([file.label, file.path, file.size, file.version, unit])
@@ -78,3 +87,7 @@ class IndexDirectory:
                     raise
         except OSError as error:
             raise DataError(f"index_directory {self._directory} cannot be written: {error.strerror}") from error
+
+
+def _crc32_of_count(path: Path, count: int) -> int:
+    return zlib.crc32(f"{path.name} {count}".encode())

@@ -203,9 +203,21 @@ class FileStream:
         """Return the files' names and digests, as they were when the source was opened."""
         return self._fingerprint
 
+    @property
+    def bytes_total(self) -> int | None:
+        """Bytes of all files; None if a server does not report a size."""
+        sizes = [file.size for file in self._files]
+        return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+    def bytes_read(self, shard: int) -> int:
+        """Bytes that have been read, if the shards before `shard` are finished and it is being read."""
+        before = sum(file.size or 0 for i in range(shard) for file in self._files[i :: self.shards])
+        return before + sum(file.progress.position for file in self._files[shard :: self.shards])
+
     def iterate(self, shard: int, start: int, /) -> Generator[str, None, None]:
         """Read a shard's texts from number `start` on; earlier ones are skipped without decoding."""
         for file in self._files[shard :: self.shards]:
+            file.progress.position = 0
             count = self._counts.get(file)
             if count is None or count > start:
                 read = yield from self._reader.stream(file, start)
@@ -263,6 +275,8 @@ def _check_and_digest(
 
     with ThreadPoolExecutor(_THREADS) as pool:
         checked = list(pool.map(check, files))
+    for file in files:
+        file.progress.position = 0  # what was read so far does not count
     found = [(file, error) for file, (_, error) in zip(files, checked, strict=True) if error is not None]
     if found and (findings.stops_at_files or len(found) == sum(file.size != 0 for file in files)):
         raise DataError(_describe_unreadable(found, len(files)))

@@ -22,6 +22,17 @@ _REMOTE_BLOCK = 4 << 20  # bytes per request, where fsspec reads ahead
 _SAMPLE = 64 << 10  # bytes of a file's beginning and of its end that its digest is made of
 
 
+@dataclass
+class ReadProgress:
+    """How far a file has been read, for progress bars.
+
+    Attributes:
+        position: The byte that is read next.
+    """
+
+    position: int = 0
+
+
 @dataclass(frozen=True)
 class DataFile:
     """A file as it was found.
@@ -45,6 +56,7 @@ class DataFile:
     local: bool
     size: int | None
     version: str | None
+    progress: ReadProgress = field(default_factory=ReadProgress, compare=False, repr=False)
 
     @property
     def suffixes(self) -> str:
@@ -159,6 +171,7 @@ class StorageReader(io.RawIOBase):
                 f"attempt{'s' if failed.failures > 1 else ''}: {failed}"
             ) from failed.error
         self._position += len(data)
+        self._file.progress.position = self._position
         self._handle, self._at = handle, self._position
         return data
 

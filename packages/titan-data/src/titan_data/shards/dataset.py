@@ -174,5 +174,5 @@ def _verify(path: Path, start: int, sha256: str) -> None:
             raise DataError(f"{path}: {error}; prepare or copy the file again") from None
 
 
-def _reopen(path: Path, name: str | None, verify: bool) -> TokenShards:
+def _reopen(path: Path, name: str | None, verify: bool) -> TokenShards:  # noqa: FBT001  # as pickle calls it
     return TokenShards(path, name=name, verify=verify)

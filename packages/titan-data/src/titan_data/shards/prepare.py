@@ -1,18 +1,17 @@
 """`prepare`: tokenize a source into token shards in parallel; interrupted runs resume."""
 
-import contextlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from titan_data.batching.checks import as_int
 from titan_data.errors import DataError
-from titan_data.fingerprint import list_differences
+from titan_data.files.inputs import HasBytesRead
+from titan_data.shards.begin import begin_or_resume, check_same_job, dump_record, locked, read_record
 from titan_data.shards.format import (
-    HEADER_SIZE,
     INPUTS,
     MANIFEST,
     UNFINISHED,
@@ -20,13 +19,11 @@ from titan_data.shards.format import (
     Job,
     Manifest,
     read_manifest,
-    shard_name,
-    shard_size,
     token_dtype,
 )
-from titan_data.shards.inputs import RecordedInputs, check_unchanged
+from titan_data.shards.inputs import check_unchanged
 from titan_data.shards.workers import Encoded, Encoders
-from titan_data.shards.writer import STAGING, ShardWriter, explain_full_disk, write_atomically, write_manifest
+from titan_data.shards.writer import ShardWriter, explain_full_disk, write_atomically, write_manifest
 from titan_data.sources.base import RandomAccessSource, Source, StreamSource
 from titan_data.tokenizers.base import Tokenizer
 
@@ -40,7 +37,8 @@ class Progress:
     """The progress of `prepare`.
 
     Attributes:
-        done: Documents of a random-access source, or shards of a stream, that are finished.
+        done: Documents of a random-access source that are finished, bytes of files that are read as a stream, or
+            finished shards of another stream.
         total: Total number of these.
         documents: Documents tokenized, including those of interrupted runs.
         tokens: Tokens in these documents.
@@ -116,23 +114,23 @@ def prepare(
     job = Job(
         source=source.fingerprint(),
         tokenizer=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        shard_tokens=shard_tokens,
+        vocab_size=as_int("vocab_size", tokenizer.vocab_size),
+        bos_id=_id("bos_id", tokenizer.bos_id),
+        eos_id=_id("eos_id", tokenizer.eos_id),
+        pad_id=_id("pad_id", tokenizer.pad_id),
+        shard_tokens=as_int("shard_tokens", shard_tokens),
     )
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
-            _check_same_job(manifest.job, job, folder)
-            recorded = _read_record(folder / INPUTS)[0] if (folder / INPUTS).exists() else None
+            check_same_job(manifest.job, job, folder)
+            recorded = read_record(folder / INPUTS)[0] if (folder / INPUTS).exists() else None
             if recorded is not None:
                 recorded.check(source, folder, checksum=checksum)
             return manifest
-        headers, inputs = _begin(folder, job, source, checksum=checksum)
+        headers, inputs = begin_or_resume(folder, job, source, checksum=checksum)
         with Encoders(tokenizer, token_dtype(job.vocab_size), _cores() if workers is None else workers) as encoders:
             _write_shards(source, encoders, _Shards(folder, job, headers), report)
         if not headers:
@@ -140,55 +138,10 @@ def prepare(
             raise DataError(f"source {source.name!r} has no documents")
         check_unchanged(source)
         if inputs is not None:
-            write_atomically(folder / INPUTS, _dump({"inputs": inputs.to_json()}))
+            write_atomically(folder / INPUTS, dump_record({"inputs": inputs.to_json()}))
         manifest = write_manifest(folder, job, headers)
         (folder / UNFINISHED).unlink(missing_ok=True)
         return manifest
-
-
-def _begin(folder: Path, job: Job, source: Source, *, checksum: bool) -> tuple[list[Header], RecordedInputs | None]:
-    """Check that the folder is empty or of this job; return the headers of its finished shards, and the input files."""
-    record = folder / UNFINISHED
-    if not record.exists():
-        if others := sorted(entry.name for entry in folder.iterdir() if entry.name != record.name + STAGING):
-            raise DataError(f"{folder} is not empty (it contains {others[0]}): choose another folder, or empty it")
-        inputs = RecordedInputs.of(source, checksum=checksum)
-        write_atomically(record, _dump({**job.to_json(), **({} if inputs is None else {"inputs": inputs.to_json()})}))
-        return [], inputs
-    inputs, fields = _read_record(record)
-    try:
-        saved = Job.from_json(fields)
-    except (ValueError, KeyError, TypeError) as error:
-        raise _corrupt_record(record, error) from None
-    _check_same_job(saved, job, folder)
-    if inputs is not None:
-        inputs.check(source, folder, checksum=checksum)
-    headers: list[Header] = []
-    while (path := folder / shard_name(len(headers))).exists():
-        with path.open("rb") as file:
-            header = Header.unpack(file.read(HEADER_SIZE), str(path))
-        if path.stat().st_size != shard_size(header.documents, header.tokens, token_dtype(job.vocab_size)):
-            raise DataError(f"{path} is corrupt: remove it and all later shards, and run the same command again")
-        headers.append(header)
-    return headers, inputs
-
-
-def _read_record(path: Path) -> tuple[RecordedInputs | None, dict[str, Any]]:
-    """Read the record of a folder: its input files if there are any, and the other fields."""
-    try:
-        fields = json.loads(path.read_bytes())
-        inputs = fields.pop("inputs", None)
-        return None if inputs is None else RecordedInputs.from_json(inputs), fields
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _corrupt_record(path, error) from None
-
-
-def _corrupt_record(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is corrupt ({error!r}): empty the folder and start again")
-
-
-def _dump(fields: dict[str, Any]) -> bytes:
-    return (json.dumps(fields, indent=1) + "\n").encode()
 
 
 def _write_shards(
@@ -200,11 +153,13 @@ def _write_shards(
     """Tokenize the rest of the source and append it to the shards, in the order of the source."""
     kept_tokens = shards.tokens
 
-    def report_progress() -> None:
+    def report_progress(*, ended: bool = False) -> None:
         if report is None:
             return
         if isinstance(source, RandomAccessSource):
             done, total = shards.documents, len(source)
+        elif isinstance(source, HasBytesRead) and (size := source.bytes_total) is not None:
+            done, total = size if ended else source.bytes_read(shards.source_end[0]), size
         else:
             done, total = shards.source_end[0], source.shards
         new_tokens = shards.tokens - kept_tokens
@@ -225,7 +180,7 @@ def _write_shards(
             shards.write(in_work.popleft(), encoders.take())
             report_progress()
         shards.close()
-        report_progress()
+        report_progress(ended=True)
     except BaseException:
         shards.discard()
         raise
@@ -301,37 +256,8 @@ def _cut(texts: Iterator[str], shard: int, start: int) -> Iterator[_Batch]:
         yield _Batch(batch, shard, start)
 
 
-def _check_same_job(saved: Job, job: Job, folder: Path) -> None:
-    differences = [f"source: {line}" for line in list_differences(saved.source, job.source)]
-    was, now = vars(saved), vars(job)
-    differences += [
-        f"{key}: was {was[key]!r}, now {now[key]!r}" for key in was if key != "source" and was[key] != now[key]
-    ]
-    if differences:
-        raise DataError(
-            f"{folder} was prepared from other data:\n  " + "\n  ".join(differences) + "\nChoose another folder."
-        )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder against a second call; the system releases the lock when this process ends in any way."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another titan-data prepare is writing to {folder}: wait until it has finished") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-    finally:
-        os.close(descriptor)
+def _id(name: str, value: int | None) -> int | None:
+    return None if value is None else as_int(name, value)
 
 
 def _cores() -> int:

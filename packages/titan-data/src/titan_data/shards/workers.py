@@ -1,13 +1,15 @@
 """Worker processes that tokenize: `prepare` sends batches of texts and receives their ids in the same order."""
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from titan_data.batching.documents import encode_document
-from titan_data.errors import DataError
+from titan_data.errors import DataError, is_failure
 from titan_data.tokenizers.base import Tokenizer
 
 _AHEAD = 4  # batches per worker, including results that wait for their turn: keeps workers busy if sizes differ
@@ -55,7 +57,9 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], first: int, dtype: 
         try:
             # One by one, so that this process uses one core.
             documents.append(encode_document(tokenizer, text))
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is not an Exception
+            if not is_failure(error):
+                raise
             raise DataError(f"document {number} cannot be tokenized: {error!r}") from error
     lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
     return Encoded(np.concatenate(documents).astype(dtype), lengths)
@@ -153,13 +157,32 @@ def _start_workers(tokenizer: Tokenizer, dtype: np.dtype[Any], count: int) -> li
     if server:
         context.set_forkserver_preload([__name__])
     workers = []
-    for _ in range(count):
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, tokenizer, dtype), daemon=True)
-        process.start()
-        there.close()
-        workers.append(_Worker(process, here))
+    with _sigint_blocked():
+        for _ in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, tokenizer, dtype), daemon=True)
+            process.start()
+            there.close()
+            workers.append(_Worker(process, here))
     return workers
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Block Ctrl-C in the processes that are started here: they inherit it, and would show tracebacks while importing.
+
+    In this process it is delivered afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # Started now: it unblocks SIGINT when it starts, which would be after the next line.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:

@@ -209,6 +209,8 @@ def _publish(file: BinaryIO, path: Path) -> None:
     os.fsync(file.fileno())
     file.close()
     _staging(path).replace(path)
+    if os.name == "nt":  # folders cannot be opened there
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # so that the new name survives a power failure

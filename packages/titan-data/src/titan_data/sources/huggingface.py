@@ -14,8 +14,8 @@ from titan_data.files.glob import find_files
 from titan_data.files.inputs import InputFiles
 from titan_data.files.retry import Retry, describe_error, may_pass
 from titan_data.files.storage import DataFile, digest_sample
-from titan_data.files.text_key import MISSING, find_value, list_keys
 from titan_data.fingerprint import Fingerprint
+from titan_data.sources._huggingface_columns import check_column, text_of, top_column
 from titan_data.sources._huggingface_files import FILE_FORMATS, is_folder, local_files
 from titan_data.sources.base import RandomAccessSource, StreamSource
 
@@ -94,9 +94,9 @@ def load_huggingface_dataset(
     files = local_files(path, patterns)
     request = dict(options, name=name, split=split, streaming=bool(streaming), revision=hub.revision)
     dataset, commit = _open(path, patterns, files, hub.cache_directory, request)
-    _check_column(dataset, text_key, path)
+    check_column(dataset, text_key, path)
     # The others need not be decoded.
-    dataset = dataset.select_columns([_top_column(dataset, text_key)])
+    dataset = dataset.select_columns([top_column(dataset, text_key)])
     settings = {key: repr(value) for key, value in request.items() if value is not None}
     settings |= {"path": "a folder" if is_folder(path) else path, "text_key": text_key}
     if commit is not None:
@@ -145,7 +145,7 @@ class HuggingFaceRecords:
         return len(self._dataset)
 
     def __getitem__(self, index: int, /) -> str:
-        return _text(self._dataset[index], self._text_key)
+        return text_of(self._dataset[index], self._text_key)
 
 
 class HuggingFaceStream:
@@ -184,7 +184,7 @@ class HuggingFaceStream:
         while True:
             try:
                 for record in dataset.skip(number):
-                    text = _text(record, self._text_key)
+                    text = text_of(record, self._text_key)
                     failures = 0
                     number += 1
                     yield text
@@ -296,38 +296,3 @@ def _source_name(path: str, label: str, name: str | None, files: Sequence[Path] 
     first_file = files[0].name if path in FILE_FORMATS and files else None
     label = Path(path).expanduser().absolute().name if is_folder(path) else label
     return ":".join(part for part in (label, name, first_file) if part)
-
-
-def _check_column(dataset: Any, text_key: str, path: str) -> None:
-    """Check that the records have the text column; some streams show their columns only in the first record."""
-    columns = dataset.column_names
-    if columns is None:
-        first: Mapping[str, Any] | None = next(iter(dataset), None)
-        if first is None:
-            return  # an empty stream: the loader reports it
-        columns = list(first)
-    if _first_key(text_key, columns) is None:
-        raise DataError(f"{path!r} has no column {text_key!r}; set text_key to one of: {', '.join(sorted(columns))}")
-
-
-def _first_key(text_key: str, columns: Sequence[str]) -> str | None:
-    """Return the column that a key, or the beginning of a path of keys, names."""
-    named = [column for column in columns if text_key == column or text_key.startswith(f"{column}.")]
-    return max(named, key=len, default=None)
-
-
-def _top_column(dataset: Any, text_key: str) -> str:
-    columns = dataset.column_names
-    return (None if columns is None else _first_key(text_key, columns)) or text_key.partition(".")[0]
-
-
-def _text(record: Mapping[str, Any], text_key: str) -> str:
-    value = find_value(record, text_key)
-    if value is None:
-        return ""
-    if value is MISSING:
-        raise DataError(f"a record has no {text_key!r}; set text_key to one of: {', '.join(list_keys(record))}")
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise DataError(f"column {text_key!r} is of type {kind}, not text: set text_key to a column of strings")
-    return value

@@ -78,7 +78,7 @@ def _rename(model: dict[str, Any], hidden: dict[str, str]) -> None:
 def _check_unknown(model: dict[str, Any], markers: Collection[int], name: str) -> None:
     """Check that what the vocabulary does not have becomes no marker."""
     vocabulary = dict(_vocabulary(model))
-    unknown = model.get("unk_id") if "unk_id" in model else vocabulary.get(model.get("unk_token"))
+    unknown = model.get("unk_id") if "unk_id" in model else vocabulary.get(str(model.get("unk_token")))
     if unknown is None or unknown not in markers:
         return
     if model.get("byte_fallback") and all(byte in vocabulary for byte in _BYTES):
