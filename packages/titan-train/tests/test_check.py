@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,9 @@ def loaded_tokenizers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     loaded: list[str] = []
     load = titan_data.load_tokenizer
 
-    def counted(name: str) -> titan_data.Tokenizer:
+    def counted(name: str, **options: Any) -> titan_data.Tokenizer:
         loaded.append(name)
-        return load(name)
+        return load(name, **options)
 
     monkeypatch.setattr(titan_data, "load_tokenizer", counted)
     return loaded
