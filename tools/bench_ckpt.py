@@ -399,6 +399,7 @@ def bench_start(folder: Path, checkpoints: int, count: int) -> list[str]:
     loads = [timed(lambda: Checkpointer(folder).load(state)) for _ in range(count)]
     lists = [timed(lambda: list_checkpoints(str(folder))) for _ in range(count)]
     saving = Checkpointer(folder, keep_last=checkpoints)
+    saving.load(state)
     saves = [timed(lambda step=step: saving.save(checkpoints + step, state)) for step in range(count)]  # type: ignore[misc]
     saving.close()
     shutil.rmtree(folder)

@@ -161,6 +161,29 @@ assert found.missing == ("model/head.bias", "model/head.weight")
 assert torch.equal(larger.weight, weight)
 assert larger.bias.item() == 1.0
 
+# Go back to an earlier step
+
+from titan_ckpt import restore
+
+
+def steps(directory):
+    return [info.step for info in list_checkpoints(directory)]
+
+
+progress = Progress()
+with Checkpointer("rewound/checkpoints") as ckpt:
+    for progress.step in (10, 20, 30):
+        ckpt.save(progress.step, {"progress": progress})
+
+with Checkpointer("rewound/checkpoints") as ckpt:
+    ckpt.load({"progress": progress}, step=10)
+    progress.step = 15
+    ckpt.save(15, {"progress": progress})  # sets steps 20 and 30 aside
+assert steps("rewound/checkpoints") == [10, 15]
+
+restore("rewound/checkpoints", 30)  # as `titan-ckpt restore rewound/checkpoints 30`: sets step 15 aside
+assert steps("rewound/checkpoints") == [10, 20, 30]
+
 # Retention
 
 from titan_ckpt import KeepBest, Retention, pin, plan_prune
@@ -241,3 +264,6 @@ subprocess.run(shlex.split('titan-ckpt verify interrupted/checkpoints'), check=T
 subprocess.run(shlex.split('titan-ckpt diff interrupted/checkpoints/step-00000040 uninterrupted/checkpoints/step-00000040'), check=True)
 subprocess.run(shlex.split('titan-ckpt convert interrupted/checkpoints/step-00000040 weights.pt --to torch'), check=True)
 subprocess.run(shlex.split('titan-ckpt prune interrupted/checkpoints --keep-last 1 --dry-run'), check=True)
+subprocess.run(shlex.split('titan-ckpt pin interrupted/checkpoints 40 best-so-far'), check=True)
+subprocess.run(shlex.split('titan-ckpt unpin interrupted/checkpoints best-so-far'), check=True)
+subprocess.run(shlex.split('titan-ckpt restore interrupted/checkpoints 40'), check=True)

@@ -94,6 +94,7 @@ def test_an_exporter_sees_each_published_checkpoint(tmp_path: Path) -> None:
 
     for asynchronous in (False, True):
         ckpt = Checkpointer(tmp_path, keep_last=1, asynchronous=asynchronous, exporters=[export])
+        ckpt.load(blank_state())
         ckpt.save(3 + asynchronous, make_state(3 + asynchronous))
         ckpt.close()
     assert [name for name, _ in seen] == ["step-00000003", "step-00000004"]

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def test_states_that_differ_are_refused(ranks2: Ranks, tmp_path: Path) -> None:
     assert "tensor a/x is torch.float32 [3] on rank 1 but torch.float32 [2] on rank 0" in first["shape"]
     assert "make up tensor a/x, which is not covered by its chunks: they hold 4 of 8 elements" in first["hole"]
     assert "make up tensor a/x, which is covered twice at [0]" in first["twice"]
+    assert "tensors that are not sharded differ between rank 1 and rank 0: a/rng. They are saved" in first["tensor"]
     assert "rank 1 saves step 1 but rank 0 saves step 0" in first["step"]
     assert [info.step for info in list_checkpoints(tmp_path)] == [1]
 
@@ -127,3 +129,32 @@ def test_one_rank_dies_and_the_other_raises(ranks2: Ranks, tmp_path: Path) -> No
         ranks2.run(ckpt_cases.one_rank_dies, tmp_path / "checkpoints", tmp_path / "tale")
     assert "a collective failed while saving or loading (did a rank exit?)" in (tmp_path / "tale").read_text()
     assert [info.step for info in list_checkpoints(tmp_path / "checkpoints")] == [1]
+
+
+def test_ranks_out_of_step_never_read_each_others_messages(ranks2: Ranks, tmp_path: Path) -> None:
+    first, second = ranks2.run(ckpt_cases.out_of_step, tmp_path)
+    assert first == second
+    for message in first:
+        assert "the ranks can no longer save or load together" in message
+        assert "found the ranks at different places: rank 0 is at exchange" in message
+        assert re.search(
+            r"rank 0 is at exchange '\d+ collect the state of step'; rank 1 is at exchange '\d+ list'", message
+        )
+    assert [info.step for info in list_checkpoints(tmp_path)][-1] == 5
+
+
+def test_ctrl_c_between_exchanges_frees_the_other_ranks(ranks2: Ranks, tmp_path: Path) -> None:
+    first, second = ranks2.run(ckpt_cases.interrupted_between_exchanges, tmp_path)
+    assert second[0] == "KeyboardInterrupt"
+    assert "a collective failed while saving or loading" in first[0]
+    assert '"save step 2" was interrupted on this rank by KeyboardInterrupt' in second[1]
+    assert "Close this Checkpointer and create a new one on all ranks" in first[1]
+    assert [info.step for info in list_checkpoints(tmp_path)] == [1]
+
+
+def test_ctrl_c_while_a_rank_works_is_told_to_the_others(ranks2: Ranks, tmp_path: Path) -> None:
+    first, second = ranks2.run(ckpt_cases.interrupted_while_working, tmp_path)
+    assert second == ["KeyboardInterrupt"]
+    assert "step 2 was not saved: could not write the tensors" in first[0]
+    assert "rank 1: KeyboardInterrupt: " in first[0]
+    assert [info.step for info in list_checkpoints(tmp_path)] == [1, 3]

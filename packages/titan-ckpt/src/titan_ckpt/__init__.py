@@ -22,6 +22,8 @@ Checkpointer.save                               Checkpointer.load, open_checkpoi
    cli      the command `titan-ckpt`
 ```
 
+`save.saving` prepares a save, `save.in_flight` runs it to its end, whoever waits for it. `manage.lineage` decides which
+checkpoints are the run's.
 `collective` lets the ranks do each step together: an error on one rank becomes a CheckpointError on all.
 """
 
@@ -29,7 +31,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titan_ckpt.checkpointer import Checkpointer, Exporter
+    from titan_ckpt.checkpointer import Checkpointer
     from titan_ckpt.convert.formats import open_source
     from titan_ckpt.convert.huggingface.writer import HuggingFaceExport, export
     from titan_ckpt.convert.load_into import load_into
@@ -42,9 +44,12 @@ if TYPE_CHECKING:
     from titan_ckpt.format.manifest import Manifest
     from titan_ckpt.load.loading import Loaded
     from titan_ckpt.load.reader import CheckpointReader, open_checkpoint
+    from titan_ckpt.manage.lineage import Restored, restore
     from titan_ckpt.manage.listing import CheckpointInfo, list_checkpoints, pin, unpin
     from titan_ckpt.manage.retention import KeepBest, PrunePlan, Retention, plan_prune
     from titan_ckpt.manage.verify import verify
+    from titan_ckpt.save.in_flight import SaveEnd
+    from titan_ckpt.save.saving import Exporter
     from titan_ckpt.state.tree import Stateful
 
 __all__ = [
@@ -59,7 +64,9 @@ __all__ = [
     "Loaded",
     "Manifest",
     "PrunePlan",
+    "Restored",
     "Retention",
+    "SaveEnd",
     "Stateful",
     "TensorRule",
     "TensorSource",
@@ -74,6 +81,7 @@ __all__ = [
     "open_source",
     "pin",
     "plan_prune",
+    "restore",
     "unpin",
     "verify",
 ]
@@ -84,9 +92,11 @@ _MODULES = {
     "list_checkpoints": "titan_ckpt.manage.listing",
     "pin": "titan_ckpt.manage.listing",
     "unpin": "titan_ckpt.manage.listing",
+    "Restored": "titan_ckpt.manage.lineage",
+    "restore": "titan_ckpt.manage.lineage",
     "verify": "titan_ckpt.manage.verify",
     "Checkpointer": "titan_ckpt.checkpointer",
-    "Exporter": "titan_ckpt.checkpointer",
+    "Exporter": "titan_ckpt.save.saving",
     "CheckpointError": "titan_ckpt.errors",
     "open_source": "titan_ckpt.convert.formats",
     "HuggingFaceExport": "titan_ckpt.convert.huggingface.writer",
@@ -105,6 +115,7 @@ _MODULES = {
     "Retention": "titan_ckpt.manage.retention",
     "plan_prune": "titan_ckpt.manage.retention",
     "TensorSource": "titan_ckpt.convert.source",
+    "SaveEnd": "titan_ckpt.save.in_flight",
     "Stateful": "titan_ckpt.state.tree",
     "TensorRule": "titan_ckpt.convert.weight_map",
     "WeightMap": "titan_ckpt.convert.weight_map",

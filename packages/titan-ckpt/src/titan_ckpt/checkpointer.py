@@ -1,43 +1,28 @@
 """The Checkpointer: what a training loop calls to save at intervals and to load at the start.
 
-It combines the other modules: `save.snapshot` collects the state, `save.host_buffer` copies it for asynchronous saves,
-`save.writer` writes and publishes, `load.loading` loads, `manage.retention` removes old checkpoints.
+It combines the other modules: `save.saving` prepares a save, `save.in_flight` runs it to its end, `load.loading` loads.
 """
 
-import logging
+import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.safetensors_header import bytes_of
 from titan_ckpt.load.loading import Loaded, OnCorruption, Request, load
 from titan_ckpt.load.selection import Selection
+from titan_ckpt.manage.lineage import finish_moves
 from titan_ckpt.manage.retention import KeepBest, Retention
-from titan_ckpt.save.file_writer import WrittenFile, write_file
-from titan_ckpt.save.host_buffer import HostBuffer
-from titan_ckpt.save.snapshot import Planner, Snapshot
-from titan_ckpt.save.writer import Origin, WriteJob, prune_old, write_checkpoint
+from titan_ckpt.save.in_flight import Flight, SaveEnd
+from titan_ckpt.save.saving import Exporter, Saver, SaveSettings
 from titan_ckpt.state.tree import Stateful
 from titan_ckpt.storage.lock import DirectoryLock
 from titan_ckpt.storage.open import open_storage
-
-logger = logging.getLogger(__name__)
-
-# Writes one of this rank's files: its index in the plan, its path, its header.
-WriteFile = Callable[[int, str, bytes], WrittenFile]
-
-
-class Exporter(Protocol):
-    """Called with each published checkpoint, e.g. to write its weights in another format."""
-
-    def __call__(self, path: str, /) -> Any:
-        """Process the checkpoint at a path or URL; called on rank 0 only, never for two checkpoints at once."""
-        ...
 
 
 class Checkpointer:
@@ -48,12 +33,16 @@ class Checkpointer:
     process.
 
     Example:
-        >>> ckpt = Checkpointer("runs/x/checkpoints", keep_last=3, asynchronous=True)
-        >>> found = ckpt.load(state)  # None: the directory holds no checkpoint yet
-        >>> ckpt.save(100, state, metadata={"tokens_seen": 4096})
-        >>> ckpt.close()  # waits until the save is published
-        >>> Checkpointer("runs/x/checkpoints").load(state).step
+        >>> with Checkpointer("runs/x/checkpoints", keep_last=3, asynchronous=True) as ckpt:
+        ...     found = ckpt.load(state)  # None: the directory holds no checkpoint yet
+        ...     ckpt.save(100, state, metadata={"tokens_seen": 4096})
+        >>> Checkpointer("runs/x/checkpoints").load(state).step  # `with` waited until the save was published
         100
+
+    A program that ends without `close` finishes the save in flight first, or says on stderr that it is lost, however it
+    ends: by its last line, an exception, `sys.exit` or Ctrl-C. (SIGKILL, `os._exit` and signals without a handler leave
+    no time for that.) An exception at any point of a call, such as Ctrl-C, leaves the Checkpointer usable, or, among
+    several ranks that would no longer agree on where they are, refusing every call but `close`.
     """
 
     def __init__(
@@ -65,6 +54,8 @@ class Checkpointer:
         keep_best: KeepBest | None = None,
         asynchronous: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
+        on_save_end: Callable[[SaveEnd], None] | None = None,
+        save_timeout: float | None = None,
         exporters: Sequence[Exporter] = (),
         process_group: dist.ProcessGroup | None = None,
         timeout: float = 1800.0,
@@ -80,6 +71,10 @@ class Checkpointer:
             asynchronous: Whether `save` returns as soon as the state is copied to host memory (pinned for tensors on a
                 GPU), and a thread writes it. Each rank holds one copy of what it writes from the first save to `close`.
             on_save_error: "raise", or "warn" to continue training if a save could not be written.
+            on_save_end: Called on every rank when a save has ended, in the thread that wrote it.
+            save_timeout: Seconds that a save may take. Beyond that it fails at its next write; if the storage does not
+                return from a write at all, the call that waits for it raises, and the save stays in flight. None for no
+                limit.
             exporters: Called with each published checkpoint. The next save and the other ranks wait for them, so they
                 must finish within `timeout`.
             process_group: The group to communicate over if only some ranks save together: one created by
@@ -89,28 +84,39 @@ class Checkpointer:
         Raises:
             CheckpointError: If a setting is invalid.
         """
-        self._retention = Retention(keep_last, keep_every, keep_best)
+        retention = Retention(keep_last, keep_every, keep_best)
         if not isinstance(asynchronous, bool):
             raise CheckpointError(f"asynchronous must be True or False, not {asynchronous!r}")
         if on_save_error not in ("raise", "warn"):
             raise CheckpointError(f'on_save_error must be "raise" or "warn", not {on_save_error!r}')
+        if save_timeout is not None and not save_timeout > 0:
+            raise CheckpointError(f"save_timeout must be a positive number of seconds or None, not {save_timeout!r}")
         self._storage = open_storage(str(directory))
-        self._on_save_error, self._exporters = on_save_error, tuple(exporters)
+        self._asynchronous = asynchronous
         self._ranks = Ranks(process_group, timeout)
-        self._planner = Planner(self._ranks)
+        settings = SaveSettings(retention, tuple(exporters), on_save_error == "warn", on_save_end, save_timeout)
+        self._saver = Saver(self._ranks, self._storage, settings)
         self._lock: DirectoryLock | None = None
         self._lock_acquired = False
-        self._parent: Mapping[str, Any] | None = None
-        # One thread, joined when the interpreter exits, so that a program that just ends loses no save.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="titan-ckpt") if asynchronous else None
-        self._buffer = HostBuffer()
-        self._in_flight: Future[None] | None = None
-        self._closed = False
+        # At exit the flight is finished before the finalizers of other objects, such as the lock, run: the first use of
+        # `weakref.finalize` anywhere must come before.
+        weakref.finalize(self, lambda: None).detach()
+        self._flight = Flight()
+        self._end = weakref.finalize(self, self._flight.drop)
+        self._end.atexit = False
+        self._process = os.getpid()
+        self._state: Literal["open", "closing", "closed"] = "open"
 
     @property
     def directory(self) -> str:
         """The directory of checkpoints, as a path or URL."""
         return self._storage.url
+
+    @property
+    def in_flight(self) -> int | None:
+        """The step of the save that is being written; None if there is none."""
+        save = self._flight.current
+        return None if save is None or save.ended else save.step
 
     def acquire_lock(self) -> None:
         """Acquire the directory's lock now. Otherwise the first `save` acquires it. A second call does nothing.
@@ -125,10 +131,13 @@ class Checkpointer:
             return
 
         def acquire() -> None:
-            self._lock = DirectoryLock(self._storage)
+            if self._lock is None:
+                self._lock = DirectoryLock(self._storage)
+            finish_moves(self._storage)
 
-        self._ranks.run_on_rank_0(f"lock {self._storage.url}", acquire)
-        self._lock_acquired = True
+        with self._ranks.conversation("lock the directory"):
+            self._ranks.run_on_rank_0(f"lock {self._storage.url}", acquire)
+            self._lock_acquired = True
 
     def save(
         self,
@@ -139,8 +148,10 @@ class Checkpointer:
     ) -> None:
         """Save a state as the checkpoint of a step.
 
-        A step that exists already and is valid is not written again; a warning is logged. An asynchronous save first
-        waits for the one in flight; its own failure is raised by the next call.
+        A step that this run loaded or saved last is not written again if it is valid; a warning is logged. After a
+        load, the first save sets aside all later checkpoints: the run goes on from the loaded one, and the next load
+        takes its line. An asynchronous save first waits for the one in flight; its own failure is raised by the next
+        call.
 
         Args:
             step: The step.
@@ -151,31 +162,35 @@ class Checkpointer:
 
         Raises:
             CheckpointError: On all ranks, if this save or the one in flight failed; existing checkpoints are untouched.
-                With `on_save_error="warn"` only if the state cannot be saved at all, or another job holds the lock.
+                Also if the directory holds checkpoints and none of them was loaded, or if the step comes before the
+                last one. With `on_save_error="warn"` only if the state cannot be saved at all, another job holds the
+                lock, or the directory holds another run.
         """
         self.wait()
         self.acquire_lock()
-        snapshot = self._planner.take(step, state, metadata or {}, metrics or {})
-        if self._thread is None:
-            self._write_or_warn(step, snapshot, self._writer_from_state(snapshot))
-            return
-        extents = self._ranks.run_on_all(
-            "copy the state to host memory", lambda: self._buffer.copy(snapshot.own, snapshot.tensors)
-        )
-        snapshot.tensors.clear()  # training may change the live tensors from here on
-        write_file = self._writer_from_buffer(snapshot, extents)
-        self._in_flight = self._thread.submit(self._write_or_warn, step, snapshot, write_file)
+        flight = self._flight if self._asynchronous else None
+        self._ranks.begin(f"save step {step}")
+        try:
+            save = self._saver.prepare(self._lock, flight, step, state, metadata or {}, metrics or {})
+            if flight is None:
+                save.run()
+                return
+            flight.current = save  # from here on it is run, by its thread or by the first who waits for it
+        except BaseException as error:
+            self._ranks.end(error)
+            raise
+        save.start()
 
     def wait(self) -> None:
-        """Wait until the save in flight is published.
+        """Wait until the save in flight is published. An interrupted wait leaves it in flight.
 
         Raises:
-            CheckpointError: On all ranks, if that save failed; each failure is raised once.
+            CheckpointError: On all ranks, if that save failed (each failure is raised once), or if it exceeds
+                `save_timeout`.
         """
         self._check_open()
-        in_flight, self._in_flight = self._in_flight, None
-        if in_flight is not None:
-            in_flight.result()
+        if self._flight.current is not None:
+            self._flight.current.finish()
 
     def load(
         self,
@@ -196,7 +211,8 @@ class Checkpointer:
 
         Args:
             state: The objects to fill, by the names they were saved under; names left out are not loaded.
-            step: The step to load; None for the newest valid checkpoint.
+            step: The step to load; None for the newest valid checkpoint. If there are later ones, they are set aside
+                by the next `save`, so that the run goes on from this step; without a save nothing changes.
             required: Whether it is an error if the directory holds no checkpoint at all.
             on_corruption: What to do if no step was asked for and the newest checkpoint is corrupt: "previous" loads
                 the one before it and logs a warning, "raise" raises.
@@ -217,80 +233,51 @@ class Checkpointer:
         """
         self.wait()
         request = Request(step, required, on_corruption, Selection(only, frozen), strict, cast)
-        loaded = load(self._ranks, self._storage, state, request)
-        if loaded is not None:
-            self._parent = {"step": loaded.step, "digest": loaded.manifest.digest}
+        with self._ranks.conversation("load"):
+            loaded = load(self._ranks, self._storage, state, request)
+            if loaded is not None:
+                self._saver.continue_from(loaded.manifest)
         return loaded
 
     def close(self) -> None:
-        """Wait for the save in flight, then release the lock, the memory, the thread and the process group.
+        """Wait for the save in flight, then release the lock, the memory and the process group.
 
-        A second call does nothing.
+        A second call does nothing. An interrupted one can be repeated.
 
         Raises:
             CheckpointError: If that save failed.
         """
-        if self._closed:
+        if self._state == "closed":
             return
         try:
-            self.wait()
+            if self._state == "open":
+                self.wait()
         finally:
-            self._closed = True
-            if self._thread is not None:
-                self._thread.shutdown()
-            self._buffer.close()
-            if self._lock is not None:
-                self._lock.release()
-            self._ranks.close()
+            if self.in_flight is None:
+                self._release()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _release(self) -> None:
+        self._state = "closing"
+        if self._lock is not None:
+            self._lock.release()
+        self._ranks.close()
+        self._end.detach()
+        self._flight.close()
+        self._state = "closed"
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._state != "open":
             raise CheckpointError(f"the Checkpointer of {self.directory} is closed")
-
-    def _writer_from_state(self, snapshot: Snapshot) -> WriteFile:
-        """Return the function that writes a file directly from the live tensors."""
-
-        def write(place: int, path: str, header: bytes) -> WrittenFile:
-            runs = ((bytes_of(snapshot.tensors[part]), [part.nbytes]) for part in snapshot.own[place].parts)
-            return write_file(self._storage, path, header, runs)
-
-        return write
-
-    def _writer_from_buffer(self, snapshot: Snapshot, extents: Sequence[tuple[int, int]]) -> WriteFile:
-        """Return the function that writes a file from the host buffer, where each file's data is contiguous."""
-
-        def write(place: int, path: str, header: bytes) -> WrittenFile:
-            lengths = [part.nbytes for part in snapshot.own[place].parts]
-            return write_file(self._storage, path, header, [(self._buffer.bytes_at(*extents[place]), lengths)])
-
-        return write
-
-    def _write_or_warn(self, step: int, snapshot: Snapshot, write_file: WriteFile) -> None:
-        try:
-            self._write(step, snapshot, write_file)
-        except CheckpointError as error:
-            if self._on_save_error == "raise":
-                raise
-            logger.warning("%s; training continues", error)
-
-    def _write(self, step: int, snapshot: Snapshot, write_file: WriteFile) -> None:
-        origin = Origin(step, snapshot.metadata, snapshot.metrics, self._parent)
-        job = WriteJob(origin, snapshot.values, snapshot.own, snapshot.all_files, write_file)
-        try:
-            digest = write_checkpoint(self._ranks, self._storage, self._lock, job)
-        except Exception as error:
-            raise CheckpointError(f"step {step} was not saved: {error}") from error
-        if digest is None:
-            return
-        self._parent = {"step": step, "digest": digest}
-        self._ranks.run_on_rank_0(f"finish after saving step {step}", lambda: self._follow_up(step))
-
-    def _follow_up(self, step: int) -> None:
-        """Run the exporters and the retention policy; on rank 0, once a step is published."""
-        assert self._lock is not None
-        path = f"{self._storage.url.rstrip('/')}/step-{step:08d}"
-        try:
-            for export in self._exporters:
-                export(path)
-        finally:
-            prune_old(self._storage, self._lock, self._retention, step)
+        if os.getpid() != self._process:
+            raise CheckpointError(
+                f"the Checkpointer of {self.directory} belongs to process {self._process}, of which this one is a "
+                "fork: create another one here, for another directory"
+            )

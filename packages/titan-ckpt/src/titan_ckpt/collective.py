@@ -1,19 +1,28 @@
 """The ranks that save and load together: exchange results, and turn one rank's error into an error on all ranks.
 
 Called by the checkpointer, `save` and `load`; nothing else in the package talks to other ranks.
+
+Ranks that are not at the same exchange must never read each other's messages. Two things ensure that. Before each
+exchange the ranks compare where they are: its number and what it is about. And exchanges belong to a conversation, such
+as one save: if an exception ends it on one rank alone, for instance Ctrl-C between two exchanges, the group is broken.
+The other ranks get an error at once, and no rank can use the group any more.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from titan_ckpt.errors import CheckpointError
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+_MARK_BYTES = 128  # of what each rank says about an exchange before it: its number and a few words
 
 
 class Ranks:
@@ -35,12 +44,54 @@ class Ranks:
         self._group = _group_of(process_group, timeout)
         self.rank = 0 if self._group is None else dist.get_rank(self._group)
         self.world_size = 1 if self._group is None else dist.get_world_size(self._group)
+        self._sequence = 0  # of the last exchange
+        self._conversation: str | None = None
+        self._agreed: BaseException | None = None  # an interrupt of this rank that the others were told of
+        self._broken: str | None = None
 
     def close(self) -> None:
         """Destroy the group; not collective."""
-        if self._owned and self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
+        if self._owned:
+            self._destroy()
         self._group = None
+
+    def begin(self, what: str) -> None:
+        """Begin a conversation: exchanges that all ranks make in the same order.
+
+        Args:
+            what: What it is about, as an infinitive for messages, e.g. "save step 3".
+
+        Raises:
+            CheckpointError: If the one before did not end on this rank, so that the ranks may be out of step.
+        """
+        if self._group is None and self._broken is None:
+            return
+        if self._conversation is not None:
+            self._break(self._conversation, "was interrupted on this rank")
+        self._check_usable()
+        self._conversation = what
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the conversation.
+
+        Args:
+            error: What ended it, if not its success. Unless all ranks know of it, the group is broken.
+        """
+        agreed = error is None or isinstance(error, CheckpointError) or error is self._agreed
+        if not agreed and self._conversation is not None:
+            self._break(self._conversation, f"was interrupted on this rank by {type(error).__name__}")
+        self._conversation = self._agreed = None
+
+    @contextlib.contextmanager
+    def conversation(self, what: str) -> Iterator[None]:
+        """Enclose a conversation, see `begin` and `end`."""
+        self.begin(what)
+        try:
+            yield
+        except BaseException as error:
+            self.end(error)
+            raise
+        self.end()
 
     def run_on_all(self, what: str, work: Callable[[], T]) -> T:
         """Run `work` on every rank and return this rank's own result.
@@ -90,8 +141,9 @@ class Ranks:
         """
         outcome = _attempt(work)
         shared = None if isinstance(outcome, _Failure) else outcome.value[1]
-        exchanged: list[Any] = self.all_gather((shared, outcome.message))
+        exchanged: list[Any] = self.all_gather(what, (shared, outcome.message))
         messages = [message for _, message in exchanged]
+        self._raise_interrupt(outcome)
         if isinstance(outcome, _Failure) or any(message is not None for message in messages):
             raise CheckpointError(f"could not {what}: {self._summary(messages)}") from outcome.error
         return outcome.value[0], [part for part, _ in exchanged]
@@ -111,7 +163,8 @@ class Ranks:
         """
         outcome = _attempt(work) if self.rank == 0 else None
         sent = None if outcome is None else (None if isinstance(outcome, _Failure) else outcome.value, outcome.message)
-        value, message = self._broadcast(sent)
+        value, message = self._broadcast(what, sent)
+        self._raise_interrupt(outcome)
         if message is not None:
             raise CheckpointError(f"could not {what}: {message}") from (outcome.error if outcome else None)
         result: T = value
@@ -133,57 +186,117 @@ class Ranks:
         if self._group is None:
             return self.run_on_rank_0(what, work)[0]
         outgoing: list[Any] | None = None
-        error: Exception | None = None
-        if self.rank == 0:
-            outcome = _attempt(work)
-            error = outcome.error
+        outcome = _attempt(work) if self.rank == 0 else None
+        if outcome is not None:
             if isinstance(outcome, _Failure):
                 outgoing = [(None, outcome.message)] * self.world_size
             else:
                 outgoing = [(item, None) for item in outcome.value]
         received: list[Any] = [None]
-        _exchange(lambda: dist.scatter_object_list(received, outgoing, group=self._group, group_src=0))
+        self._exchange(what, lambda: dist.scatter_object_list(received, outgoing, group=self._group, group_src=0))
         item, message = received[0]
+        self._raise_interrupt(outcome)
         if message is not None:
-            raise CheckpointError(f"could not {what}: {message}") from error
+            raise CheckpointError(f"could not {what}: {message}") from (outcome.error if outcome else None)
         result: T = item
         return result
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, what: str, value: T) -> list[T]:
         """Bring every rank's value to rank 0.
 
         Args:
+            what: What the exchange is about, for messages.
             value: This rank's value, of any type that pickles.
 
         Returns:
             All values in rank order on rank 0, an empty list elsewhere.
         """
         if self._group is None:
+            self._check_usable()
             return [value]
         values: list[Any] = [None] * self.world_size
-        _exchange(lambda: dist.gather_object(value, values if self.rank == 0 else None, group=self._group, group_dst=0))
+        received = values if self.rank == 0 else None
+        self._exchange(what, lambda: dist.gather_object(value, received, group=self._group, group_dst=0))
         return values if self.rank == 0 else []
 
-    def all_gather(self, value: T) -> list[T]:
+    def all_gather(self, what: str, value: T) -> list[T]:
         """Bring every rank's value to all ranks.
 
         Args:
+            what: What the exchange is about, for messages.
             value: This rank's value, of any type that pickles; it should be small.
 
         Returns:
             All values in rank order.
         """
         if self._group is None:
+            self._check_usable()
             return [value]
         values: list[Any] = [None] * self.world_size
-        _exchange(lambda: dist.all_gather_object(values, value, group=self._group))
+        self._exchange(what, lambda: dist.all_gather_object(values, value, group=self._group))
         return values
 
-    def _broadcast(self, value: Any) -> Any:
+    def _broadcast(self, what: str, value: Any) -> Any:
         values = [value]
-        if self._group is not None:
-            _exchange(lambda: dist.broadcast_object_list(values, group=self._group, group_src=0))
+        self._exchange(what, lambda: dist.broadcast_object_list(values, group=self._group, group_src=0))
         return values[0]
+
+    def _exchange(self, what: str, exchange: Callable[[], None]) -> None:
+        """Make one exchange, once all ranks are at it."""
+        self._check_usable()
+        if self._group is None:
+            return
+        self._sequence += 1
+        try:
+            marks = self._compare_marks(what)
+            if marks is None:
+                exchange()
+        except RuntimeError as error:
+            problem = f"a collective failed while saving or loading (did a rank exit?): {error}"
+            self._broken = problem
+            self._destroy()
+            raise CheckpointError(problem) from error
+        if marks is not None:
+            self._break(f"exchange {self._sequence}", f"found the ranks at different places: {marks}")
+            self._check_usable()
+
+    def _compare_marks(self, what: str) -> str | None:
+        """Compare where the ranks are; return a description of each rank's place, or None if it is the same."""
+        text = f"{self._sequence} {_topic(what)}".encode()[:_MARK_BYTES].ljust(_MARK_BYTES, b"\0")
+        own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        gathered = own.new_empty(self.world_size * _MARK_BYTES)
+        dist.all_gather_into_tensor(gathered, own, group=self._group)
+        marks = gathered.view(self.world_size, _MARK_BYTES)
+        differing = (marks != marks[0]).any(1).nonzero().flatten().tolist()
+        if not differing:
+            return None
+        shown = [(rank, bytes(marks[rank].tolist()).rstrip(b"\0")) for rank in [0, *differing[:4]]]
+        return "; ".join(f"rank {rank} is at exchange {mark.decode('utf-8', 'replace')!r}" for rank, mark in shown)
+
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            raise CheckpointError(
+                f"the ranks can no longer save or load together: {self._broken}. Close this Checkpointer and create a "
+                "new one on all ranks, or start the job again"
+            )
+
+    def _break(self, what: str, how: str) -> None:
+        """Let no rank use the group any more; ranks that wait for this one get an error at once."""
+        self._broken = f'"{what}" {how}'
+        self._conversation = None
+        self._destroy()
+
+    def _destroy(self) -> None:
+        group, self._group = self._group, None
+        if group is not None and dist.is_initialized():
+            with contextlib.suppress(Exception):  # the caller's group may be destroyed already
+                dist.destroy_process_group(group)
+
+    def _raise_interrupt(self, outcome: "_Success[Any] | _Failure | None") -> None:
+        """Raise what interrupted this rank's work as it is, now that the other ranks know of it."""
+        if outcome is not None and outcome.error is not None and not isinstance(outcome.error, Exception):
+            self._agreed = outcome.error
+            raise outcome.error
 
     def _summary(self, messages: Sequence[str | None]) -> str:
         """Join the ranks' error messages, at most four of them."""
@@ -207,7 +320,7 @@ class _Success(Generic[T]):
 class _Failure:
     """The error that some work raised."""
 
-    error: Exception
+    error: BaseException
 
     @property
     def message(self) -> str:
@@ -216,10 +329,15 @@ class _Failure:
         return f"{prefix}{self.error}"
 
 
+def _topic(what: str) -> str:
+    """Return the words that are the same on all ranks: paths may differ, and wrong steps have messages of their own."""
+    return " ".join(word for word in what.split() if not set(word) & set("/\\:0123456789"))
+
+
 def _attempt(work: Callable[[], T]) -> _Success[T] | _Failure:
     try:
         return _Success(work())
-    except Exception as error:
+    except BaseException as error:  # also an interrupt: the other ranks wait for this one's answer
         return _Failure(error)
 
 
@@ -233,10 +351,3 @@ def _group_of(process_group: dist.ProcessGroup | None, timeout: float) -> dist.P
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     assert isinstance(group, dist.ProcessGroup)  # as every rank is a member
     return group
-
-
-def _exchange(exchange: Callable[[], None]) -> None:
-    try:
-        exchange()
-    except RuntimeError as error:
-        raise CheckpointError(f"a collective failed while saving or loading (did a rank exit?): {error}") from error

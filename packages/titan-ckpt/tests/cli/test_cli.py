@@ -138,7 +138,9 @@ class TestVerify:
         assert main(["verify", "."]) == 1
 
     def test_its_bar_moves_within_a_file_and_ends_full(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        Checkpointer(folder).save(4, {"model": Held(w=torch.zeros(5 << 20))})
+        ckpt = Checkpointer(folder)
+        ckpt.load({})
+        ckpt.save(4, {"model": Held(w=torch.zeros(5 << 20))})
         files = [path for path in folder.glob("step-*/*") if path.name != "manifest.json"]
         expected = sum(path.stat().st_size for path in files)
         corrupt(folder / "step-00000002")

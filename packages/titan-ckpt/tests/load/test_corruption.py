@@ -175,9 +175,10 @@ def test_only_exact_names_are_checkpoints(tmp_path: Path) -> None:
 
 
 def test_saving_over_a_corrupt_step_moves_it_aside(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ckpt = Checkpointer(folder)
+    ckpt.load(blank_state())
     flip_bit(folder / "step-00000002" / DATA)
     corrupt = (folder / "step-00000002" / DATA).read_bytes()
-    ckpt = Checkpointer(folder)
     ckpt.save(2, make_state(2))
     assert "was corrupt" in caplog.text
     (aside,) = folder.glob(".damaged-step-00000002-*")

@@ -24,6 +24,7 @@ from titan_ckpt.manage import retention
 
 def save_each(folder: Path, keep_last: int | None, *steps: int) -> list[int]:
     ckpt = Checkpointer(folder, keep_last=keep_last)
+    ckpt.load(blank_state())
     for step in steps:
         ckpt.save(step, make_state(step))
     ckpt.close()
@@ -39,20 +40,19 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_run_that_went_back_prunes_only_what_is_older(tmp_path: Path) -> None:
+def test_a_run_that_went_back_prunes_nothing_of_what_is_set_aside(tmp_path: Path) -> None:
     save_each(tmp_path, None, 10, 20, 100)
     flip_bit(tmp_path / "step-00000100" / "state.json")
-    found = Checkpointer(tmp_path).load(blank_state())
-    assert found is not None
-    assert found.step == 20
-    assert save_each(tmp_path, 1, 30) == [30, 100]
-    assert save_each(tmp_path, 1, 40) == [40, 100]
+    assert save_each(tmp_path, 1, 30) == [30]
+    assert save_each(tmp_path, 1, 40) == [40]
+    assert len(list(tmp_path.glob(".aside-step-00000100-*"))) == 1
 
 
 def test_a_corrupt_one_does_not_count_as_kept(tmp_path: Path) -> None:
     save_each(tmp_path, None, 1, 2, 3)
-    os.truncate(tmp_path / "step-00000003" / "state.json", 1)
+    os.truncate(tmp_path / "step-00000002" / "state.json", 1)
     assert save_each(tmp_path, 2, 4) == [2, 3, 4]
+    assert save_each(tmp_path, 2, 5) == [2, 4, 5]
 
 
 def test_what_is_not_a_checkpoint_is_never_removed(tmp_path: Path) -> None:
@@ -96,6 +96,7 @@ def save_losses(folder: Path, losses: dict[int, float], **settings: Any) -> list
     """Each save in a run of its own: what is kept is decided from the disk."""
     for step, loss in losses.items():
         ckpt = Checkpointer(folder, **settings)
+        ckpt.load(blank_state())
         ckpt.save(step, make_state(step), metrics={"loss": loss})
         ckpt.close()
     return [info.step for info in list_checkpoints(str(folder))]
@@ -168,13 +169,13 @@ def test_the_last_valid_one_is_never_removed(tmp_path: Path) -> None:
 def test_a_plan_deletes_nothing_and_gives_its_reasons(tmp_path: Path) -> None:
     save_losses(tmp_path, {step: float(-step) for step in range(1, 7)})
     before = sorted(tmp_path.rglob("*"))
-    plan = plan_prune(str(tmp_path), Retention(2, 4, KeepBest("loss", "max")), newest=5)
+    plan = plan_prune(str(tmp_path), Retention(2, 4, KeepBest("loss", "max")))
     assert sorted(tmp_path.rglob("*")) == before
     assert dict(plan.keep) == {
         "step-00000001": ["is best by loss"],
-        "step-00000004": ["is among the last 2", "its step is a multiple of 4"],
+        "step-00000004": ["its step is a multiple of 4"],
         "step-00000005": ["is among the last 2"],
-        "step-00000006": ["is newer than step 5", "is what `latest` points to"],
+        "step-00000006": ["is among the last 2", "is what `latest` points to"],
     }
     sizes = {info.path[-13:]: info.manifest.nbytes for info in list_checkpoints(str(tmp_path))}
     assert dict(plan.remove) == {name: sizes[name] for name in ("step-00000002", "step-00000003")}

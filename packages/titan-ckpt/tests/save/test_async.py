@@ -1,5 +1,9 @@
+import contextlib
+import os
+import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +11,9 @@ import pytest
 import torch
 
 from ckpt_states import Held, blank_state, holds_step, make_state
-from titan_ckpt import Checkpointer, CheckpointError, checkpointer, list_checkpoints
+from titan_ckpt import Checkpointer, CheckpointError, SaveEnd, list_checkpoints
+from titan_ckpt.save import saving
+from titan_ckpt.storage import local
 
 
 class Gate:
@@ -17,7 +23,7 @@ class Gate:
         self.open = threading.Event()
         self.fail = False
         self.threads: list[str] = []
-        write = checkpointer.write_file
+        write = saving.write_file
 
         def gated(*args: Any) -> Any:
             self.threads.append(threading.current_thread().name)
@@ -26,7 +32,12 @@ class Gate:
                 raise OSError(28, "No space left on device")
             return write(*args)
 
-        monkeypatch.setattr(checkpointer, "write_file", gated)
+        monkeypatch.setattr(saving, "write_file", gated)
+
+
+def save_and_wait(ckpt: Checkpointer, step: int) -> None:
+    ckpt.save(step, make_state(step))
+    ckpt.wait()
 
 
 @pytest.fixture
@@ -117,6 +128,114 @@ def test_close_waits_for_the_save_in_flight(tmp_path: Path, gate: Gate) -> None:
     assert [info.step for info in list_checkpoints(tmp_path)] == [1]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Return what sends Ctrl-C in a moment; a background job of a shell ignores it otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_waiting_leaves_the_save_its_data(tmp_path: Path, gate: Gate, ctrl_c: Callable[[], None]) -> None:
+    """The usual idiom: catch it, save what there is now. Step 1 must not be published with the values of step 2."""
+    ckpt = Checkpointer(tmp_path, asynchronous=True)
+    for step, wait in ((1, ckpt.wait), (3, lambda: ckpt.save(9, make_state(9))), (5, ckpt.close)):
+        gate.open.clear()
+        ckpt.save(step, make_state(step))
+        ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        assert ckpt.in_flight == step
+        threading.Timer(0.2, gate.open.set).start()
+        ckpt.save(step + 1, make_state(step + 1))
+        ckpt.wait()
+    ckpt.close()
+    assert [info.step for info in list_checkpoints(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    for step in (1, 2, 3, 4, 5, 6):
+        state = blank_state()
+        Checkpointer(tmp_path).load(state, step=step)
+        assert holds_step(state, step)
+
+
+def test_the_end_of_a_save_is_reported(tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    ends: list[SaveEnd] = []
+
+    def ended(end: SaveEnd) -> None:
+        ends.append(end)
+        assert ckpt.in_flight is None
+        raise ValueError("a mistake in it")
+
+    gate.open.set()
+    for asynchronous in (False, True):
+        with Checkpointer(tmp_path / str(asynchronous), asynchronous=asynchronous, on_save_end=ended) as ckpt:
+            assert ckpt.in_flight is None
+            gate.fail = False
+            ckpt.save(1, make_state(1))
+            ckpt.wait()
+            gate.fail = True
+            with pytest.raises(CheckpointError, match="No space left"):
+                save_and_wait(ckpt, 2)
+    assert [(end.step, Path(end.path).name) for end in ends] == [(1, "step-00000001"), (2, "step-00000002")] * 2
+    assert [end.error is None for end in ends] == [True, False] * 2
+    assert all(end.seconds > 0 for end in ends)
+    assert "on_save_end failed after step 2: ValueError: a mistake in it" in caplog.text
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_takes_too_long_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
+    """A slow storage is given up at the next write."""
+    write = local._Sink.write
+
+    def slow(self: local._Sink, content: bytes | memoryview) -> None:
+        time.sleep(0.5)
+        write(self, content)
+
+    with Checkpointer(tmp_path, asynchronous=asynchronous, save_timeout=0.4) as ckpt:
+        ckpt.acquire_lock()
+        monkeypatch.setattr(local._Sink, "write", slow)
+        with pytest.raises(CheckpointError, match=r"step 1 is not finished after 0\.4 s, the limit save_timeout"):
+            save_and_wait(ckpt, 1)
+        monkeypatch.undo()
+        while ckpt.in_flight is not None:
+            time.sleep(0.01)
+        assert list_checkpoints(tmp_path) == []
+        assert not list(tmp_path.glob(".staging*"))
+        if asynchronous:  # the wait was given up first, then the save itself failed
+            with contextlib.suppress(CheckpointError):
+                ckpt.wait()
+
+
+def test_a_storage_that_hangs_blocks_nobody_for_longer_than_the_limit(tmp_path: Path, gate: Gate) -> None:
+    ckpt = Checkpointer(tmp_path, asynchronous=True, save_timeout=2.0)
+    ckpt.save(1, make_state(1))
+    for call in (ckpt.wait, lambda: ckpt.save(2, make_state(2)), lambda: ckpt.load(blank_state()), ckpt.close):
+        with pytest.raises(CheckpointError, match="step 1 is not finished after"):
+            call()
+    assert ckpt.in_flight == 1
+    gate.open.set()  # it returns after all: the save is late, and nothing of it is published
+    while ckpt.in_flight is not None:
+        time.sleep(0.01)
+    with pytest.raises(CheckpointError, match=r"step 1 was not saved: .*the limit save_timeout"):
+        ckpt.wait()
+    ckpt.save(2, make_state(2))
+    ckpt.close()
+    assert [info.step for info in list_checkpoints(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan")])
+def test_a_limit_is_positive(tmp_path: Path, limit: float) -> None:
+    with pytest.raises(CheckpointError, match="save_timeout must be a positive number of seconds or None"):
+        Checkpointer(tmp_path, save_timeout=limit)
+
+
+def test_a_fork_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt = Checkpointer(tmp_path)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    for call in (ckpt.wait, lambda: ckpt.save(1, make_state(1)), lambda: ckpt.load(blank_state())):
+        with pytest.raises(CheckpointError, match="of which this one is a fork: create another one here"):
+            call()
+
+
 def test_what_is_not_writable_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"could not lock .*file"):
@@ -130,8 +249,10 @@ def test_host_memory_is_one_copy_and_is_reused(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         ckpt.save(step, state)
         ckpt.wait()
-        assert 4006 <= ckpt._buffer.nbytes <= 4096  # whole pages
-        places.add(ckpt._buffer.bytes_at(0, 1).ctypes.data)
+        buffer = ckpt._flight.spare
+        assert buffer is not None
+        assert 4006 <= buffer.nbytes <= 4096  # whole pages
+        places.add(buffer.bytes_at(0, 1).ctypes.data)
     assert len(places) == 1
     state["model"].state["c"] = torch.arange(5000.0)  # it grows with the state
     ckpt.save(4, state)
@@ -139,7 +260,7 @@ def test_host_memory_is_one_copy_and_is_reused(tmp_path: Path) -> None:
     ckpt.load(got)
     assert torch.equal(got["model"].state["c"], torch.arange(5000.0))
     ckpt.close()
-    assert ckpt._buffer.nbytes == 0
+    assert ckpt._flight.spare is None
 
 
 def test_a_state_that_changes_its_structure_is_planned_again(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def dies_at(folder: Path, scratch: Path, world: int, phase: str, after: bool, ra
     published = (after and phase in ("publishing", "renaming", "all")) or phase in ("pointing", "removing", "clearing")
     assert newest == (3 if published else 2)
     ckpt = Checkpointer(folder, keep_last=2)  # the dead job does not block this one
+    ckpt.load(blank())
     ckpt.save(4, state_of(4))
     ckpt.close()
     assert [info.step for info in list_checkpoints(folder)] == [newest, 4]
@@ -132,6 +133,7 @@ def test_killed_between_any_two_steps_of_a_save(tmp_path: Path) -> None:
         newest.append(check_and_return_step(folder))
         assert all(path.name.startswith((".", "step-", "latest")) for path in folder.iterdir())
         ckpt = Checkpointer(folder, keep_last=2)
+        ckpt.load(blank())
         ckpt.save(4, state_of(4))
         ckpt.close()
         names = sorted(path.name for path in folder.iterdir())

@@ -43,21 +43,27 @@ def test_the_second_job_is_refused(tmp_path: Path) -> None:
     assert ckpt.load({}) is not None  # to read is open to all
     victims.processes[0].kill()
     victims.end()
+    ckpt.load({})
     ckpt.save(10**6, make_state(1))  # a killed job does not block others
     assert list_checkpoints(folder)[-1].step == 10**6
 
 
-def test_two_in_one_process(tmp_path: Path) -> None:
-    first, second = Checkpointer(tmp_path), Checkpointer(tmp_path)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_two_in_one_process(tmp_path: Path, asynchronous: bool) -> None:
+    first, second = (Checkpointer(tmp_path, asynchronous=asynchronous) for _ in range(2))
     first.save(1, make_state(1))
     with pytest.raises(CheckpointError, match=r"this process itself holds it: close\(\) its other"):
         second.save(2, make_state(2))
     first.close()
     assert not (tmp_path / ".lock").exists()
+    second.load(blank_state())
     second.save(2, make_state(2))
+    second.wait()
     del second  # given back with the object, too
     gc.collect()
-    Checkpointer(tmp_path).save(3, make_state(3))
+    third = Checkpointer(tmp_path)
+    third.load(blank_state())
+    third.save(3, make_state(3))
     assert [info.step for info in list_checkpoints(tmp_path)] == [1, 2, 3]
 
 

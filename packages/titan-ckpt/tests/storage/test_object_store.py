@@ -100,11 +100,11 @@ def test_corruption_on_a_store(folder: str, caplog: pytest.LogCaptureFixture) ->
     assert found is not None
     assert found.step == 1
     assert holds_step(state, 1)
-    ckpt.save(2, make_state(2))  # the corrupt one is moved aside
+    ckpt.save(2, make_state(2))  # the corrupt one is set aside
     found = ckpt.load(state)
     assert found is not None
     assert found.step == 2
-    assert any(key.startswith(".damaged-step-00000002-") for key in keys(folder))
+    assert any(key.startswith(".aside-step-00000002-") for key in keys(folder))
     ckpt.close()
 
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ckpt_states import Held, ModelState, OptimizerState, blank_state, holds_step, make_model, make_state
-from titan_ckpt import Checkpointer, CheckpointError, checkpointer
+from titan_ckpt import Checkpointer, CheckpointError
 from titan_ckpt.load import loading
-from titan_ckpt.save import snapshot
+from titan_ckpt.save import saving, snapshot
 from titan_ckpt.storage import local
 from titan_ckpt.storage.direct_io import DirectFile
 
@@ -68,14 +68,14 @@ def save_laid_out(folder: Path, layout: str, asynchronous: bool) -> dict[str, An
     """Save, then change every weight at once while the writer is held back; return what must have been saved."""
     state = trained_state(layout, seed=1)
     expected = full(state)
-    write = checkpointer.write_file
+    write = saving.write_file
 
     def slow(*args: Any) -> Any:
         time.sleep(0.3 if asynchronous else 0)
         return write(*args)
 
     ckpt = Checkpointer(folder, asynchronous=asynchronous)
-    with mock.patch.object(checkpointer, "write_file", slow):
+    with mock.patch.object(saving, "write_file", slow):
         ckpt.save(3, state, {"layout": layout})
         if asynchronous:
             train(
@@ -222,6 +222,7 @@ def states_that_differ(folder: Path) -> dict[str, str]:
         "partial": {"a": Held(x=partial)},
         "shape": {"a": Held(x=torch.ones(shape))},
         "hole": {"a": Held(x=shard, y=good_too) if rank == 0 else Held(y=good_too)},
+        "tensor": {"a": Held(rng=torch.tensor([7, rank]), same=torch.ones(3))},
         "twice": {"a": Held(x=shard if rank == 0 else torch.ones(8))},
     }
     ckpt = Checkpointer(folder, asynchronous=True)
@@ -284,6 +285,7 @@ def many_checkpointers(folder: Path) -> int:
     before = len(os.listdir("/proc/self/fd"))
     for step in range(8):
         ckpt = Checkpointer(folder, keep_last=2, asynchronous=step % 2 == 0)
+        ckpt.load({})
         ckpt.save(step, make_state(step))
         ckpt.close()
     return len(os.listdir("/proc/self/fd")) - before
@@ -297,5 +299,64 @@ def one_rank_dies(folder: Path, tale: Path) -> None:
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with mock.patch.object(checkpointer, "write_file", die if dist.get_rank() == 1 else checkpointer.write_file):
+    with mock.patch.object(saving, "write_file", die if dist.get_rank() == 1 else saving.write_file):
         tale.write_text(message_of(lambda: (ckpt.save(2, make_state(2)), ckpt.wait())))
+
+
+def out_of_step(folder: Path) -> list[str]:
+    """Rank 1 makes another call than rank 0, as after an exception that only one of them caught; then both go on."""
+    ckpt = Checkpointer(folder)
+    ckpt.save(1, make_state(1))
+    calls = [lambda: ckpt.save(2, make_state(2)), lambda: ckpt.load(blank_state())]
+    messages = [message_of(calls[dist.get_rank()]), *map(message_of, calls)]
+    ckpt.close()
+    dist.barrier()
+    with Checkpointer(folder) as ckpt:
+        state = blank_state()
+        found = ckpt.load(state)
+        assert found is not None
+        assert holds_step(state, found.step)
+        ckpt.save(5, make_state(5))
+    return messages
+
+
+def interrupted_between_exchanges(folder: Path) -> list[str]:
+    """Ctrl-C reaches rank 1 alone, where it has nothing that the others could be told."""
+    ckpt = Checkpointer(folder)
+    ckpt.save(1, make_state(1))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    messages = []
+    patch = mock.patch.object(
+        ckpt._saver._planner, "_plan" if dist.get_rank() == 1 else "unused", interrupt, create=True
+    )
+    with patch:
+        try:
+            messages.append(message_of(lambda: ckpt.save(2, {"a": Held(x=1, y=torch.ones(1))})))
+        except KeyboardInterrupt:
+            messages.append("KeyboardInterrupt")
+    messages.append(message_of(lambda: ckpt.save(3, make_state(3))))
+    ckpt.close()
+    return messages
+
+
+def interrupted_while_working(folder: Path) -> list[str]:
+    """Ctrl-C reaches rank 1 alone while it writes: the others are told, and all can go on."""
+    ckpt = Checkpointer(folder)
+    ckpt.save(1, make_state(1))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    messages = []
+    write = interrupt if dist.get_rank() == 1 else saving.write_file
+    with mock.patch.object(saving, "write_file", write):
+        try:
+            messages.append(message_of(lambda: ckpt.save(2, make_state(2))))
+        except KeyboardInterrupt:
+            messages.append("KeyboardInterrupt")
+    ckpt.save(3, make_state(3))
+    ckpt.close()
+    return messages

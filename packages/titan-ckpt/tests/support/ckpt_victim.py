@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ckpt_states import Held
 from ranks import CONTEXT
-from titan_ckpt import Checkpointer, CheckpointError, checkpointer
-from titan_ckpt.save import snapshot
+from titan_ckpt import Checkpointer, CheckpointError
+from titan_ckpt.save import saving, snapshot
 from titan_ckpt.storage import local
 
 # The named steps of a save, in order: a victim dies just before or just after one of them.
@@ -30,7 +30,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "pointing": (local.LocalStorage, "replace"),
     "removing": (local.LocalStorage, "remove"),
     "clearing": (local.LocalStorage, "clear_leftovers"),
-    "all": (checkpointer, "write_checkpoint"),
+    "all": (saving, "write_checkpoint"),
 }
 # What changes the disk or waits for it: between any two of these a kill finds the disk in another state.
 INSTANTS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open", "pwrite", "link")
@@ -112,6 +112,7 @@ def save_and_die(
     """Save a step; the given rank dies just before or after a phase of it."""
     ckpt = Checkpointer(folder, keep_last=2, asynchronous=asynchronous)
     ckpt.acquire_lock()
+    ckpt.load(blank())
     if not dist.is_initialized() or dist.get_rank() == rank:
         target, name = PHASES[phase]
         original = getattr(target, name)
@@ -142,6 +143,7 @@ def save_once_and_die_at(pipe: Connection | None, folder: Path, step: int, insta
         return call
 
     ckpt = Checkpointer(folder, keep_last=2)
+    ckpt.load(blank())
     for name in INSTANTS:
         setattr(os, name, counted(getattr(os, name)))
     ckpt.save(step, state_of(step))

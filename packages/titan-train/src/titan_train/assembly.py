@@ -151,6 +151,7 @@ def _checkpointer(checked: Checked, process: Process) -> Checkpointer:
         keep_best=KeepBest("loss", count=saving.keep_best) if saving.keep_best else None,
         asynchronous=saving.asynchronous,
         on_save_error=saving.on_error,
+        save_timeout=saving.save_timeout,
         exporters=exporters,
     )
 

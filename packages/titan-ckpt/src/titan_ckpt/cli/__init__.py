@@ -19,7 +19,10 @@ COMMANDS = {
     "verify": "verify every byte of a checkpoint, or of all checkpoints in a directory",
     "diff": "compare two checkpoints: names, shapes, largest absolute differences",
     "convert": "convert between titan-ckpt, Hugging Face, DCP (torchtitan), torch.save and Meta formats",
-    "prune": "remove old checkpoints by a retention policy; --dry-run only lists them",
+    "prune": "remove old checkpoints by a retention policy, or what was set aside; --dry-run only lists them",
+    "restore": "go back to a checkpoint: make it the newest one; later ones are set aside, nothing is deleted",
+    "pin": "keep a checkpoint whatever the retention policy",
+    "unpin": "remove a pin",
 }
 
 
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="titan-ckpt",
-        description="List, show, verify, compare, convert and prune checkpoints.",
+        description="List, show, verify, compare, convert, prune, pin and restore checkpoints.",
         epilog="exit codes: 0 success; 1 error, corrupt or different; 2 wrong usage; 130 interrupted by Ctrl-C",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

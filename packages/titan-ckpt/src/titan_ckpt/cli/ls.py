@@ -7,7 +7,7 @@ from typing import Any
 from titan_ckpt.cli._text import printable, size, table
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import read_manifest, step_of
-from titan_ckpt.manage.listing import latest_in, pins_in, step_names
+from titan_ckpt.manage.listing import aside_names, latest_in, pins_in, step_names, step_of_aside
 from titan_ckpt.manage.size_check import size_problems
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.open import open_storage
@@ -19,14 +19,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="verify every byte; by default only file sizes are compared"
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON list, oldest step first")
+    parser.add_argument("--json", action="store_true", help="print a JSON list; the order is the same")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List the checkpoints, oldest step first; corrupt ones with their problems."""
+    """List the checkpoints, oldest step first, then those that were set aside; corrupt ones with their problems."""
     storage = open_storage(arguments.directory)
-    names = step_names(storage)
+    names = [*step_names(storage), *aside_names(storage)]
     if not names and not storage.names():
         raise CheckpointError(f"{arguments.directory}: no such directory, or it is empty")
     pins = pins_in(storage)
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [["STEP", "CREATED", "SIZE", "STATE", ""]]
     for entry in found:
         marks = ["latest"] * entry["latest"] + [f"pinned as {pin}" for pin in entry["pins"]]
+        marks += [f"set aside as {entry['name']}"] * entry["set_aside"]
         created, nbytes = entry["created"] or "?", "?" if entry["bytes"] is None else size(entry["bytes"])
         intact = "valid" if arguments.check else "complete"  # "complete": sizes do not prove that the bytes are right
         state = intact if not entry["problems"] else "CORRUPT: " + "; ".join(entry["problems"])
@@ -55,7 +56,9 @@ def _describe(storage: Storage, name: str, latest: str | None, pins: dict[str, s
     except CheckpointError as error:
         created, nbytes, metrics, problems = None, None, {}, [str(error)]
     return {
-        "step": step_of(name),
+        "step": step_of(name) if step_of_aside(name) is None else step_of_aside(name),
+        "name": name,
+        "set_aside": step_of_aside(name) is not None,
         "path": path,
         "created": created,
         "bytes": nbytes,

@@ -4,7 +4,9 @@ import argparse
 
 from titan_ckpt.cli._text import printable, size
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.manage.retention import KeepBest, PrunePlan, Retention, plan_prune, prune
+from titan_ckpt.manage.lineage import finish_moves
+from titan_ckpt.manage.retention import KeepBest, PrunePlan, Retention, plan_clearing, plan_prune, prune
+from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.lock import DirectoryLock
 from titan_ckpt.storage.open import open_storage
 
@@ -20,29 +22,43 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC[:max[:K]]",
         help="keep the K best checkpoints by a metric (default: 1, the lowest value)",
     )
+    parser.add_argument(
+        "--set-aside",
+        action="store_true",
+        help="remove all checkpoints that were set aside because the run went back or they were corrupt, unless pinned",
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
     parser.set_defaults(run=lambda arguments: run(arguments, parser))
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Print what stays and why, and what is removed; remove it unless --dry-run is given."""
-    if arguments.keep_last is None and arguments.keep_best is None:
-        parser.error("give --keep-last K, --keep-best METRIC, or both")
+    if arguments.keep_last is None and arguments.keep_best is None and not arguments.set_aside:
+        parser.error("give --keep-last K, --keep-best METRIC, --set-aside, or several")
     policy = Retention(arguments.keep_last, arguments.keep_every, arguments.keep_best)
     storage = open_storage(arguments.directory)
     if not storage.names():
         raise CheckpointError(f"{arguments.directory}: no such directory, or it is empty")
     if arguments.dry_run:
-        _print(plan_prune(storage, policy), "would be removed")
+        _print(_plan(storage, policy, set_aside=arguments.set_aside), "would be removed")
         return 0
     lock = DirectoryLock(storage)
     try:
-        plan = plan_prune(storage, policy)
+        finish_moves(storage)
+        plan = _plan(storage, policy, set_aside=arguments.set_aside)
         prune(storage, plan)
         _print(plan, "removed")
     finally:
         lock.release()
     return 0
+
+
+def _plan(storage: Storage, policy: Retention, *, set_aside: bool) -> PrunePlan:
+    plan = plan_prune(storage, policy)
+    if not set_aside:
+        return plan
+    clearing = plan_clearing(storage)
+    return PrunePlan({**plan.keep, **clearing.keep}, {**plan.remove, **clearing.remove})
 
 
 def _print(plan: PrunePlan, outcome: str) -> None:

@@ -15,6 +15,7 @@ from titan_ckpt.format.boxes import full_box
 from titan_ckpt.format.json_values import encode
 from titan_ckpt.format.manifest import directory_name
 from titan_ckpt.format.safetensors_header import bytes_of, is_storable
+from titan_ckpt.manage.lineage import finish_moves
 from titan_ckpt.save.file_writer import WrittenFile, write_file
 from titan_ckpt.save.plan import FILE_BYTES, PlannedFile, assign_writes
 from titan_ckpt.save.writer import Origin, WriteJob, write_checkpoint
@@ -110,6 +111,7 @@ def write_titan(
     try:
         lock = DirectoryLock(storage)
         try:
+            finish_moves(storage)
             write_checkpoint(Ranks(), storage, lock, WriteJob(origin, values, files, files, write))
         finally:
             lock.release()

@@ -28,6 +28,10 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 _HASH = re.compile(r"[0-9a-f]{32}")
 
 
+# The branches that lead to a checkpoint, oldest first: name, and last step on the way (None for its own branch).
+Branches = tuple[tuple[str, int | None], ...]
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """Size and checksum of one file.
@@ -49,8 +53,8 @@ class Manifest:
         step: The step it was saved at.
         created: Time of the save (UTC, ISO 8601).
         files: Its other files, by their path inside the checkpoint.
-        lineage: Where it comes from: tokens_seen, parent (step and digest), config_digest, data_fingerprint, layout,
-            world_size, versions. Entries that are not known are None.
+        lineage: Where it comes from: tokens_seen, parent (step and digest), branches, config_digest, data_fingerprint,
+            layout, world_size, versions. Entries that are not known are None.
         metrics: The numbers given to `save`, by which checkpoints are compared.
         metadata: The metadata given to `save`.
         digest: Checksum of all of the above.
@@ -68,6 +72,11 @@ class Manifest:
     def nbytes(self) -> int:
         """Total size of its files in bytes."""
         return sum(record.size for record in self.files.values())
+
+    @property
+    def branches(self) -> Branches:
+        """The branches that lead to it, oldest first, each with its last step on the way; empty if it has none."""
+        return tuple((name, last) for name, last in self.lineage.get("branches") or ())
 
 
 class ManifestText(NamedTuple):
@@ -182,6 +191,7 @@ def _checked(content: dict[str, Any], name: str) -> Manifest:
     if any(type(value) not in (int, float) for value in content["metrics"].values()):
         raise ValueError("a metric is not a number")
     check_values([content["lineage"], content["metadata"]])
+    _check_branches(content["lineage"].get("branches") or [])
     if STATE not in files:
         raise ValueError(f"it does not list {STATE}")
     step = content["step"]
@@ -199,3 +209,9 @@ def _record(path: str, described: dict[str, Any]) -> FileRecord:
     if type(record.size) is not int or record.size < 0 or not _HASH.fullmatch(record.checksum):
         raise ValueError(f"invalid size or checksum for {path!r}")
     return record
+
+
+def _check_branches(branches: Any) -> None:
+    valid = isinstance(branches, list) and all(isinstance(branch, list) and len(branch) == 2 for branch in branches)
+    if not valid or any(type(name) is not str or type(last) not in (int, type(None)) for name, last in branches):
+        raise ValueError("its branches are not a list of names with steps")

@@ -17,11 +17,11 @@ from titan_ckpt.collective import Ranks
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.index import Content, read_content, read_state
 from titan_ckpt.format.json_values import path_of
-from titan_ckpt.format.manifest import Manifest, directory_name, read_manifest
+from titan_ckpt.format.manifest import Manifest, directory_name, read_manifest, step_of
 from titan_ckpt.format.open_files import TensorFiles
 from titan_ckpt.load.reads import Reads, Wanted, execute_reads, plan_reads
 from titan_ckpt.load.selection import Comparison, Description, Selection, compare, describe, overlay, value_names
-from titan_ckpt.manage.listing import CheckpointInfo, info_of, step_names
+from titan_ckpt.manage.listing import CheckpointInfo, aside_names, info_of, step_names, step_of_aside
 from titan_ckpt.manage.size_check import size_problems
 from titan_ckpt.state.shards import ShardLayouts
 from titan_ckpt.state.tree import Stateful, merge, split
@@ -122,13 +122,15 @@ def load(ranks: Ranks, storage: Storage, state: Mapping[str, Stateful], request:
     Raises:
         CheckpointError: See `Checkpointer.load`.
     """
-    names, invalid = ranks.run_on_rank_0(f"list {storage.url}", lambda: _candidate_names(storage))
+    names, invalid, aside = ranks.run_on_rank_0(f"list {storage.url}", lambda: _candidate_names(storage))
     if request.step is not None:
         asked = directory_name(request.step)
         try:
             return _load_one(ranks, storage, asked, state, request)
         except _CorruptCheckpointError as error:
             held = f"The directory holds {', '.join(names[::-1])}" if names else "The directory holds no checkpoint"
+            if asked_aside := [name for name in aside if step_of_aside(name) == request.step]:
+                held = f"It was set aside as {', '.join(asked_aside)}: `titan-ckpt restore` brings it back. {held}"
             raise CheckpointError(
                 f"{storage.url}/{asked} cannot be loaded: {error}. {error.warning}{held}; "
                 "give no step to load the newest valid checkpoint"
@@ -163,11 +165,11 @@ def load(ranks: Ranks, storage: Storage, state: Mapping[str, Stateful], request:
     return None
 
 
-def _candidate_names(storage: Storage) -> tuple[list[str], list[str]]:
-    """Return the names of possible checkpoints, newest first, and names that look like one but are not valid."""
+def _candidate_names(storage: Storage) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of possible checkpoints, newest first; names that look like one but are not; and those aside."""
     names = step_names(storage)[::-1]
-    known = set(names)
-    return names, sorted(name for name in storage.names() if name.startswith("step-") and name not in known)
+    invalid = sorted(name for name in storage.names() if name.startswith("step-") and step_of(name) is None)
+    return names, invalid, aside_names(storage)
 
 
 def _load_one(ranks: Ranks, storage: Storage, name: str, state: Mapping[str, Stateful], request: Request) -> Loaded:

@@ -8,7 +8,6 @@ compare what they read) and by `reader` (`fill`).
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from titan_ckpt.format.checksum import checksum
 from titan_ckpt.format.index import Chunk, TensorSpec
 from titan_ckpt.format.open_files import TensorFiles
 from titan_ckpt.storage.direct_io import BLOCK, allocate_buffer
+from titan_ckpt.threads import parallel_map
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,7 @@ def execute_reads(files: TensorFiles, reads: Reads, *, bypass_cache: bool) -> li
             )
         return _read_group(files, group, buffers.buffer, bypass_cache=bypass_cache)
 
-    if len(reads.groups) == 1 or files.parallel == 1:
-        found = [work(group) for group in reads.groups]
-    else:
-        with ThreadPoolExecutor(min(files.parallel, len(reads.groups)), "titan-ckpt-read") as pool:
-            found = list(pool.map(work, reads.groups))
+    found = parallel_map(work, reads.groups, files.parallel, "titan-ckpt-read")
     return _distinct([*reads.problems, *(problem for of_group in found for problem in of_group)])
 
 

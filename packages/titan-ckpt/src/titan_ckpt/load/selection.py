@@ -102,9 +102,10 @@ def describe(ranks: Ranks, tensors: Mapping[str, torch.Tensor]) -> list[Descript
         On rank 0 the distinct descriptions (under FSDP there is one), an empty list elsewhere.
     """
     own = {name: (dtype_name(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
-    digests = ranks.all_gather(digest_of(own))
+    digests = ranks.all_gather("compare what to load", digest_of(own))
     first_of_its_kind = digests.index(digests[ranks.rank]) == ranks.rank
-    return [described for described in ranks.gather(own if first_of_its_kind else None) if described is not None]
+    gathered = ranks.gather("describe what to load", own if first_of_its_kind else None)
+    return [described for described in gathered if described is not None]
 
 
 def compare(

@@ -1,5 +1,7 @@
 """The content of a directory of checkpoints: steps, the `latest` pointer, pins."""
 
+import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,10 @@ from titan_ckpt.storage.open import open_storage
 
 LATEST = "latest"
 PINS = "pins"
+MOVES = ".moves"  # renames that have begun; see `lineage`
+_ASIDE = re.compile(r"\.(?:aside|damaged)-(step-[0-9]+)-[0-9a-f]{8}")
+logger = logging.getLogger(__name__)
+
 _PIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 
@@ -104,9 +110,59 @@ def latest_in(storage: Storage) -> str | None:
 
 
 def step_names(storage: Storage) -> list[str]:
-    """Return the names that are a step's, oldest step first, without looking inside."""
-    steps = {step: name for name in storage.names() if (step := step_of(name)) is not None}
+    """Return the names that are a step's, oldest step first, without looking inside.
+
+    A checkpoint that is about to be set aside does not count, even if the job that began it was killed.
+    """
+    names = storage.names()
+    steps = {step: name for name in names if (step := step_of(name)) is not None}
+    if MOVES in names and (plan := planned_moves(storage)) is not None:
+        leaving = {old for old, new in plan.moves if new not in names}
+        steps = {step: name for step, name in steps.items() if name not in leaving}
     return [steps[step] for step in sorted(steps)]
+
+
+@dataclass(frozen=True)
+class PlannedMoves:
+    """Renames that have begun and may not be complete.
+
+    Attributes:
+        moves: Old and new names, in order.
+        latest: The name that `latest` points to afterwards.
+    """
+
+    moves: list[tuple[str, str]]
+    latest: str | None
+
+
+def planned_moves(storage: Storage) -> PlannedMoves | None:
+    """Return the renames that have begun and may not be complete; None if there are none."""
+    try:
+        plan = json.loads(storage.read(MOVES))
+        moves = [(old, new) for old, new in plan["moves"] if _is_checkpoint(old) and _is_checkpoint(new)]
+        latest = plan["latest"]
+        return PlannedMoves(moves, latest if latest is None or step_of(latest) is not None else None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s/%s cannot be read (%s), ignored", storage.url, MOVES, error)
+        return None
+
+
+def aside_names(storage: Storage) -> list[str]:
+    """Return the names of checkpoints that were set aside, oldest step first."""
+    found = {name: step for name in storage.names() if (step := step_of_aside(name)) is not None}
+    return sorted(found, key=lambda name: (found[name], name))
+
+
+def step_of_aside(name: str) -> int | None:
+    """Return the step of a checkpoint that was set aside, by its name; None if it is not such a name."""
+    found = _ASIDE.fullmatch(name)
+    return step_of(found[1]) if found else None
+
+
+def _is_checkpoint(name: str) -> bool:
+    return step_of(name) is not None or step_of_aside(name) is not None
 
 
 def info_of(storage: Storage, name: str, manifest: Manifest) -> CheckpointInfo:

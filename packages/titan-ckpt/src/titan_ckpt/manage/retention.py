@@ -12,7 +12,7 @@ from typing import Literal
 
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import Manifest, read_manifest, step_of
-from titan_ckpt.manage.listing import latest_in, pins_in, step_names
+from titan_ckpt.manage.listing import aside_names, latest_in, pins_in, step_names
 from titan_ckpt.manage.size_check import size_problems
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.open import open_storage
@@ -76,7 +76,7 @@ class PrunePlan:
     remove: Mapping[str, int] = field(default_factory=dict)
 
 
-def plan_prune(directory: str | Path | Storage, policy: Retention, newest: int | None = None) -> PrunePlan:
+def plan_prune(directory: str | Path | Storage, policy: Retention) -> PrunePlan:
     """Decide what to remove; nothing is deleted.
 
     Checkpoints with missing or truncated files are neither counted nor deleted, so that they can be inspected.
@@ -86,8 +86,6 @@ def plan_prune(directory: str | Path | Storage, policy: Retention, newest: int |
     Args:
         directory: The directory of checkpoints.
         policy: What to keep.
-        newest: Count from this step backwards and leave newer ones alone (a run went back to an earlier step); None for
-            the newest there is.
 
     Returns:
         What stays and why, and what would be removed.
@@ -96,10 +94,9 @@ def plan_prune(directory: str | Path | Storage, policy: Retention, newest: int |
     if policy.keeps_all:
         return PrunePlan({name: ["all are kept"] for name in step_names(storage)})
     found = _Found(storage)
-    considered = [name for name, step in found.steps.items() if newest is None or step <= newest]
-    reasons = _reasons_to_keep(storage, found, considered, policy, newest)
+    reasons = _reasons_to_keep(storage, found, policy)
     remove: dict[str, int] = {}
-    for name in reversed(considered):
+    for name in reversed(found.steps):
         if name in reasons or (manifest := found.manifest(name)) is None:
             continue
         if found.valid([name], 1):
@@ -154,26 +151,39 @@ class _Found:
         return found
 
 
-def _reasons_to_keep(
-    storage: Storage, found: _Found, considered: list[str], policy: Retention, newest: int | None
-) -> dict[str, list[str]]:
+def plan_clearing(storage: Storage) -> PrunePlan:
+    """Decide which of the checkpoints that were set aside to remove: all that are not pinned; nothing is deleted.
+
+    Args:
+        storage: The directory of checkpoints.
+
+    Returns:
+        What stays and why, and what would be removed; the size of a corrupt one is given as 0.
+    """
+    pinned = {name: pin for pin, name in pins_in(storage).items()}
+    names, found = aside_names(storage), _Found(storage)
+    sizes = {name: 0 if (manifest := found.manifest(name)) is None else manifest.nbytes for name in names}
+    return PrunePlan(
+        {name: [f"is pinned as {pinned[name]!r}"] for name in names if name in pinned},
+        {name: size for name, size in sizes.items() if name not in pinned},
+    )
+
+
+def _reasons_to_keep(storage: Storage, found: _Found, policy: Retention) -> dict[str, list[str]]:
     """Apply each rule; return the checkpoints it keeps with the reason."""
-    reasons: dict[str, list[str]] = {
-        name: [f"is newer than step {newest}"]
-        for name, step in found.steps.items()
-        if newest is not None and step > newest
-    }
+    reasons: dict[str, list[str]] = {}
     last = f"is among the last {policy.keep_last}" if policy.keep_last else "is the newest valid one"
-    for name in found.valid(considered, policy.keep_last or 1):
+    for name in found.valid(found.steps, policy.keep_last or 1):
         reasons.setdefault(name, []).append(last)
-    for name in considered:
+    for name in found.steps:
         if policy.keep_every is not None and found.steps[name] % policy.keep_every == 0:
             reasons.setdefault(name, []).append(f"its step is a multiple of {policy.keep_every}")
     if policy.keep_best is not None:
         for name in _best(found, policy.keep_best):
             reasons.setdefault(name, []).append(f"is best by {policy.keep_best.metric}")
     for pinned, name in pins_in(storage).items():
-        reasons.setdefault(name, []).append(f"is pinned as {pinned!r}")
+        if name in found.steps:
+            reasons.setdefault(name, []).append(f"is pinned as {pinned!r}")
     if (latest := latest_in(storage)) is not None:
         reasons.setdefault(latest, []).append("is what `latest` points to")
     return reasons

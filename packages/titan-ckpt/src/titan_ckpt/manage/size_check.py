@@ -1,9 +1,8 @@
 """The quick check of a checkpoint: do all of its files exist with the size that the manifest says?"""
 
-from concurrent.futures import ThreadPoolExecutor
-
 from titan_ckpt.format.manifest import Manifest
 from titan_ckpt.storage.base import Storage
+from titan_ckpt.threads import parallel_map
 
 
 def size_problems(storage: Storage, name: str, manifest: Manifest) -> list[str]:
@@ -21,8 +20,8 @@ def size_problems(storage: Storage, name: str, manifest: Manifest) -> list[str]:
     def problem_of(file: str) -> str | None:
         return size_problem(storage, name, manifest, file)
 
-    with ThreadPoolExecutor(storage.parallel, thread_name_prefix="titan-ckpt-size") as pool:
-        return [problem for problem in pool.map(problem_of, manifest.files) if problem is not None]
+    found = parallel_map(problem_of, manifest.files, storage.parallel, "titan-ckpt-size")
+    return [problem for problem in found if problem is not None]
 
 
 def size_problem(storage: Storage, name: str, manifest: Manifest, file: str) -> str | None:

@@ -1,7 +1,6 @@
 """Verification: sizes, or every byte; per file, so that ranks and threads can share the work."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +13,7 @@ from titan_ckpt.manage.size_check import size_problem, size_problems
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.direct_io import allocate_buffer
 from titan_ckpt.storage.open import open_storage, parent_and_name
+from titan_ckpt.threads import parallel_map
 
 Level = Literal["size", "checksum"]
 
@@ -39,9 +39,12 @@ def verify(path: str | Path, level: Level = "size") -> list[str]:
     files = list(manifest.files)
     if level == "size":
         return size_problems(storage, name, manifest)
-    with ThreadPoolExecutor(storage.parallel, thread_name_prefix="titan-ckpt-verify") as pool:
-        found = pool.map(lambda file: find_corruption(storage, name, manifest, [file]), files)
-        return list(dict.fromkeys(problem for of_file in found for problem in of_file))
+
+    def check(file: str) -> list[str]:
+        return find_corruption(storage, name, manifest, [file])
+
+    found = parallel_map(check, files, storage.parallel, "titan-ckpt-verify")
+    return list(dict.fromkeys(problem for of_file in found for problem in of_file))
 
 
 def find_corruption(

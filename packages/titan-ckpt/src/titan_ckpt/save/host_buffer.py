@@ -1,5 +1,6 @@
 """The host memory that an asynchronous save copies the state to; kept from save to save."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,17 +9,20 @@ import torch
 from titan_ckpt.save.plan import PlannedFile
 from titan_ckpt.state.shards import Part
 
+logger = logging.getLogger(__name__)
+
 _ALIGNMENT = 4096  # bytes: a memory page, so that each file's data can be written with direct I/O
 
 
 class HostBuffer:
-    """Holds one copy of what this rank writes. It grows when necessary, and is kept until `close`.
+    """Holds one copy of what this rank writes; it grows when necessary. It belongs to one save at a time.
 
     The memory is pinned if any tensor is on a CUDA device.
     """
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
+        self._can_pin = True
         self._files: Sequence[PlannedFile] | None = None
         self._views: dict[Part, torch.Tensor] = {}
         self._extents: list[tuple[int, int]] = []
@@ -38,12 +42,16 @@ class HostBuffer:
         Returns:
             Start and stop of each file's data in the memory; the file's chunks are stored there without gaps.
         """
-        on_cuda = any(tensors[part].is_cuda for file in files for part in file.parts)
+        devices = {tensors[part].device for file in files for part in file.parts if tensors[part].is_cuda}
+        on_cuda = bool(devices)
+        for device in devices:
+            # Streams other than the current one may still write to the tensors, and an interrupted copy to the memory.
+            torch.cuda.synchronize(device)
         if self._files is not files:
             self._lay_out(files, pinned=on_cuda)
         for part, view in self._views.items():
             view.copy_(tensors[part], non_blocking=on_cuda)
-        for device in {tensors[part].device for part in self._views if tensors[part].is_cuda}:
+        for device in devices:
             torch.cuda.synchronize(device)
         return self._extents
 
@@ -52,27 +60,38 @@ class HostBuffer:
         assert self._memory is not None
         return self._memory[start:stop].numpy()
 
-    def close(self) -> None:
-        """Free the memory."""
-        self._views, self._files, self._memory = {}, None, None
-
     def _lay_out(self, files: Sequence[PlannedFile], *, pinned: bool) -> None:
-        self._extents, size = [], 0
+        self._files = None  # until the layout is complete
+        extents, size = [], 0
         for file in files:
             length = sum(part.nbytes for part in file.parts)
-            self._extents.append((size, size + length))
+            extents.append((size, size + length))
             size += length + -length % _ALIGNMENT
-        memory = self._reserve(size, pinned=pinned)
-        self._files, self._views = files, {}
-        for (at, _), file in zip(self._extents, files, strict=True):
+        memory, views = self._reserve(size, pinned=pinned), {}
+        for (at, _), file in zip(extents, files, strict=True):
             for part in file.parts:
-                self._views[part] = memory[at : at + part.nbytes].view(part.dtype).view(part.box.lengths)
+                views[part] = memory[at : at + part.nbytes].view(part.dtype).view(part.box.lengths)
                 at += part.nbytes
+        self._extents, self._views, self._files = extents, views, files
 
     def _reserve(self, size: int, *, pinned: bool) -> torch.Tensor:
-        if self._memory is not None and self._memory.numel() >= size and self._memory.is_pinned() >= pinned:
+        large_enough = self._memory is not None and self._memory.numel() >= size
+        if self._memory is not None and large_enough and self._memory.is_pinned() >= (pinned and self._can_pin):
             return self._memory
         self._views, self._memory = {}, None  # freed before allocating, so that there are never two
-        memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+        memory = self._allocate(size + _ALIGNMENT, pinned=pinned and self._can_pin)
         self._memory = memory[-memory.data_ptr() % _ALIGNMENT :][:size]
         return self._memory
+
+    def _allocate(self, nbytes: int, *, pinned: bool) -> torch.Tensor:
+        if pinned:
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                self._can_pin = False
+                logger.warning(
+                    "%.1f GiB of host memory cannot be pinned (%s): saves copy to ordinary memory, which is slower",
+                    nbytes / 2**30,
+                    str(error).split("\n")[0],
+                )
+        return torch.empty(nbytes, dtype=torch.uint8)

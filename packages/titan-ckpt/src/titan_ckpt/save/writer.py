@@ -5,6 +5,7 @@ any instant leaves either the complete checkpoint or none, and never affects ano
 """
 
 import logging
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from titan_ckpt.format.json_values import decode
 from titan_ckpt.format.manifest import (
     LINEAGE_FROM_METADATA,
     STATE,
+    Branches,
     FileRecord,
     Manifest,
     directory_name,
@@ -29,6 +31,7 @@ from titan_ckpt.format.manifest import (
     read_manifest,
 )
 from titan_ckpt.format.safetensors_header import make_header
+from titan_ckpt.manage.lineage import Head, new_branch
 from titan_ckpt.manage.listing import LATEST
 from titan_ckpt.manage.retention import Retention, plan_prune, prune
 from titan_ckpt.manage.verify import find_corruption
@@ -49,13 +52,14 @@ class Origin:
         step: The step.
         metadata: The caller's metadata, encoded.
         metrics: The caller's metrics.
-        parent: Step and digest of the checkpoint that this run loaded or saved before; None if there is none.
+        head: The checkpoint that this run loaded or saved before, with the branch on which it goes on; None if there
+            is none.
     """
 
     step: int
     metadata: Any
     metrics: Mapping[str, float]
-    parent: Mapping[str, Any] | None
+    head: Head | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class WriteJob:
         own: This rank's files.
         all_files: Every rank's files in rank order on rank 0, empty elsewhere.
         write_file: Writes one of this rank's files, given its index in `own`, its path and its header.
+        before_publishing: Called on rank 0 with what becomes the head if the next operation succeeds.
     """
 
     origin: Origin
@@ -75,9 +80,10 @@ class WriteJob:
     own: Sequence[PlannedFile]
     all_files: Sequence[PlannedFile]
     write_file: Callable[[int, str, bytes], WrittenFile]
+    before_publishing: Callable[[Head], None] = lambda head: None
 
 
-def write_checkpoint(ranks: Ranks, storage: Storage, lock: DirectoryLock | None, job: WriteJob) -> str | None:
+def write_checkpoint(ranks: Ranks, storage: Storage, lock: DirectoryLock | None, job: WriteJob) -> Head | None:
     """Write and publish a checkpoint; collective.
 
     Args:
@@ -87,21 +93,20 @@ def write_checkpoint(ranks: Ranks, storage: Storage, lock: DirectoryLock | None,
         job: What to write.
 
     Returns:
-        The digest of its manifest; None if the step exists already and is valid.
+        The checkpoint as the run's new head; None if it is the head already, and valid.
 
     Raises:
         CheckpointError: On all ranks, if it failed on any; existing checkpoints are untouched.
     """
     final = directory_name(job.origin.step)
-    if _exists_valid(ranks, storage, final):
+    if _is_head(ranks, storage, final, job.origin.head):
         return None
     pending = ranks.run_on_rank_0(f"begin a checkpoint in {storage.url}", lambda: storage.begin(final))
     try:
-        written = ranks.gather(
-            ranks.run_on_all(f"write the tensors to {storage.url}", lambda: _write_own(storage, pending, job))
-        )
+        what = f"write the tensors to {storage.url}"
+        written = ranks.gather(what, ranks.run_on_all(what, lambda: _write_own(storage, pending, job)))
         files = [file for of_rank in written for file in of_rank]
-        digest = ranks.run_on_rank_0(
+        head = ranks.run_on_rank_0(
             f"publish {storage.url}/{final}",
             lambda: _publish(storage, lock, pending, job, _Written(files, ranks.world_size)),
         )
@@ -112,21 +117,20 @@ def write_checkpoint(ranks: Ranks, storage: Storage, lock: DirectoryLock | None,
     if ranks.rank == 0:
         logger.info("saved %s/%s", storage.url, final)
         _point_at(storage, final)
-    return digest
+    return head
 
 
-def prune_old(storage: Storage, lock: DirectoryLock, retention: Retention, published: int) -> None:
+def prune_old(storage: Storage, lock: DirectoryLock, retention: Retention) -> None:
     """Apply the retention policy after a save. The new checkpoint is safe by then, so a failure is only logged.
 
     Args:
         storage: The directory of checkpoints.
         lock: Its lock.
         retention: What to keep.
-        published: The step just saved.
     """
     try:
         lock.confirm()
-        plan = plan_prune(storage, retention, published)
+        plan = plan_prune(storage, retention)
         prune(storage, plan)
         for name in plan.remove:
             logger.info("removed %s, not kept by %s", name, retention)
@@ -136,8 +140,12 @@ def prune_old(storage: Storage, lock: DirectoryLock, retention: Retention, publi
         logger.warning("could not remove old checkpoints in %s: %s", storage.url, error)
 
 
-def _exists_valid(ranks: Ranks, storage: Storage, final: str) -> bool:
-    """Return whether the step exists already and is valid; a corrupt one is moved aside."""
+def _is_head(ranks: Ranks, storage: Storage, final: str, head: Head | None) -> bool:
+    """Return whether the step is the run's head already and valid; a corrupt one is moved aside.
+
+    Raises:
+        CheckpointError: If the step exists, but is not what this run loaded or saved.
+    """
     manifest, problem = ranks.run_on_rank_0(f"look for {storage.url}/{final}", lambda: _existing(storage, final))
     if manifest is not None:
         problems = shared_check(ranks, storage, final, manifest)
@@ -146,12 +154,18 @@ def _exists_valid(ranks: Ranks, storage: Storage, final: str) -> bool:
     else:
         return False
     if not problems:
+        if manifest is None or head is None or manifest.digest != head.digest:
+            raise CheckpointError(
+                f"{storage.url}/{final} exists, and is not what this run loaded or saved last: existing checkpoints "
+                "are never overwritten; is another job writing there?"
+            )
         if ranks.rank == 0:
-            logger.warning("%s/%s exists and is valid: not written again", storage.url, final)
+            logger.warning("%s/%s is saved already and valid: not written again", storage.url, final)
         return True
 
     def move() -> None:
-        aside = storage.set_aside(final)
+        aside = f".damaged-{final}-{secrets.token_hex(4)}"
+        storage.rename(final, aside)
         logger.warning("%s/%s was corrupt (%s): moved to %s", storage.url, final, "; ".join(problems), aside)
 
     ranks.run_on_rank_0(f"move the corrupt {final} aside", move)
@@ -207,8 +221,9 @@ class _Written:
 
 def _publish(
     storage: Storage, lock: DirectoryLock | None, pending: PendingCheckpoint, job: WriteJob, written: _Written
-) -> str:
-    """Write state.json and the manifest and publish the checkpoint; return its digest. Rank 0 only."""
+) -> Head:
+    """Write state.json and the manifest and publish the checkpoint; return it as the new head. Rank 0 only."""
+    branches = job.origin.head.branches if job.origin.head else ((new_branch(), None),)
     records: dict[str, FileRecord] = {}
     chunks: dict[str, list[tuple[Part, str, tuple[str, ...]]]] = {}
     for file, result in zip(job.all_files, written.files, strict=True):
@@ -228,14 +243,16 @@ def _publish(
         step=job.origin.step,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files={STATE: FileRecord(len(text), checksum(text)), **records},
-        lineage=_lineage(job.origin, written.world_size),
+        lineage=_lineage(job.origin, branches, written.world_size),
         metrics=job.origin.metrics,
         metadata=job.origin.metadata,
     )
     if lock is not None:
         lock.confirm()
+    head = Head(job.origin.step, manifest.digest, branches)
+    job.before_publishing(head)
     storage.publish(pending, manifest.text)
-    return manifest.digest
+    return head
 
 
 def _spec(chunks: Sequence[tuple[Part, str, tuple[str, ...]]]) -> TensorSpec:
@@ -246,11 +263,12 @@ def _spec(chunks: Sequence[tuple[Part, str, tuple[str, ...]]]) -> TensorSpec:
     return TensorSpec(first.dtype, first.shape, tuple(sorted(found, key=lambda chunk: chunk.offsets)))
 
 
-def _lineage(origin: Origin, world_size: int) -> dict[str, Any]:
-    metadata = decode(origin.metadata)
+def _lineage(origin: Origin, branches: Branches, world_size: int) -> dict[str, Any]:
+    metadata, parent = decode(origin.metadata), origin.head
     return {
         **{key: metadata.get(key) for key in LINEAGE_FROM_METADATA},
-        "parent": origin.parent,
+        "parent": None if parent is None else {"step": parent.step, "digest": parent.digest},
+        "branches": branches,
         "world_size": world_size,
         "versions": {
             "python": ".".join(map(str, sys.version_info[:3])),

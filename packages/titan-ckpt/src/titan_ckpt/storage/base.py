@@ -133,8 +133,8 @@ class Storage(Protocol):
         """Delete a checkpoint. It becomes invalid before its files are deleted."""
         ...
 
-    def set_aside(self, name: str) -> str:
-        """Rename a corrupt checkpoint so that no reader looks at it; return the new name."""
+    def rename(self, name: str, new: str) -> None:
+        """Give a checkpoint another name, valid or corrupt. Repeated after an interruption, it completes the act."""
         ...
 
     def clear_leftovers(self) -> list[str]:

@@ -99,11 +99,10 @@ class LocalStorage:
         (self._root / name).rename(renamed)
         shutil.rmtree(renamed)
 
-    def set_aside(self, name: str) -> str:
-        """Rename a corrupt checkpoint; return its new name."""
-        aside = _temporary_name("damaged", name)
-        (self._root / name).rename(self._root / aside)
-        return aside
+    def rename(self, name: str, new: str) -> None:
+        """Give a checkpoint another name."""
+        (self._root / name).rename(self._root / new)
+        _sync_directory(self._root)
 
     def clear_leftovers(self) -> list[str]:
         """Delete what killed jobs left partly written or partly deleted."""

@@ -53,13 +53,19 @@ class DirectoryLock:
             "token": secrets.token_hex(8),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._acquire(patience)
         self._stop = threading.Event()
         beats = threading.Thread(
             target=_beat, args=(storage, self._me, self._stop, beat), daemon=True, name="titan-ckpt-lock"
         )
-        beats.start()
+        self._beats = beats
+        # Before there is anything to release, so that nothing stays behind if an interrupt ends the next lines.
         self._end = weakref.finalize(self, _release, storage, self._me, self._stop, beats)
+        try:
+            self._acquire(patience)
+            beats.start()
+        except BaseException:
+            self.release()
+            raise
 
     def confirm(self) -> None:
         """Check that the lock is still held; called before anything is published.
@@ -77,8 +83,10 @@ class DirectoryLock:
             )
 
     def release(self) -> None:
-        """Release the lock; a second call does nothing."""
-        self._end()
+        """Release the lock; a second call does nothing. An interrupted one can be repeated."""
+        if self._end.alive:
+            _release(self._storage, self._me, self._stop, self._beats)
+            self._end.detach()
 
     def _acquire(self, patience: float) -> None:
         while not self._storage.create_once(LOCK, _content(self._me, 0)):
@@ -119,7 +127,7 @@ def _beat(storage: Storage, me: dict[str, Any], stop: threading.Event, seconds: 
 
 def _release(storage: Storage, me: dict[str, Any], stop: threading.Event, beats: threading.Thread) -> None:
     stop.set()
-    if beats is not threading.current_thread():
+    if beats.is_alive() and beats is not threading.current_thread():
         beats.join()
     with contextlib.suppress(Exception):
         if os.getpid() == me["pid"] and _holder_in(storage).get("token") == me["token"]:

@@ -115,15 +115,14 @@ class ObjectStorage:
         self.delete(f"{name}/{_MANIFEST}")
         self._delete_all(name)
 
-    def set_aside(self, name: str) -> str:
-        """Copy a corrupt checkpoint to another name and delete the original."""
-        aside = f".damaged-{name}-{secrets.token_hex(4)}"
-        for path in self._fs.find(self._at(name)):
-            inside = str(path).rpartition(f"{name}/")[2]
-            self._make_parent(self._at(f"{aside}/{inside}"))
-            self._fs.copy(path, self._at(f"{aside}/{inside}"))
+    def rename(self, name: str, new: str) -> None:
+        """Copy a checkpoint to another name, the manifest last, and delete the original."""
+        found = [str(path) for path in self._fs.find(self._at(name))]
+        for path in sorted(found, key=lambda path: path.endswith(f"/{_MANIFEST}")):
+            inside = path.rpartition(f"{name}/")[2]
+            self._make_parent(self._at(f"{new}/{inside}"))
+            self._fs.copy(path, self._at(f"{new}/{inside}"))
         self.remove(name)
-        return aside
 
     def clear_leftovers(self) -> list[str]:
         """Delete the files of steps without a manifest: a save or a removal was killed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from titan_train.config.section import Count, CountOrZero, Section
+from titan_train.config.section import Count, CountOrZero, Positive, Section
 
 
 class CheckpointSection(Section):
@@ -26,5 +26,7 @@ class CheckpointSection(Section):
     """Write checkpoints in the background while training continues."""
     on_error: Literal["raise", "warn"] = "raise"
     """If a checkpoint cannot be written: end the run, or warn and continue."""
+    save_timeout: Positive | None = None
+    """Seconds that a save may take before it counts as failed; "none" for no limit."""
     huggingface: bool = False
     """Also export each checkpoint, with its tokenizer, to `huggingface` in the run's folder, for transformers."""
