@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -23,7 +25,7 @@ from ckpt_hostile import Call, hostile_pickles
 from ckpt_sources import Tensors, read_all
 from ckpt_states import Held, make_model
 from parity import same_bits
-from titan_ckpt import CheckpointError, open_checkpoint, open_source
+from titan_ckpt import Checkpointer, CheckpointError, open_checkpoint, open_source
 from titan_ckpt.cli import main
 from titan_ckpt.convert.dcp import metadata as restricted
 from titan_ckpt.convert.dcp.reader import DcpDirectory
@@ -211,6 +213,70 @@ def test_what_we_write_dcp_reads(tmp_path: Path) -> None:
     folder = DcpDirectory(tmp_path / "dcp")
     assert same_bits(read_all(folder), tensors)
     assert folder.values == {"train": {"step": 5}}
+
+
+ODD_VALUES: dict[str, Any] = {
+    "train": {
+        "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}, {"lr": 0.2, "more": [{}, [{"a": 1}], []]}],
+        "empty": {},
+        "nested": {"empty": {}, "list": []},
+        "lists": [[], [1, [2]], ()],
+        "pair": ({"a": 1}, {}),
+        "numbers": {"0": "a", "1": "b"},
+        "ten": [{"place": place} for place in range(11)],
+    },
+    "none": {},
+}
+
+
+def test_values_are_the_same_after_the_way_to_dcp_and_back(tmp_path: Path) -> None:
+    ckpt = Checkpointer(tmp_path / "first")
+    ckpt.save(1, {"model": Held(w=torch.ones(2), n=1), **{name: Held(**held) for name, held in ODD_VALUES.items()}})
+    ckpt.close()
+    way = [("first/step-00000001", "dcp", "dcp"), ("dcp", "back", "titan")]
+    for source, target, form in way:
+        given = ["convert", str(tmp_path / source), str(tmp_path / target), "--to", form]
+        assert main([*given, "--step", "1"] if form == "titan" else given) == 0
+    with open_checkpoint(tmp_path / "back/step-00000001") as opened:
+        assert opened.values == {**ODD_VALUES, "model": {"n": 1}}
+        assert list(opened.tensors) == ["model/w"]
+    loaded = {"train": {"groups": [{"lr": 0.0}], "empty": {}, "ten": [{"place": None}]}}
+    dcp.load(loaded, checkpoint_id=tmp_path / "dcp", no_dist=True)  # DCP itself finds what it asks for
+    assert loaded == {"train": {"groups": [{"lr": 0.1}], "empty": {}, "ten": [{"place": 0}]}}
+
+
+PLAIN = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | st.text("ab.0", max_size=2)
+NESTED = st.recursive(
+    PLAIN,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.lists(inner, max_size=2).map(tuple) | st.dictionaries(st.text("ab01"), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text("ab"), NESTED, max_size=3))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_values_are_the_same_after_the_way_to_dcp_and_back(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    export_dcp(Tensors({"w": torch.ones(1)}, {"values": values}), folder / "dcp")
+    assert DcpDirectory(folder / "dcp").values == {"values": values}
+
+
+def test_a_list_of_dcps_that_holds_tensors_keeps_them(tmp_path: Path) -> None:
+    state = {"opt": {"groups": [{"w": torch.ones(2), "lr": 0.1}, {"lr": 0.2}], "plain": [{"a": 1}]}}
+    folder = DcpDirectory(save(state, tmp_path / "dcp"))
+    assert list(folder.tensors) == ["opt/groups/0/w"]
+    assert folder.values == {"opt": {"groups": {"0": {"lr": 0.1}, "1": {"lr": 0.2}}, "plain": [{"a": 1}]}}
+
+
+def test_two_values_of_one_flat_name_are_refused(tmp_path: Path) -> None:
+    for values in ({"a": {"b": 1}, "a.b": 2}, {"a": {"b": {}}, "a.b": 2}):
+        with pytest.raises(CheckpointError, match=r"a\.b"):
+            export_dcp(Tensors({"w": torch.ones(1)}, values), tmp_path / "dcp")
+    assert not (tmp_path / "dcp").exists()
 
 
 def test_the_list_of_names_is_what_real_files_need(tmp_path: Path) -> None:

@@ -422,3 +422,28 @@ def test_each_checkpoint_is_exported_as_it_is_published(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step-00000002", "step-00000004"]
     assert same_bits(read_folder(tmp_path / "hf/step-00000004"), small_external())
     export_each(str(tmp_path / "run/step-00000004"))  # once more, after a restart: it is there and stays
+
+
+def test_an_export_of_a_line_that_was_left_is_replaced(tmp_path: Path) -> None:
+    export_each = HuggingFaceExport(tmp_path / "hf")
+
+    def save(value: float, step: int, back_to: int | None = None) -> None:
+        with Checkpointer(tmp_path / "run", exporters=[export_each]) as ckpt:
+            ckpt.load({"model": Held(w=torch.zeros(2))}, step=back_to)
+            ckpt.save(step, {"model": Held(w=torch.full((2,), value))})
+
+    def exported() -> float:
+        return float(read_folder(tmp_path / "hf/step-00000002")["w"][0])
+
+    save(1.0, 1)
+    save(2.0, 2)
+    before = (tmp_path / "hf/step-00000002").stat().st_ino
+    export_each(str(tmp_path / "run/step-00000002"))
+    assert (tmp_path / "hf/step-00000002").stat().st_ino == before  # of the same checkpoint: it stays
+    save(2.5, 2, back_to=1)
+    assert exported() == 2.5
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["step-00000001", "step-00000002"]
+    (tmp_path / "hf/step-00000002/titan_checkpoint.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no titan_checkpoint\.json, so it is not an export of a checkpoint"):
+        export_each(str(tmp_path / "run/step-00000002"))
+    assert exported() == 2.5

@@ -1,5 +1,7 @@
 import enum
 import json
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,29 @@ def test_any_state_survives_the_disk(
     assert ckpt.load(blank) is not None
     for name in saved:
         assert same_bits(blank[name].state, saved[name].state)
+
+
+class OddDict(dict[str, Any]):
+    pass
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, Counter, lambda items: defaultdict(int, items), OddDict])
+@pytest.mark.parametrize("wrap", [lambda odd: odd, lambda odd: [odd], lambda odd: {"in": (1, {"a": odd})}])
+def test_dicts_of_other_types_are_refused(kind: Callable[[Any], Any], wrap: Callable[[Any], Any]) -> None:
+    for items in ({}, {"a": 1}):
+        with pytest.raises(CheckpointError, match=r'state\["m"\]\["odd"\].*it would come back as a plain dict'):
+            split({"m": Held(odd=wrap(kind(items)))})
+    if kind is not OrderedDict:
+        with pytest.raises(CheckpointError, match="it would come back as a plain dict"):
+            split({"m": Held(odd=wrap(kind({"w": torch.ones(1)})))})
+
+
+def test_the_state_of_a_module_is_an_ordinary_dict() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    for state in (module, Held(inner={"module": module.state_dict()}), torch.nn.Identity()):
+        tensors, values = split({"m": state})
+        assert values.get("m", {}) == {}
+        assert len(tensors) in (0, 7)
 
 
 @given(st.lists(st.text(), min_size=1), st.lists(st.text(), min_size=1))

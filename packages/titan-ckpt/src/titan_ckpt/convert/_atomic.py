@@ -11,11 +11,13 @@ from titan_ckpt.errors import CheckpointError
 
 
 @contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
+def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
     """Provide a staging directory that gets its final name if the block succeeds and is removed otherwise.
 
     Args:
         directory: The final path; it must not exist, or be an empty directory.
+        replace: Whether it may be a directory with files, which is replaced by two renames. A kill between them leaves
+            neither under the final name; both are complete then.
 
     Yields:
         The directory to write to.
@@ -23,20 +25,25 @@ def new_directory(directory: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: If the final path exists, or the directory cannot be written.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    filled = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if filled and not (replace and directory.is_dir()):
         raise CheckpointError(f"{directory} exists: give a new name, existing files are never overwritten")
-    staging = _staging_of(directory)
+    staging, old = _staging_of(directory), _staging_of(directory)
     try:
         staging.mkdir(parents=True)
         yield staging
         for path in [*staging.rglob("*"), staging]:
             sync(path)
+        if filled:
+            directory.rename(old)
         staging.rename(directory)
         sync(directory.parent)
     except OSError as error:
         raise CheckpointError(f"could not write {directory}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

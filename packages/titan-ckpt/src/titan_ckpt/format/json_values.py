@@ -37,12 +37,14 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     if type(value) in (list, tuple):
         items = [encode(item, f"{where}[{place}]", depth + 1) for place, item in enumerate(value)]
         return items if type(value) is list else {TUPLE_KEY: items}
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {
             checked_key(key, where): encode(item, f"{where}[{json.dumps(key)}]", depth + 1)
             for key, item in value.items()
         }
     hint = "; tensors cannot be inside lists, put it into a dict under a name" if _is_tensor(value) else ""
+    if isinstance(value, dict):
+        hint = "; it would come back as a plain dict, so store dict(...) of it and convert it back when loading"
     raise CheckpointError(
         f"{where} is a {type_name(value)}: a checkpoint holds tensors in dicts, and None, bool, int, float, "
         f"str, lists, tuples and dicts of these{hint}"

@@ -4,11 +4,13 @@ A tensor's name is its path through the nested dicts, joined with "/": `model/la
 the path "~" is written "~0" and "/" is written "~1", as in JSON pointers (RFC 6901), so no two paths share a name. "@",
 which separates a tensor's name from a chunk's offsets, is written "~2".
 
-Values that are not tensors keep their place in the nesting. Dicts that hold only tensors leave no trace there: where
+Values that are not tensors keep their place in the nesting. An OrderedDict of tensors, as modules return it, counts as
+a dict; other subclasses of dict are refused. Dicts that hold only tensors leave no trace there: where
 pipeline stages own different weights, the ranks' values are still the same.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -102,7 +104,7 @@ def _take_tensors(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Te
             raise CheckpointError(f"{_shown(path)} is a tensor {kind}: only dense tensors with data can be saved")
         tensors[key_of(path)] = value
         return _ONLY_TENSORS
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not (type(value) is dict or _is_module_state(value, path)):
         return encode(value, _shown(path), len(path))
     where = _shown(path)
     if len(path) > MOST_SAVED:
@@ -110,6 +112,21 @@ def _take_tensors(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Te
     kept = {key: _take_tensors(item, (*path, checked_key(key, where)), tensors) for key, item in value.items()}
     kept = {key: item for key, item in kept.items() if item is not _ONLY_TENSORS}
     return _ONLY_TENSORS if value and not kept else kept
+
+
+def _is_module_state(value: dict[Any, Any], path: tuple[str, ...]) -> bool:
+    """Return whether a dict is one as `nn.Module.state_dict` returns: an OrderedDict that holds tensors.
+
+    Every `load_state_dict` takes a plain dict instead, so it is treated as one. Other subclasses of dict would come
+    back as something else than they were, and are refused.
+    """
+    return type(value) is OrderedDict and (len(path) == 1 or any(_holds_tensors(item) for item in value.values()))
+
+
+def _holds_tensors(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, dict) and depth < MOST_SAVED:
+        return any(_holds_tensors(item, depth + 1) for item in value.values())
+    return isinstance(value, torch.Tensor)
 
 
 def _shown(path: tuple[str, ...]) -> str:

@@ -65,14 +65,14 @@ class DcpIndex:
         chunks: The chunks of each tensor.
         locations: Where each chunk is stored, in the order of `chunks`.
         objects: Where each entry that is not a tensor is stored.
-        paths: The path through the nested state, where DCP kept it.
+        paths: The path through the nested state, where DCP kept it; a number is a position in a list.
     """
 
     tensors: dict[str, Spec] = field(default_factory=dict)
     chunks: dict[str, list[Box]] = field(default_factory=dict)
     locations: dict[str, list[Location]] = field(default_factory=dict)
     objects: dict[str, Location] = field(default_factory=dict)
-    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
 class _Record:
@@ -200,13 +200,13 @@ def _chunks(name: str, value: Any, most: int) -> list[Box]:
     return [Box(_size(chunk.get("offsets")), _size(chunk.get("sizes"))) for chunk in fields]
 
 
-def _paths(value: Any) -> dict[str, tuple[str, ...]]:
+def _paths(value: Any) -> dict[str, tuple[str | int, ...]]:
     """Return the planner's paths if they have the form that DCP's default planner stores."""
-    paths: dict[str, tuple[str, ...]] = {}
+    paths: dict[str, tuple[str | int, ...]] = {}
     for name, path in value.items() if isinstance(value, dict) else ():
         valid = isinstance(name, str) and isinstance(path, tuple) and 0 < len(path) <= 64
         if valid and all(type(part) in (str, int) for part in path):
-            paths[name] = tuple(str(part) for part in path)
+            paths[name] = path
     return paths
 
 

@@ -1,7 +1,7 @@
 """A directory of torch's distributed checkpoint (DCP), such as torchtitan's, as a source of tensors."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class DcpDirectory:
         index = read_dcp_metadata(self.directory)
         paths = {flat: index.paths.get(flat, (flat,)) for flat in [*index.tensors, *index.objects]}
         try:
-            names = {flat: key_of(path) for flat, path in paths.items()}
+            names = {flat: key_of(tuple(str(part) for part in path)) for flat, path in paths.items()}
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory / METADATA} is refused: {error}") from error
         if len(set(names.values())) != len(names):
@@ -51,10 +51,12 @@ class DcpDirectory:
         self.tensors = {names[flat]: spec for flat, spec in index.tensors.items()}
         self._chunks = {names[flat]: chunks for flat, chunks in index.chunks.items()}
         self._locations = {names[flat]: locations for flat, locations in index.locations.items()}
-        self.values: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
+        nested = _Level()
         for flat, location in index.objects.items():
-            self._read_value(names[flat], paths[flat], location)
+            self._read_value(nested, names[flat], paths[flat], location)
+        through = {paths[flat][:length] for flat in index.tensors for length in range(len(paths[flat]))}
+        self.values: dict[str, Any] = nested.resolved((), through)
 
     def read(self, name: str) -> torch.Tensor:
         """Read a full tensor."""
@@ -94,13 +96,41 @@ class DcpDirectory:
             data = file.read(location.length)
         return load_entry(io.BytesIO(data), len(data), what)
 
-    def _read_value(self, name: str, path: tuple[str, ...], location: Location) -> None:
+    def _read_value(self, nested: "_Level", name: str, path: tuple[str | int, ...], location: Location) -> None:
         try:
             value = self._load(location, f"{name} in {self.directory / location.file}")
             encode(value, name)  # raises for anything that is not JSON
-            put(self.values, path, value)
+            nested.put(path, value)
         except CheckpointError as error:
             self.left_out[name] = str(error)
+
+
+class _Level(dict[str | int, Any]):
+    """One level of nesting while values are put together: a dict, or a list if DCP gave it positions as keys."""
+
+    def put(self, path: tuple[str | int, ...], value: Any) -> None:
+        """Put a value in its place, or refuse a path that another entry blocks."""
+        level: Any = self
+        for part in path[:-1]:
+            level = level.setdefault(part, _Level()) if isinstance(level, _Level) else None
+        if not isinstance(level, _Level) or path[-1] in level:
+            raise CheckpointError(f"{'/'.join(map(str, path))} conflicts with another entry of the same path")
+        level[path[-1]] = value
+
+    def resolved(self, path: tuple[str | int, ...], through: Collection[tuple[str | int, ...]]) -> Any:
+        """Return it as dicts and lists.
+
+        Args:
+            path: Where it is.
+            through: The paths that lead to tensors. A list there stays a dict: tensors are named by the keys of dicts.
+        """
+        items = {
+            key: value.resolved((*path, key), through) if isinstance(value, _Level) else value
+            for key, value in self.items()
+        }
+        if path and items and path not in through and all(key in items for key in range(len(items))):
+            return [items[key] for key in range(len(items))]
+        return {str(key): value for key, value in items.items()}
 
 
 def put(nested: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

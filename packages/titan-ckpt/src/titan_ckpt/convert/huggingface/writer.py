@@ -18,11 +18,12 @@ from titan_ckpt.convert._atomic import new_directory
 from titan_ckpt.convert.source import AnySpec, Cast, StripPrefix, TensorSource, size_of
 from titan_ckpt.convert.weight_map import Mapped, WeightMap
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.manifest import directory_name
+from titan_ckpt.format.manifest import Manifest, directory_name
 from titan_ckpt.format.safetensors_header import bytes_of, is_storable, make_header
-from titan_ckpt.load.reader import open_checkpoint
+from titan_ckpt.load.reader import CheckpointReader, open_checkpoint
 
 CONFIG = "config.json"
+ORIGIN = "titan_checkpoint.json"  # the checkpoint that an export was made of: its step and its manifest's digest
 INDEX = "model.safetensors.index.json"
 
 
@@ -44,6 +45,7 @@ def export(
     config: Mapping[str, Any] | None = None,
     max_file_bytes: int = 5_000_000_000,
     extra_files: Iterable[str | Path] = (),
+    replace: bool = False,
 ) -> None:
     """Write weights as a directory that `transformers` loads with `from_pretrained`.
 
@@ -56,6 +58,7 @@ def export(
         config: The content of config.json; None for the weight map's.
         max_file_bytes: Maximum file size; a single larger tensor gets its own file.
         extra_files: Files to copy into the directory, e.g. generation_config.json and the tokenizer's files.
+        replace: Whether an existing directory is replaced, once the new one is complete.
 
     Raises:
         CheckpointError: If the map does not match the source, the directory exists, or it cannot be written.
@@ -66,7 +69,10 @@ def export(
         config = weight_map.config if config is None else config
     if dtype is not None:
         seen = Cast(seen, dtype)
-    write_huggingface(seen, directory, config, max_file_bytes=max_file_bytes, extra_files=extra_files)
+    origin = _origin_of(source.manifest) if isinstance(source, CheckpointReader) else None
+    write_huggingface(
+        seen, directory, config, max_file_bytes=max_file_bytes, extra_files=extra_files, origin=origin, replace=replace
+    )
 
 
 class HuggingFaceExport:
@@ -81,7 +87,8 @@ class HuggingFaceExport:
         """Prepare.
 
         Args:
-            directory: Where to write one directory per step; existing ones are left unchanged.
+            directory: Where to write one directory per step. An existing one of the same checkpoint is left unchanged;
+                one of another checkpoint, of a line that the run left, is replaced.
             weight_map: See `export`.
             every: Export only steps that are multiples of this.
             options: Further arguments of `export`.
@@ -93,8 +100,13 @@ class HuggingFaceExport:
         """Export one checkpoint."""
         with open_checkpoint(path) as checkpoint:
             target = self._directory / directory_name(checkpoint.manifest.step)
-            if checkpoint.manifest.step % self._every == 0 and not target.exists():
-                export(checkpoint, target, self._weight_map, **self._options)
+            if checkpoint.manifest.step % self._every or _read_origin(target) == _origin_of(checkpoint.manifest):
+                return
+            if target.exists() and _read_origin(target) is None:
+                raise CheckpointError(
+                    f"{target} exists and has no {ORIGIN}, so it is not an export of a checkpoint: move it away"
+                )
+            export(checkpoint, target, self._weight_map, replace=True, **self._options)
 
 
 def write_huggingface(
@@ -104,6 +116,8 @@ def write_huggingface(
     *,
     max_file_bytes: int = 5_000_000_000,
     extra_files: Iterable[str | Path] = (),
+    origin: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> None:
     """Write a source with its names and dtypes unchanged; see `export`.
 
@@ -113,6 +127,8 @@ def write_huggingface(
         config: The content of config.json; None for no such file.
         max_file_bytes: Maximum file size.
         extra_files: Files to copy into the directory.
+        origin: The content of titan_checkpoint.json; None for no such file.
+        replace: Whether an existing directory is replaced.
 
     Raises:
         CheckpointError: If the directory exists, or it cannot be written.
@@ -121,8 +137,8 @@ def write_huggingface(
         raise CheckpointError(f"max_file_bytes must be at least 1, not {max_file_bytes}")
     files = _plan(source.tensors, max_file_bytes)
     extra = [Path(path) for path in extra_files]
-    _check_extra(extra, {CONFIG, INDEX, *files})
-    with new_directory(Path(directory)) as staging:
+    _check_extra(extra, {CONFIG, INDEX, ORIGIN, *files})
+    with new_directory(Path(directory), replace=replace) as staging:
         for name, file in files.items():
             with (staging / name).open("wb") as stream:
                 _write_file(stream, source, file.names)
@@ -130,8 +146,22 @@ def write_huggingface(
             _write_json(staging / INDEX, _index_of(files))
         if config is not None:
             _write_json(staging / CONFIG, _config_of(config, source.tensors))
+        if origin is not None:
+            _write_json(staging / ORIGIN, origin)
         for path in extra:
             shutil.copyfile(path, staging / path.name)
+
+
+def _origin_of(manifest: Manifest) -> dict[str, Any]:
+    return {"step": manifest.step, "digest": manifest.digest}
+
+
+def _read_origin(directory: Path) -> Any:
+    """Return what an export says it was made of; None if it says nothing readable."""
+    try:
+        return json.loads((directory / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _plan(tensors: Mapping[str, AnySpec], max_file_bytes: int) -> dict[str, _File]:
