@@ -212,7 +212,8 @@ class Checkpointer:
         Args:
             state: The objects to fill, by the names they were saved under; names left out are not loaded.
             step: The step to load; None for the newest valid checkpoint. If there are later ones, they are set aside
-                by the next `save`, so that the run goes on from this step; without a save nothing changes.
+                by the next `save`, so that the run goes on from this step; without a save nothing changes. To read a
+                checkpoint without going back to it, use `open_checkpoint` or another Checkpointer.
             required: Whether it is an error if the directory holds no checkpoint at all.
             on_corruption: What to do if no step was asked for and the newest checkpoint is corrupt: "previous" loads
                 the one before it and logs a warning, "raise" raises.
