@@ -13,6 +13,7 @@ import torch
 from ckpt_states import Held, blank_state, holds_step, make_state
 from titan_ckpt import Checkpointer, CheckpointError, SaveEnd, list_checkpoints
 from titan_ckpt.save import saving
+from titan_ckpt.save.in_flight import Save
 from titan_ckpt.storage import local
 
 
@@ -279,3 +280,24 @@ def test_a_state_that_changes_its_structure_is_planned_again(tmp_path: Path) -> 
 def test_asynchronous_is_true_or_false(tmp_path: Path, asynchronous: Any) -> None:
     with pytest.raises(CheckpointError, match=r"asynchronous must be True or False, not"):
         Checkpointer(tmp_path, asynchronous=asynchronous)
+
+
+def test_a_save_that_has_just_been_begun_has_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between taking its turn and the first line of its work, a save's thread may be held up for long."""
+    held, go_on = threading.Event(), threading.Event()
+    execute = Save._execute
+
+    def late(self: Save) -> None:
+        held.set()
+        assert go_on.wait(20)
+        execute(self)
+
+    monkeypatch.setattr(Save, "_execute", late)
+    with Checkpointer(tmp_path, asynchronous=True) as ckpt:
+        ckpt.save(1, make_state(1))
+        assert held.wait(20)
+        assert ckpt.in_flight == 1
+        threading.Timer(0.2, go_on.set).start()
+        ckpt.wait()
+        assert [info.step for info in list_checkpoints(tmp_path)] == [1]
+    assert not (tmp_path / ".lock").exists()

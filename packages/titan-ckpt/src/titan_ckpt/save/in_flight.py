@@ -72,6 +72,13 @@ class Deadline:
             )
 
 
+class _Runner:
+    """One attempt to run a save."""
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self.thread = thread
+
+
 class Save:
     """One save whose data is fixed. `run` or `start` it, then `finish`.
 
@@ -101,8 +108,7 @@ class Save:
         self._work: Callable[[], None] | None = work
         self._on_end: Callable[[BaseException | None], None] | None = on_end
         self._deadline, self._lenient = deadline, lenient
-        self._turn = threading.Lock()  # whoever acquires it runs the save; it is never released
-        self._runner: threading.Thread | None = None
+        self._runner: dict[str, _Runner] = {}  # at most one; `setdefault` decides who, and is atomic
         self._ended = threading.Event()
         self._succeeded = False
         self._failure: BaseException | None = None
@@ -113,11 +119,11 @@ class Save:
         """Whether it no longer runs and never will."""
         if self._ended.is_set():
             return True
-        if not self._turn.locked():
+        runner = self._runner.get("")
+        if runner is None:
             return False
-        runner = self._runner
         # Normally the event is set. An exception at just the wrong line may have ended the runner before that.
-        return runner is None or runner is threading.current_thread() or not runner.is_alive()
+        return runner.thread is threading.current_thread() or not runner.thread.is_alive()
 
     def start(self) -> None:
         """Run it in a thread of its own, which the interpreter joins before it exits."""
@@ -133,7 +139,7 @@ class Save:
         Raises:
             BaseException: What it failed with.
         """
-        if self._turn.acquire(blocking=False):
+        if self._take_turn():
             try:
                 self._execute()
             except CheckpointError:
@@ -174,15 +180,18 @@ class Save:
         error.__cause__ = failure
         return error
 
+    def _take_turn(self) -> bool:
+        me = _Runner(threading.current_thread())
+        return self._runner.setdefault("", me) is me
+
     def _run_in_thread(self) -> None:
-        if self._turn.acquire(blocking=False):
+        if self._take_turn():
             try:
                 self._execute()
             except BaseException:
                 return  # kept, and raised by the next call of the Checkpointer
 
     def _execute(self) -> None:
-        self._runner = threading.current_thread()
         work, self._work = self._work, None  # what they hold is freed as soon as it has ended
         on_end, self._on_end = self._on_end, None
         assert work is not None
