@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_data import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
-from titan_data.tokenizers.tiktoken import SPLIT_PATTERN, parse_ranks
-from titan_train.tokenizer_json import Ranks, tokenizer_json
+from titan_train.tokenizer_json import ByteLevel, can_be_written, tokenizer_json
 
 # What may lie beside a tokenizer's file and belongs to it.
 _BESIDE = (
@@ -57,8 +56,9 @@ def write_tokenizer_files(directory: Path, tokenizer: Tokenizer, path: str) -> N
 def tokenizer_files(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
     """Return the contents of the files by name: the tokenizer, and where generation begins and ends.
 
-    Files beside the tokenizer's own come as they are. Of a tokenizer that is not one of titan-data's, only the token
-    ids are known.
+    Files beside the tokenizer's own come as they are. Of tiktoken ranks whose split pattern transformers would read in
+    another way (GPT-2's, cl100k_base's), and of a tokenizer that is not one of titan-data's, only the token ids are
+    written.
 
     Args:
         tokenizer: The tokenizer.
@@ -68,12 +68,15 @@ def tokenizer_files(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
     files = {"generation_config.json": _json(ids)} if ids else {}
     match tokenizer:
         case ByteTokenizer():
-            special = {"<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id}
-            files |= _byte_level({bytes([byte]): byte for byte in range(256)}, special, tokenizer, None)
+            ends = {"<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id}
+            special = {name: number for name, number in ends.items() if number is not None}
+            files |= _byte_level(ByteLevel({bytes([byte]): byte for byte in range(256)}, special), tokenizer)
         case TiktokenTokenizer():
-            file = _file(path, "tokenizer.model")
-            ranks = parse_ranks(file.read_bytes(), str(file))
-            files |= _byte_level(ranks, tokenizer.special_tokens, tokenizer, SPLIT_PATTERN)
+            encoding = tokenizer.encoding
+            if can_be_written(encoding.pattern):
+                special = dict(tokenizer.special_tokens)
+                tokens = ByteLevel(tokenizer.ranks(), special, encoding.pattern, encoding.normalization)
+                files |= _byte_level(tokens, tokenizer)
         case HuggingFaceTokenizer():
             file = _file(path, "tokenizer.json")
             text = json.loads(file.read_bytes())
@@ -103,13 +106,13 @@ def _config(tokenizer: dict[str, Any], known: Tokenizer) -> bytes:
     return _json({"tokenizer_class": _FAST, **tokens})
 
 
-def _byte_level(ranks: Ranks, special: dict[str, int], known: Tokenizer, pattern: str | None) -> dict[str, bytes]:
+def _byte_level(tokens_of: ByteLevel, known: Tokenizer) -> dict[str, bytes]:
     """Return a byte-level tokenizer as tokenizer.json."""
-    names = {number: name for name, number in special.items()}
+    names = {number: name for name, number in tokens_of.special.items()}
     ends = {"bos_token": known.bos_id, "eos_token": known.eos_id, "pad_token": known.pad_id}
     tokens = {key: names[number] for key, number in ends.items() if number is not None}
     settings = {"tokenizer_class": _FAST, "clean_up_tokenization_spaces": False, **tokens}
-    content = tokenizer_json(ranks, special, tokens["bos_token"], pattern)
+    content = tokenizer_json(tokens_of, tokens.get("bos_token"))
     return {"tokenizer.json": _json(content), "tokenizer_config.json": _json(settings)}
 
 

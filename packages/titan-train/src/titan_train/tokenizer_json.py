@@ -6,21 +6,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 Ranks = Mapping[bytes, int]
 """Tokens and their ids; a pair of neighbors is merged if together they are a token, that of the lowest id first."""
 
 
-def tokenizer_json(ranks: Ranks, special: Mapping[str, int], bos: str, pattern: str | None) -> dict[str, Any]:
-    """Return the contents of a tokenizer.json that encodes as tiktoken does, and puts bos before a text.
+@dataclass(frozen=True)
+class ByteLevel:
+    """A byte-level tokenizer.
 
-    Args:
+    Attributes:
         ranks: Tokens and their ids, all 256 bytes among them.
         special: Special tokens and their ids.
-        bos: The special token that goes before a text.
         pattern: Regular expression of the pieces within which bytes are merged; None: a text is one piece.
+        normalization: Unicode normalization of the text, such as `NFC`; None for none.
     """
+
+    ranks: Ranks
+    special: Mapping[str, int]
+    pattern: str | None = None
+    normalization: str | None = None
+
+
+def can_be_written(pattern: str) -> bool:
+    """Whether a split pattern means in tokenizer.json what it means to tiktoken.
+
+    The library that reads tokenizer.json has another kind of regular expression, in which `{1,3}+` is not possessive
+    and `$` is the end of any line.
+    """
+    return not any(sign in pattern for sign in ("++", "?+", "*+", "}+", "$"))
+
+
+def tokenizer_json(tokens: ByteLevel, bos: str | None) -> dict[str, Any]:
+    """Return the contents of a tokenizer.json that encodes as tiktoken does.
+
+    Args:
+        tokens: The tokenizer.
+        bos: The special token that goes before a text, if any.
+    """
+    ranks, special, pattern = tokens.ranks, tokens.special, tokens.pattern
     characters = byte_characters()
 
     def written(token: bytes) -> str:
@@ -28,8 +54,6 @@ def tokenizer_json(ranks: Ranks, special: Mapping[str, int], bos: str, pattern: 
 
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    start = {"SpecialToken": {"id": bos, "type_id": 0}}
     return {
         "version": "1.0",
         "added_tokens": [
@@ -37,13 +61,9 @@ def tokenizer_json(ranks: Ranks, special: Mapping[str, int], bos: str, pattern: 
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             for name, number in special.items()
         ],
+        "normalizer": None if tokens.normalization is None else {"type": tokens.normalization},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*([split] if pattern else []), level]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [start, first],
-            "pair": [start, first, start, second],
-            "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}},
-        },
+        "post_processor": None if bos is None else _bos_before_text(bos, special[bos]),
         "decoder": level,
         "model": {
             "type": "BPE",
@@ -51,6 +71,17 @@ def tokenizer_json(ranks: Ranks, special: Mapping[str, int], bos: str, pattern: 
             "vocab": {written(token): number for token, number in ranks.items()},
             "merges": [[written(left), written(right)] for left, right in merges_of(ranks)],
         },
+    }
+
+
+def _bos_before_text(bos: str, number: int) -> dict[str, Any]:
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, start, second],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
     }
 
 

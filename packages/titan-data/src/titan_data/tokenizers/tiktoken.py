@@ -62,6 +62,7 @@ class TiktokenTokenizer:
         self._arguments = (data, name, config, markers, encoding)
         if encoding is None:
             encoding = ENCODINGS[find_encoding(data) or "llama3"](len(ranks))
+        self.encoding = encoding
         self.special_tokens: dict[str, int] = dict(encoding.special_tokens)
         _check_special_tokens(self.special_tokens, len(ranks), name)
         self._ranks = len(ranks)
@@ -91,6 +92,11 @@ class TiktokenTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
+
+    def ranks(self) -> dict[bytes, int]:
+        """Return the tokens that are not special, and their ids, in the order of these."""
+        data, name, *_ = self._arguments
+        return parse_ranks(data, name)
 
     def encode(self, text: str) -> list[int]:
         """Turn text into ids; lone surrogates become U+FFFD, names of special tokens are ordinary text."""
