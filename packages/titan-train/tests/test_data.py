@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import shutil
 import struct
 from collections import Counter
 from contextlib import closing
@@ -252,6 +254,60 @@ def test_raw_and_megatron_tokens_train_like_token_shards(corpus: Path, tmp_path:
         assert train(tmp_path / kind, {**settings, "data.packing": "concat", "training.steps": "4"}) == ExitCode.DONE
         curves.append([m["loss"] for m in reports(tmp_path / kind)])
     assert curves[0] == curves[1] == curves[2]
+
+
+def test_markers_nested_keys_and_unreadable_files(corpus: Path, tmp_path: Path) -> None:
+    nested, other = tmp_path / "nested.jsonl", tmp_path / "other.jsonl"
+    nested.write_text("".join(json.dumps({"meta": {"text": f"nested {i} </s>"}}) + "\n" for i in range(50)))
+    other.write_text(json.dumps({"content": "x"}) + "\n")
+    settings = of_files(
+        nested,
+        text_key="meta.text",
+        bos="none",
+        eos="</s>",
+        tokenizer=str(corpus / "tokenizer.model"),
+        packing="concat",  # no padding, which looks like eos
+    )
+    assert train(tmp_path / "run", {**settings, "training.steps": "2"}) == ExitCode.DONE
+    tokenizer = titan_data.load_tokenizer(corpus / "tokenizer.model")
+    tokens = np.concatenate([batch["tokens"].flatten() for batch in batches(tiny_config(settings))]).tolist()
+    assert tokenizer.bos_id not in tokens
+    # Once for each document: the name in the text is text.
+    assert abs(tokens.count(tokenizer.eos_id) * len(tokenizer.encode("nested 12 </s>")) - len(tokens)) < len(tokens) / 4
+    both = of_files(nested, other, text_key="meta.text")
+    batches(tiny_config(both))  # with a warning
+    with pytest.raises(ConfigError, match=r"1 of 2 files cannot be read: .*\n.*other\.jsonl has no 'meta\.text'"):
+        batches(tiny_config({**both, "data.on_unreadable_file": "raise"}))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: eos names '</nope>' as eos"):
+        batches(tiny_config({**settings, "data.eos": "</nope>"}))
+
+
+def test_documents_that_begin_with_a_marker_and_checked_shards(corpus: Path, tmp_path: Path) -> None:
+    np.array([7, 1, 2, 3, 7, 4, 5] * 200, np.uint16).tofile(tmp_path / "a.bin")
+    raw = {"data.source": "raw", "data.files": f'["{tmp_path}/a.bin"]', "data.dtype": "uint16", "data.bos_id": "7"}
+    raw["data.packing"] = "concat"
+    assert train(tmp_path / "run", {**raw, "training.steps": "2"}) == ExitCode.DONE
+    for batch in batches(tiny_config(raw)):
+        starts = (batch["positions"] == 0)[:, 1:]  # a row may begin within a document
+        assert set(batch["tokens"][:, 1:][starts].tolist()) == {7}
+    shutil.copytree(corpus / "shards", tmp_path / "shards")
+    (shard,) = (tmp_path / "shards").glob("*.tokens")
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    checked = {"data.source": "shards", "data.path": str(tmp_path / "shards"), "data.verify": "true"}
+    with pytest.raises(titan_data.DataError, match="the checksum does not match"):
+        batches(tiny_config({**checked, "data.tokenizer": str(corpus / "tokenizer.model"), "data.prefetch": "0"}))
+
+
+def test_settings_of_rank_files(tmp_path: Path) -> None:
+    ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    (tmp_path / "own.tiktoken").write_bytes(ranks)
+    settings = {"data.tokenizer": str(tmp_path / "own.tiktoken")}
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .* is not one of the known files of tiktoken ranks"):
+        load_tokenizer(tiny_config(settings).data)
+    chosen = load_tokenizer(tiny_config({**settings, "data.encoding": "qwen", "data.match_added_tokens": "true"}).data)
+    assert chosen.eos_id == 151643
 
 
 def write_megatron(prefix: Path, documents: list[np.ndarray[Any, np.dtype[np.uint16]]]) -> None:

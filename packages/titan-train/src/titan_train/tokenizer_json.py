@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+_POSSESSIVE = re.compile(r"(?:[+*?]|\{\d+(?:,\d*)?\})\+")
 
 Ranks = Mapping[bytes, int]
 """Tokens and their ids; a pair of neighbors is merged if together they are a token, that of the lowest id first."""
@@ -36,7 +39,7 @@ def can_be_written(pattern: str) -> bool:
     The library that reads tokenizer.json has another kind of regular expression, in which `{1,3}+` is not possessive
     and `$` is the end of any line.
     """
-    return not any(sign in pattern for sign in ("++", "?+", "*+", "}+", "$"))
+    return "$" not in pattern and _POSSESSIVE.search(pattern) is None
 
 
 def tokenizer_json(tokens: ByteLevel, bos: str | None) -> dict[str, Any]:
