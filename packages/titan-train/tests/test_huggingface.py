@@ -78,7 +78,11 @@ def test_the_files_of_a_tokenizer_are_those_that_lie_beside_it(tmp_path: Path) -
         files = tokenizer_files(tokenizer, str(given))
         assert files["tokenizer.json"] == file.read_bytes()
         out = tmp_path / f"out{given.suffix}"
-        write_tokenizer_files(out, tokenizer, str(given))
+        out.mkdir()
+        (out / ".tokenizer.json.1").write_text("left by a start that was killed")
+        written = write_tokenizer_files(out, tokenizer, str(given))
+        assert {path.name: path.read_bytes() for path in written} == files
+        (out / ".tokenizer.json.1").unlink()
         assert {path.name: path.read_bytes() for path in out.iterdir()} == files
         theirs = transformers.AutoTokenizer.from_pretrained(out)
         assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)

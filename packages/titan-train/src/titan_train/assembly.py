@@ -159,13 +159,13 @@ def _checkpointer(checked: Checked, process: Process) -> Checkpointer:
 def _huggingface_export(checked: Checked, process: Process) -> HuggingFaceExport:
     """Return the exporter of checkpoints, with the tokenizer that the run is trained with."""
     folder, tokenizer = Path(checked.config.run.folder), checked.tokenizer
-    files = folder / "tokenizer"
+    files: list[Path] = []
     if process.is_first:  # which also exports
-        write_tokenizer_files(files, tokenizer, checked.config.data.tokenizer)
+        files = write_tokenizer_files(folder / "tokenizer", tokenizer, checked.config.data.tokenizer)
     weights = titan_model.huggingface_map(checked.model_config)
     return HuggingFaceExport(
         folder / "huggingface",
         weights,
         config={**weights.config, **token_ids(tokenizer)},
-        extra_files=sorted(files.iterdir()) if process.is_first else (),
+        extra_files=files,
     )

@@ -38,19 +38,24 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     }
 
 
-def write_tokenizer_files(directory: Path, tokenizer: Tokenizer, path: str) -> None:
+def write_tokenizer_files(directory: Path, tokenizer: Tokenizer, path: str) -> list[Path]:
     """Write a tokenizer's files, each of them completely or not at all.
 
     Args:
         directory: Where to; it is created.
         tokenizer: The tokenizer.
         path: The setting `data.tokenizer` that it was loaded from.
+
+    Returns:
+        The files; whatever else lies in the directory is not of this tokenizer.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    written = []
     for name, content in tokenizer_files(tokenizer, path).items():
         staging = directory / f".{name}.{os.getpid()}"
         staging.write_bytes(content)
-        staging.replace(directory / name)
+        written.append(staging.replace(directory / name))
+    return written
 
 
 def tokenizer_files(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
