@@ -151,11 +151,9 @@ class Encoders:
 
 
 def _start_workers(tokenizer: Tokenizer, dtype: np.dtype[Any], count: int) -> list[_Worker]:
-    # Not "fork": this process may have threads that hold locks. A fork server imports the package once for all workers.
-    server = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if server else "spawn")
-    if server:
-        context.set_forkserver_preload([__name__])
+    # Not "fork": this process may have threads that hold locks. Not "forkserver": if someone else has started the
+    # server, its processes inherit that one's signal mask instead of the one below.
+    context = multiprocessing.get_context("spawn")
     workers = []
     with _sigint_blocked():
         for _ in range(count):
