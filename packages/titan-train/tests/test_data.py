@@ -80,7 +80,7 @@ def test_mixture_keeps_its_weights_and_phases(corpus: Path, tmp_path: Path, caps
         tokenizer = {json.dumps(str(corpus / "tokenizer.model"))}
         [[data.sources]]
         source = "shards"
-        path = {json.dumps(str(corpus / "shards"))}
+        path = [{json.dumps(str(corpus / "shards"))}]
         name = "squares"
         weight = 0.75
         [[data.sources]]

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from titan_data.loader import Loader
     from titan_data.shards.dataset import TokenShards
     from titan_data.shards.megatron import MegatronTokens
+    from titan_data.shards.merge import merge_shards
+    from titan_data.shards.parts import Part
     from titan_data.shards.prepare import prepare
     from titan_data.shards.raw import RawTokens
     from titan_data.shards.verify import verify_shards
@@ -77,6 +79,7 @@ __all__ = [
     "MixtureSource",
     "Packing",
     "Parsing",
+    "Part",
     "Permutation",
     "Phase",
     "RandomAccessSource",
@@ -97,6 +100,7 @@ __all__ = [
     "load_files",
     "load_huggingface_dataset",
     "load_tokenizer",
+    "merge_shards",
     "prepare",
     "train_tokenizer",
     "verify_shards",
@@ -119,6 +123,7 @@ _MODULES = {
     "MixtureSource": "titan_data.batching.mixing",
     "Packing": "titan_data.batching.packing",
     "Parsing": "titan_data.files.options",
+    "Part": "titan_data.shards.parts",
     "Permutation": "titan_data.batching.permutation",
     "Phase": "titan_data.batching.mixing",
     "RandomAccessSource": "titan_data.sources.base",
@@ -139,6 +144,7 @@ _MODULES = {
     "load_files": "titan_data.files.load",
     "load_huggingface_dataset": "titan_data.sources.huggingface",
     "load_tokenizer": "titan_data.tokenizers.load",
+    "merge_shards": "titan_data.shards.merge",
     "prepare": "titan_data.shards.prepare",
     "train_tokenizer": "titan_data.tokenizers.train",
     "verify_shards": "titan_data.shards.verify",

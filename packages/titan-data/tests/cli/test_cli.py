@@ -110,6 +110,43 @@ def test_verify_names_every_corrupt_file(corpus: list[str], capsys: pytest.Captu
     assert "2 corrupt files" in err
 
 
+def test_parts_and_merge(
+    corpus: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(capsys)[1]
+    words = ["prepare", "part-*.jsonl", "--tokenizer", "bytes", "--workers", "0", "--out", "parts", "--part"]
+    code, out, _ = run(capsys, *words, "1/3")
+    assert (code, out) == (0, "parts/part-00001-of-00003: 0 documents, 0 tokens\n")  # two files, three parts
+    code, _, err = run(capsys, "merge", "parts")
+    assert code == 1
+    assert "parts: 2 of 3 parts are not finished: 0/3, 2/3; run the" in err
+    assert run(capsys, *words, "3/3")[2] == "titan-data: there is no part 3 of 3: the parts are numbered from 0\n"
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    assert run(capsys, *words, "auto/3")[0] == 0
+    assert run(capsys, *words, "2/3")[0] == 0
+    code, out, _ = run(capsys, "merge", "parts")
+    assert code == 0
+    assert out == whole.splitlines()[0].replace("out:", "parts:") + " in 2 shards\n"
+    shards = TokenShards("parts")
+    assert [bytes(shards[i].tolist()[1:-1]).decode() for i in range(50)] == corpus
+    assert run(capsys, "verify", "parts")[:2] == (0, "parts: all files are valid\n")
+
+
+@pytest.mark.slow
+def test_processes_that_prepare_parts_at_once(corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "titan_data", "prepare", "part-*.jsonl", "--tokenizer", "bytes", "--workers", "0"]
+    for folder, count, at_once in (("a", 2, 2), ("b", 2, 1), ("c", 3, 3)):
+        parts = "".join(f"{index}/{count}\n" for index in range(count))
+        xargs = ["xargs", "-P", str(at_once), "-I{}", *command, "--out", folder, "--part", "{}"]
+        subprocess.run(xargs, input=parts, text=True, check=True, capture_output=True, timeout=300)
+        assert run(capsys, "merge", folder)[0] == 0
+    for path in Path("a").rglob("*.*"):
+        assert path.is_dir() or path.read_bytes() == ("b" / path.relative_to("a")).read_bytes()
+    a, c = TokenShards("a"), TokenShards("c")
+    assert [a[i].tolist() for i in range(50)] == [c[i].tolist() for i in range(50)]
+    assert a.identity == c.identity
+
+
 def test_train_tokenizer_and_use_it(corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tokenizers")
     for kind, size in (("bpe", 530), ("sentencepiece", 300)):
@@ -275,7 +312,7 @@ def test_stopped_by_ctrl_c_it_goes_on(
     at: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("titan_data.shards.prepare._BATCH_CHARACTERS", 1)  # a batch, and a look at Ctrl-C, per document
+    monkeypatch.setattr("titan_data.shards.batches._BATCH_CHARACTERS", 1)  # a batch, and a look at Ctrl-C, per document
     for number in range(12):
         Path(f"{number:02}.txt").write_text("a line of text\n" * 10)
     words = ["prepare", "*.txt", "--tokenizer", "bytes", "--shard-tokens", "400", "--workers", "0", "--out", "out"]

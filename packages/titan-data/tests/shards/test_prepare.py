@@ -23,8 +23,7 @@ from data_broken import BrokenTokenizer, InterruptedWhenLoaded, PanickingTokeniz
 from titan_data import Fingerprint, Tokenizer, load_files
 from titan_data.batching.documents import encode_document
 from titan_data.errors import DataError
-from titan_data.shards import prepare as engine
-from titan_data.shards import workers
+from titan_data.shards import batches, workers
 from titan_data.shards.dataset import TokenShards
 from titan_data.shards.format import UNFINISHED, Manifest, shard_name
 from titan_data.shards.prepare import Progress, prepare
@@ -64,7 +63,7 @@ def run(source: Any, folder: Path, workers: int = 0, tokenizer: Tokenizer | None
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(batches, "_BATCH_CHARACTERS", 100)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def test_however_often_it_is_killed_the_files_are_the_same(
     source = Stream(TEXTS) if stream else ListSource(TEXTS)
     parent = tmp_path_factory.mktemp("kills")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_BATCH_CHARACTERS", 100)
+        patch.setattr(batches, "_BATCH_CHARACTERS", 100)
         patch.setattr(os, "fsync", lambda descriptor: None)
         run(source, parent / "whole")
         if leftovers:  # a real kill tidies nothing up
@@ -355,7 +354,7 @@ def test_huge_documents_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.Monke
     def report(progress: Progress) -> None:
         assert len(read) <= progress.documents + 3
 
-    monkeypatch.setattr(engine, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(batches, "_BATCH_CHARACTERS", 100)
     run(Noting(["x" * 600] * 40), tmp_path / "a", workers=2, report=report)
 
 

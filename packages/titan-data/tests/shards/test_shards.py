@@ -21,6 +21,7 @@ from titan_data.batching.documents import encode_document
 from titan_data.errors import DataError
 from titan_data.fingerprint import Fingerprint, list_differences
 from titan_data.shards import dataset
+from titan_data.shards import folder as folders
 from titan_data.shards.dataset import TokenShards
 from titan_data.shards.format import HEADER_SIZE, MANIFEST, OFFSETS, Header, Job, shard_name
 from titan_data.shards.prepare import prepare
@@ -133,8 +134,8 @@ def test_opening_touches_no_shard_and_few_are_kept_open(original: Path, monkeypa
         opened.append(path.name)
         return whole(path, *arguments)
 
-    whole = dataset.map_array
-    monkeypatch.setattr(dataset, "map_array", map_array)
+    whole = folders.map_array
+    monkeypatch.setattr(folders, "map_array", map_array)
     monkeypatch.setattr(dataset, "_OPEN_SHARDS", 2)
     shards = TokenShards(original)
     shards.lengths(np.arange(len(shards)))
@@ -142,7 +143,7 @@ def test_opening_touches_no_shard_and_few_are_kept_open(original: Path, monkeypa
     assert [shards[i].tolist() for i in range(40)] == [encode_document(ByteTokenizer(), t).tolist() for t in TEXTS]
     assert [shards[i].tolist() for i in range(40)] == [encode_document(ByteTokenizer(), t).tolist() for t in TEXTS]
     assert len(opened) > 2 * 4
-    assert len(shards._open) == 2
+    assert len(shards._folders[0]._open) == 2
 
 
 @settings(deadline=None, max_examples=200)
@@ -184,7 +185,7 @@ def test_ids_beyond_the_vocabulary_are_found(tmp_path: Path) -> None:
     job = Job(Fingerprint.of("test", []), "test", 10, None, None, None, 100)
     writer = ShardWriter(tmp_path, 0, 0, job)
     writer.append(np.array([1, 9, 10], dtype=np.uint16), np.array([3]))
-    write_manifest(tmp_path, job, [writer.publish((0, 1))])
+    write_manifest(tmp_path, job, [writer.publish((0, 1)).entry(0)])
     assert [damage.what for damage in verify_shards(tmp_path)] == ["contains id 10, but the vocabulary has 10 ids"]
 
 

@@ -10,10 +10,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from titan_data.cli import download_tokenizer, inspect, prepare, train_tokenizer, verify
+from titan_data.cli import download_tokenizer, inspect, merge, prepare, train_tokenizer, verify
 from titan_data.errors import DataError
 
-_COMMANDS = (prepare, inspect, verify, train_tokenizer, download_tokenizer)
+_COMMANDS = (prepare, merge, inspect, verify, train_tokenizer, download_tokenizer)
 _EPILOG = """\
 exit codes:
   0    success (verify: all files are valid)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_data.cli._numbers import count, positive
+from titan_data.cli._part_argument import HELP, parse_part
 from titan_data.cli._source_arguments import add_source_arguments, open_source
 from titan_data.cli._tokenizer_arguments import add_tokenizer_arguments, open_tokenizer
 from titan_data.errors import DataError
@@ -34,6 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--shard-tokens", type=positive, metavar="N", help="maximum number of tokens per shard (default: 268,435,456)"
     )
+    parser.add_argument("--part", metavar="i/n", help=HELP)
     parser.add_argument(
         "--checksum",
         action="store_true",
@@ -52,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from titan_data.shards.dataset import TokenShards
     from titan_data.shards.statistics import count_lengths
 
+    part = None if options.part is None else parse_part(options.part, os.environ)
     tokenizer = open_tokenizer(options)
     source = open_source(options)
     columns = (
@@ -79,16 +83,18 @@ def run(options: argparse.Namespace) -> int:
             options.out,
             workers=options.workers,
             shard_tokens=options.shard_tokens or engine.SHARD_TOKENS,
+            part=part,
             checksum=options.checksum,
             report=report,
         )
-    found = count_lengths(TokenShards(options.out))
-    if found.tokens == 0:
+    out = options.out if part is None else options.out / part.folder_name
+    found = count_lengths(TokenShards(out))
+    if found.tokens == 0 and (part is None or found.documents > 0):
         raise DataError(
             f"source {source.name!r} has no text in any of its {found.documents:,} documents: check its files and "
-            f"--text-key, and remove {options.out} before running the command again"
+            f"--text-key, and remove {out} before running the command again"
         )
-    print(f"{options.out}: {found.documents:,} documents, {found.tokens:,} tokens")
+    print(f"{out}: {found.documents:,} documents, {found.tokens:,} tokens")
     if found.empty:
         print(f"{found.empty:,} of the documents are empty (no text, or malformed)")
     if malformed := getattr(source, "malformed", 0):

@@ -82,6 +82,10 @@ class HasBytesRead(Protocol):
         """Bytes of all files; None if a server does not report a size."""
         ...
 
+    def bytes_before(self, shard: int) -> int:
+        """Bytes of the files of all shards before one, in `range(shards + 1)`."""
+        ...
+
     def bytes_read(self, shard: int) -> int:
         """Bytes that have been read, if the shards before `shard` are finished and it is being read."""
         ...

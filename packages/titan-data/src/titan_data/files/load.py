@@ -1,11 +1,9 @@
 """`load_files`: JSON lines, Parquet and plain text as a source, from this machine or wherever fsspec reaches."""
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import numpy as np
 
 from titan_data.errors import DataError
 from titan_data.files.base import FileFormat
@@ -16,9 +14,10 @@ from titan_data.files.inputs import InputFiles
 from titan_data.files.jsonl import JsonLines
 from titan_data.files.line_index import IndexDirectory
 from titan_data.files.lines import LineFormat
-from titan_data.files.malformed import Findings, UnreadableFile
+from titan_data.files.malformed import Findings
 from titan_data.files.options import Format, Parsing, StorageOptions
 from titan_data.files.parquet import Parquet
+from titan_data.files.records import FileRecords, FileStream
 from titan_data.files.retry import Retry
 from titan_data.files.storage import DataFile, digest_sample
 from titan_data.files.whole_file import WholeFiles
@@ -46,7 +45,7 @@ def load_files(
     name: str | None = None,
     parsing: Parsing | None = None,
     storage: StorageOptions | None = None,
-) -> "FileRecords | FileStream":
+) -> FileRecords | FileStream:
     r"""Open text files as a source: JSON lines, Parquet, or plain text, uncompressed, `.gz` or `.zst`.
 
     Without `streaming` the documents can be shuffled. That works for text files that are one document each, for
@@ -114,116 +113,6 @@ def load_files(
     return FileStream(
         name, fingerprint, findings, files, reader, inputs, shards, RecordCounts(unit, index), named=named
     )
-
-
-class FileRecords:
-    """Records of files as a random-access source; made by `load_files`."""
-
-    def __init__(
-        self,
-        name: str,
-        fingerprint: Fingerprint,
-        findings: Findings,
-        files: Sequence[DataFile],
-        reader: FileFormat,
-        inputs: InputFiles,
-        *,
-        named: bool,
-    ) -> None:
-        self.name = name
-        self._fingerprint = fingerprint
-        self._findings = findings
-        self.inputs = inputs
-        self.named = named  # see `identity_of`
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            self._indexed = list(pool.map(reader.index, files))
-        self._ends = np.cumsum([len(records) for records in self._indexed], dtype=np.int64)
-
-    @property
-    def malformed(self) -> int:
-        """Number of malformed records met so far, each counted once."""
-        return self._findings.malformed
-
-    @property
-    def unreadable(self) -> tuple[UnreadableFile, ...]:
-        """The files found so far that cannot be read, or not to their ends, and how much is lost."""
-        return self._findings.unreadable
-
-    def fingerprint(self) -> Fingerprint:
-        """Return the files' names and digests, as they were when the source was opened."""
-        return self._fingerprint
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int, /) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return self._indexed[file][index - (int(self._ends[file - 1]) if file else 0)]
-
-
-class FileStream:
-    """Records of files as a stream; made by `load_files`. Shard s has files s, s + shards, s + 2 shards and so on."""
-
-    def __init__(
-        self,
-        name: str,
-        fingerprint: Fingerprint,
-        findings: Findings,
-        files: Sequence[DataFile],
-        reader: FileFormat,
-        inputs: InputFiles,
-        shards: int,
-        counts: RecordCounts,
-        *,
-        named: bool,
-    ) -> None:
-        self.name = name
-        self.shards = shards
-        self._fingerprint = fingerprint
-        self._findings = findings
-        self.inputs = inputs
-        self.named = named  # see `identity_of`
-        self._files = files
-        self._reader = reader
-        self._counts = counts
-
-    @property
-    def malformed(self) -> int:
-        """Number of malformed records met so far, each counted once."""
-        return self._findings.malformed
-
-    @property
-    def unreadable(self) -> tuple[UnreadableFile, ...]:
-        """The files found so far that cannot be read, or not to their ends, and how much is lost."""
-        return self._findings.unreadable
-
-    def fingerprint(self) -> Fingerprint:
-        """Return the files' names and digests, as they were when the source was opened."""
-        return self._fingerprint
-
-    @property
-    def bytes_total(self) -> int | None:
-        """Bytes of all files; None if a server does not report a size."""
-        sizes = [file.size for file in self._files]
-        return sum(size for size in sizes if size is not None) if None not in sizes else None
-
-    def bytes_read(self, shard: int) -> int:
-        """Bytes that have been read, if the shards before `shard` are finished and it is being read."""
-        before = sum(file.size or 0 for i in range(shard) for file in self._files[i :: self.shards])
-        return before + sum(file.progress.position for file in self._files[shard :: self.shards])
-
-    def iterate(self, shard: int, start: int, /) -> Generator[str, None, None]:
-        """Read a shard's texts from number `start` on; earlier ones are skipped without decoding."""
-        for file in self._files[shard :: self.shards]:
-            file.progress.position = 0
-            count = self._counts.get(file)
-            if count is None or count > start:
-                read = yield from self._reader.stream(file, start)
-                self._counts.put(file, read)
-                count = read.records
-            start = max(start - count, 0)
 
 
 def _format_of(files: Sequence[DataFile]) -> Format:

@@ -68,6 +68,10 @@ class Header:
     source_end: tuple[int, int]
     sha256: str
 
+    def entry(self, number: int) -> "ShardEntry":
+        """Return the entry of the manifest for this shard, which is number `number` of its folder."""
+        return ShardEntry(shard_name(number), self.documents, self.tokens, self.sha256)
+
     def pack(self) -> bytes:
         """Serialize the header as the first `HEADER_SIZE` bytes of the file."""
         text = json.dumps(asdict(self), sort_keys=True).encode()
@@ -119,6 +123,7 @@ class Job:
         eos_id: The last token of each document, if any.
         pad_id: The padding token, if any; never in a shard.
         shard_tokens: Maximum number of tokens of a shard, unless a single document has more.
+        part: `(index, count)` if the folder contains one of several parts of the source.
     """
 
     source: Fingerprint
@@ -128,20 +133,30 @@ class Job:
     eos_id: int | None
     pad_id: int | None
     shard_tokens: int
+    part: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the job as JSON values."""
-        return {**vars(self), "source": self.source.to_json()}
+        fields = {**vars(self), "source": self.source.to_json()}
+        return fields if self.part is not None else {key: fields[key] for key in fields if key != "part"}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
         """Create a job from what `to_json` returned."""
-        return cls(**{**saved, "source": Fingerprint.from_json(saved["source"])})
+        part = {"part": tuple(saved["part"])} if "part" in saved else {}
+        return cls(**{**saved, "source": Fingerprint.from_json(saved["source"]), **part})
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard in the manifest; `sha256` is that of its header."""
+    """One shard in the manifest.
+
+    Attributes:
+        name: Its path, relative to the folder of the manifest; of joined parts it begins with the part's folder.
+        documents: Number of documents.
+        tokens: Number of tokens.
+        sha256: The checksum in its header.
+    """
 
     name: str
     documents: int
@@ -172,6 +187,17 @@ class Manifest:
     def tokens(self) -> int:
         """Number of tokens."""
         return sum(shard.tokens for shard in self.shards)
+
+    def first_documents(self) -> list[int]:
+        """Return the number of each shard's first document in the folder that the shard was written to."""
+        found: list[int] = []
+        folder, documents = "", 0
+        for shard in self.shards:
+            if (name := shard.name.rpartition("/")[0]) != folder:
+                folder, documents = name, 0
+            found.append(documents)
+            documents += shard.documents
+        return found
 
     def pack(self) -> bytes:
         """Serialize the manifest as the contents of its file."""
@@ -238,7 +264,8 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
             raise DataError(f"{folder} is not finished: run the same `titan-data prepare` command again") from None
-        raise DataError(f"{folder} contains no token shards: it has no {MANIFEST}") from None
+        parts = f"; join its parts with `titan-data merge {folder}`" if any(folder.glob("part-*-of-*")) else ""
+        raise DataError(f"{folder} contains no token shards: it has no {MANIFEST}{parts}") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 

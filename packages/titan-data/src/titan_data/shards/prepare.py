@@ -2,14 +2,14 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from titan_data.batching.checks import as_int
 from titan_data.errors import DataError
 from titan_data.files.inputs import HasBytesRead
+from titan_data.shards.batches import Batch, read_batches
 from titan_data.shards.begin import begin_or_resume, check_same_job, dump_record, locked, read_record
 from titan_data.shards.format import (
     INPUTS,
@@ -22,14 +22,13 @@ from titan_data.shards.format import (
     token_dtype,
 )
 from titan_data.shards.inputs import check_unchanged
+from titan_data.shards.parts import Part, Span, check_room_for, span_of
 from titan_data.shards.workers import Encoded, Encoders
 from titan_data.shards.writer import ShardWriter, explain_full_disk, write_atomically, write_manifest
 from titan_data.sources.base import RandomAccessSource, Source, StreamSource
 from titan_data.tokenizers.base import Tokenizer
 
 SHARD_TOKENS = 1 << 28  # half a GiB of 16-bit ids, one GiB of 32-bit ones
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_DOCUMENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,6 @@ class Progress:
     shards: int
 
 
-class _Batch(NamedTuple):
-    texts: list[str]
-    source_shard: int
-    source_start: int  # number of its first document in that shard of the source
-
-
 def prepare(
     source: Source,
     tokenizer: Tokenizer,
@@ -67,6 +60,7 @@ def prepare(
     *,
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    part: Part | None = None,
     checksum: bool = False,
     report: Callable[[Progress], None] | None = None,
 ) -> Manifest:
@@ -76,6 +70,10 @@ def prepare(
     follow one another. The files depend on source, tokenizer and `shard_tokens` alone. To resume after any
     interruption, repeat the call: finished shards are kept.
 
+    Many machines can prepare one corpus: each calls this with a part of its own, of the same source, and `merge_shards`
+    joins the parts. The number of parts may be any: it decides where shards begin, and changes nothing in the order of
+    the documents, nor in the batches of a loader.
+
     With workers, a script must call this under `if __name__ == "__main__":`, as always with Python's multiprocessing.
 
     Args:
@@ -84,17 +82,19 @@ def prepare(
         path: Folder for the shards; created if missing.
         workers: Processes that tokenize; None for one per core, 0 to tokenize in this process.
         shard_tokens: Maximum number of tokens of a shard, unless a single document has more.
+        part: The part of the source to prepare, into a folder of its own in `path`; None for all of it. A stream is
+            divided between its shards.
         checksum: Read all input files once more at the beginning and record their checksums, so that a resume tells
             files that were only copied from edited ones; and compare them when it resumes. Without, sizes and times of
             modification (or ETags) must be the same.
         report: Called with the progress after each batch.
 
     Returns:
-        The manifest of the folder, which may have been finished before.
+        The manifest of the folder, or of the part's folder; it may have been finished before.
 
     Raises:
         DataError: If the source cannot be read, has no documents or consists of tokens; the folder contains something
-            else; an input file was edited since the work began; or the disk is full.
+            else, or parts of another number; an input file was edited since the work began; or the disk is full.
 
     Example:
         >>> import tempfile
@@ -111,7 +111,31 @@ def prepare(
     if shard_tokens < 1:
         raise DataError(f"shard_tokens must be at least 1, not {shard_tokens}")
     folder = Path(path).expanduser()
-    job = Job(
+    job = _job_of(source, tokenizer, shard_tokens, part)
+    with explain_full_disk(folder):
+        check_room_for(part, folder)
+        folder = folder if part is None else folder / part.folder_name
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if (folder / MANIFEST).exists():
+            return _check_finished(folder, job, source, checksum=checksum)
+        headers, inputs = begin_or_resume(folder, job, source, checksum=checksum)
+        shards = _Shards(folder, job, headers, span_of(source, part))
+        with Encoders(tokenizer, token_dtype(job.vocab_size), _cores() if workers is None else workers) as encoders:
+            _write_shards(source, encoders, shards, report)
+        if not headers and part is None:
+            (folder / UNFINISHED).unlink()
+            raise DataError(f"source {source.name!r} has no documents")
+        check_unchanged(source)
+        if inputs is not None:
+            write_atomically(folder / INPUTS, dump_record({"inputs": inputs.to_json()}))
+        manifest = write_manifest(folder, job, [header.entry(number) for number, header in enumerate(headers)])
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        return manifest
+
+
+def _job_of(source: Source, tokenizer: Tokenizer, shard_tokens: int, part: Part | None) -> Job:
+    return Job(
         source=source.fingerprint(),
         tokenizer=tokenizer.fingerprint,
         vocab_size=as_int("vocab_size", tokenizer.vocab_size),
@@ -119,29 +143,18 @@ def prepare(
         eos_id=_id("eos_id", tokenizer.eos_id),
         pad_id=_id("pad_id", tokenizer.pad_id),
         shard_tokens=as_int("shard_tokens", shard_tokens),
+        part=None if part is None else (part.index, part.count),
     )
-    with explain_full_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        if (folder / MANIFEST).exists():
-            manifest = read_manifest(folder)
-            check_same_job(manifest.job, job, folder)
-            recorded = read_record(folder / INPUTS)[0] if (folder / INPUTS).exists() else None
-            if recorded is not None:
-                recorded.check(source, folder, checksum=checksum)
-            return manifest
-        headers, inputs = begin_or_resume(folder, job, source, checksum=checksum)
-        with Encoders(tokenizer, token_dtype(job.vocab_size), _cores() if workers is None else workers) as encoders:
-            _write_shards(source, encoders, _Shards(folder, job, headers), report)
-        if not headers:
-            (folder / UNFINISHED).unlink()
-            raise DataError(f"source {source.name!r} has no documents")
-        check_unchanged(source)
-        if inputs is not None:
-            write_atomically(folder / INPUTS, dump_record({"inputs": inputs.to_json()}))
-        manifest = write_manifest(folder, job, headers)
-        (folder / UNFINISHED).unlink(missing_ok=True)
-        return manifest
+
+
+def _check_finished(folder: Path, job: Job, source: Source, *, checksum: bool) -> Manifest:
+    """Return the manifest of a finished folder, after checking that it was made by this job from these files."""
+    manifest = read_manifest(folder)
+    check_same_job(manifest.job, job, folder)
+    recorded = read_record(folder / INPUTS)[0] if (folder / INPUTS).exists() else None
+    if recorded is not None:
+        recorded.check(source, folder, checksum=checksum)
+    return manifest
 
 
 def _write_shards(
@@ -152,24 +165,27 @@ def _write_shards(
 ) -> None:
     """Tokenize the rest of the source and append it to the shards, in the order of the source."""
     kept_tokens = shards.tokens
+    start, stop = shards.span
 
     def report_progress(*, ended: bool = False) -> None:
         if report is None:
             return
         if isinstance(source, RandomAccessSource):
-            done, total = shards.documents, len(source)
-        elif isinstance(source, HasBytesRead) and (size := source.bytes_total) is not None:
-            done, total = size if ended else source.bytes_read(shards.source_end[0]), size
+            done, total = shards.documents, stop[1] - start[1]
+        elif isinstance(source, HasBytesRead) and source.bytes_total is not None:
+            before = source.bytes_before(start[0])
+            total = source.bytes_before(stop[0]) - before
+            done = total if ended else source.bytes_read(shards.source_end[0]) - before
         else:
-            done, total = shards.source_end[0], source.shards
+            done, total = shards.source_end[0] - start[0], stop[0] - start[0]
         new_tokens = shards.tokens - kept_tokens
         report(Progress(done, total, shards.documents, shards.tokens, new_tokens, shards.finished))
 
     report_progress()
-    in_work: deque[_Batch] = deque()
-    next_document = shards.documents
+    in_work: deque[Batch] = deque()
+    next_document = start[1] + shards.documents
     try:
-        for batch in _batches(source, shards.source_end):
+        for batch in read_batches(source, Span(shards.source_end, stop)):
             while encoders.full:
                 shards.write(in_work.popleft(), encoders.take())
                 report_progress()
@@ -187,21 +203,25 @@ def _write_shards(
 
 
 class _Shards:
-    """The shards of a folder, written to like one file; `headers` are those of the finished ones, and grow."""
+    """The shards of a folder, written to like one file; `headers` are those of the finished ones, and grow.
 
-    def __init__(self, folder: Path, job: Job, headers: list[Header]) -> None:
+    `span` is what is to be read of the source, and `source_end` how far the shards have got.
+    """
+
+    def __init__(self, folder: Path, job: Job, headers: list[Header], span: Span) -> None:
         self._folder, self._job, self._headers = folder, job, headers
         self.documents = sum(header.documents for header in headers)
         self.tokens = sum(header.tokens for header in headers)
         self._writer: ShardWriter | None = None
-        self.source_end = headers[-1].source_end if headers else (0, 0)
+        self.span = span
+        self.source_end = headers[-1].source_end if headers else span.start
 
     @property
     def finished(self) -> int:
         """Number of finished shards."""
         return len(self._headers)
 
-    def write(self, batch: _Batch, encoded: Encoded) -> None:
+    def write(self, batch: Batch, encoded: Encoded) -> None:
         """Append a batch, and publish the shards that it fills."""
         tokens, lengths, start = encoded.tokens, encoded.lengths, batch.source_start
         while len(lengths):
@@ -229,31 +249,6 @@ class _Shards:
         """Delete the unfinished shard, if there is one."""
         if self._writer is not None:
             self._writer.discard()
-
-
-def _batches(source: RandomAccessSource | StreamSource, start: tuple[int, int]) -> Iterator[_Batch]:
-    """Read the source from `(shard, document)` on, in batches; a batch of a stream is of one shard."""
-    shard, document = start
-    if isinstance(source, RandomAccessSource):
-        yield from _cut((source[i] for i in range(document, len(source))), shard, document)
-        return
-    while shard < source.shards:
-        yield from _cut(source.iterate(shard, document), shard, document)
-        shard, document = shard + 1, 0
-
-
-def _cut(texts: Iterator[str], shard: int, start: int) -> Iterator[_Batch]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield _Batch(batch, shard, start)
-            start += len(batch)
-            batch, characters = [], 0
-    if batch:
-        yield _Batch(batch, shard, start)
 
 
 def _id(name: str, value: int | None) -> int | None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from titan_data.errors import DataError
-from titan_data.shards.dataset import check_header
 from titan_data.shards.digest import check_digest
+from titan_data.shards.folder import check_header
 from titan_data.shards.format import (
     HEADER_SIZE,
     MANIFEST,
@@ -68,11 +68,9 @@ def verify_shards(
     done = 0
     with ThreadPoolExecutor(workers or os.cpu_count()) as threads:
         checks: dict[Future[CorruptFile | None], int] = {}
-        first_document = 0
-        for number, shard in enumerate(manifest.shards):
-            check = partial(_check_shard, folder, manifest, shard, first_document)
+        for number, (shard, first) in enumerate(zip(manifest.shards, manifest.first_documents(), strict=True)):
+            check = partial(_check_shard, folder, manifest, shard, first)
             checks[threads.submit(_find_corruption, shard.name, check)] = number
-            first_document += shard.documents
         checks[threads.submit(_find_corruption, OFFSETS, partial(_check_offsets, folder, manifest))] = len(sizes) - 1
         try:
             for finished in as_completed(checks):

@@ -138,27 +138,23 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_manifest(folder: Path, job: Job, headers: Sequence[Header]) -> Manifest:
+def write_manifest(folder: Path, job: Job, shards: Sequence[ShardEntry]) -> Manifest:
     """Finish a folder: write the offsets of all documents, then the manifest.
 
     Args:
-        folder: The folder of the shards.
+        folder: The folder that the names of the shards are relative to.
         job: What they were made from.
-        headers: Their headers, in order.
+        shards: The shards, in order.
 
     Returns:
         The manifest.
     """
     sha = hashlib.sha256()
     with _atomic_file(folder / OFFSETS) as file:
-        for part in _all_offsets(folder, headers):
+        for part in _all_offsets(folder, shards, token_dtype(job.vocab_size)):
             file.write(part)
             sha.update(part)
-    entries = (
-        ShardEntry(shard_name(number), header.documents, header.tokens, header.sha256)
-        for number, header in enumerate(headers)
-    )
-    manifest = Manifest(job, tuple(entries), sha.hexdigest())
+    manifest = Manifest(job, tuple(shards), sha.hexdigest())
     write_atomically(folder / MANIFEST, manifest.pack())
     return manifest
 
@@ -177,14 +173,13 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         raise DataError(f"cannot write to {folder}: {error.strerror or error}") from None
 
 
-def _all_offsets(folder: Path, headers: Sequence[Header]) -> Iterator[bytes]:
+def _all_offsets(folder: Path, shards: Sequence[ShardEntry], dtype: np.dtype[Any]) -> Iterator[bytes]:
     base = 0
     yield np.zeros(1, dtype="<i8").tobytes()
-    for number, header in enumerate(headers):
-        start = offsets_start(header.tokens, token_dtype(header.vocab_size))
-        offsets = map_array(folder / shard_name(number), "<i8", header.documents + 1, start)
+    for shard in shards:
+        offsets = map_array(folder / shard.name, "<i8", shard.documents + 1, offsets_start(shard.tokens, dtype))
         yield (base + offsets[1:]).astype("<i8").tobytes()
-        base += header.tokens
+        base += shard.tokens
 
 
 def _staging(path: Path) -> Path:

@@ -143,13 +143,16 @@ def identity_of(source: Source, fingerprint: Fingerprint) -> str:
     """Return what the order of a source's documents depends on besides seed and epoch.
 
     That is its name if somebody has chosen it. A name that was derived from a path is not: the same files in another
-    folder are the same source. A source says so with an attribute `named` that is False.
+    folder are the same source. A source says so with an attribute `named` that is False. Its contents decide then, or
+    its attribute `identity` if it has one.
 
     Args:
         source: The source.
         fingerprint: Its fingerprint.
     """
-    return source.name if getattr(source, "named", True) else f"{fingerprint.kind}/{fingerprint.digest}"
+    if getattr(source, "named", True):
+        return source.name
+    return getattr(source, "identity", None) or f"{fingerprint.kind}/{fingerprint.digest}"
 
 
 def check_source(source: object) -> None:

@@ -74,8 +74,8 @@ class ShardsSource(SourceSection):
     """Token shards that `titan-data prepare` wrote."""
 
     source: Literal["shards"] = "shards"
-    path: Text
-    """Folder that `titan-data prepare` wrote."""
+    path: Text | Texts
+    """Folder that `titan-data prepare` wrote, or several, whose documents follow one another."""
     verify: bool = False
     """Check the checksum of each shard when it is first read, which reads it completely."""
 
