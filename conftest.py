@@ -2,7 +2,7 @@
 
 Profiles of hypothesis, chosen by `HYPOTHESIS_PROFILE` or by pytest's `--hypothesis-profile`:
 
-    ci       the default: the same examples on every run
+    ci       the default: the same examples on every run; outside the slow set a share of those that a test asks for
     dev      new examples on every run; a failing one is kept in .hypothesis and tried first the next time
     nightly  ten times as many examples, from a seed that moves each day and stands in pytest's first lines
 """
@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 pytest_plugins = ("ranks",)
 
 NIGHTLY_FACTOR = 10
+DEFAULT_SHARE = 0.4  # of the examples, in tests of the default set: the first ones find nearly all that any find
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("dev", deadline=None)
@@ -63,21 +64,25 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take the cases for the night out of the slow set, and raise the numbers of examples for a night.
+    """Take the cases for the night out of the slow set, and choose the numbers of examples: many for a night.
 
-    Those that tests ask for themselves are raised too.
+    Those that tests ask for themselves are changed too.
     """
     for item in items:
         if item.get_closest_marker("nightly") is not None:
             item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
-    if _profile(config) != "nightly":
+    if (profile := _profile(config)) == "dev":
         return
-    raised = set()
-    for test in (getattr(item, "function", None) for item in items):
+    changed = set()
+    for item in items:
+        test = getattr(item, "function", None)
         own = getattr(test, "_hypothesis_internal_use_settings", None)
-        if own is not None and test not in raised:
-            raised.add(test)
-            test._hypothesis_internal_use_settings = settings(own, max_examples=NIGHTLY_FACTOR * own.max_examples)
+        if own is None or test in changed or (profile == "ci" and item.get_closest_marker("slow") is not None):
+            continue
+        changed.add(test)
+        factor = NIGHTLY_FACTOR if profile == "nightly" else DEFAULT_SHARE
+        examples = max(1, round(factor * own.max_examples))
+        test._hypothesis_internal_use_settings = settings(own, max_examples=examples)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
