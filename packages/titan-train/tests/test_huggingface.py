@@ -1,17 +1,14 @@
 """A run's checkpoints as folders that transformers reads."""
 
-import base64
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from titan_ckpt import open_checkpoint
-from titan_data import ByteTokenizer, load_tokenizer
+from titan_data import ByteTokenizer
 from titan_train.cli import main
 from titan_train.errors import ExitCode
-from titan_train.tokenizer_files import tokenizer_files, write_tokenizer_files
 
 TINY = {
     "model.dim": "32",
@@ -64,73 +61,6 @@ def test_each_checkpoint_is_a_folder_that_transformers_reads(tmp_path: Path) -> 
 
 
 TEXTS = ["", "hello", "  two  spaces\n\ttab ", "Grüße, 世界 🙂", bytes(range(128)).decode()]
-
-
-def test_the_files_of_a_tokenizer_are_those_that_lie_beside_it(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.train_from_iterator(["some text"], tokenizers.trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
-    for given in (tmp_path / "mine.json", tmp_path):
-        file = tmp_path / ("mine.json" if given.suffix else "tokenizer.json")
-        trained.save(str(file))
-        tokenizer = load_tokenizer(given)
-        files = tokenizer_files(tokenizer, str(given))
-        assert files["tokenizer.json"] == file.read_bytes()
-        out = tmp_path / f"out{given.suffix}"
-        out.mkdir()
-        (out / ".tokenizer.json.1").write_text("left by a start that was killed")
-        written = write_tokenizer_files(out, tokenizer, str(given))
-        assert {path.name: path.read_bytes() for path in written} == files
-        (out / ".tokenizer.json.1").unlink()
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == files
-        theirs = transformers.AutoTokenizer.from_pretrained(out)
-        assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
-        assert json.loads(files["generation_config.json"]) == {"bos_token_id": 0, "eos_token_id": 1}
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "chat_template": "x"}')
-    files = tokenizer_files(load_tokenizer(tmp_path), str(tmp_path))
-    assert files["chat_template.jinja"] == b"{{ messages }}"
-    assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "</s>", "chat_template": "x"}
-
-
-def test_ranks_of_tiktoken_become_a_tokenizer_that_transformers_reads(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("tiktoken")
-    words = [
-        "he",
-        "th",
-        "in",
-        "an",
-        " t",
-        " a",
-        "er",
-        "ing",
-        "and",
-        " th",
-        "the",
-        " the",
-        "ther",
-        "12",
-        "123",
-        "\n\n",
-        "  ",
-    ]
-    ranks = [*(bytes([byte]) for byte in range(256)), *(word.encode() for word in words)]
-    lines = [f"{base64.b64encode(token).decode()} {number}" for number, token in enumerate(ranks)]
-    (tmp_path / "tokenizer.model").write_text("\n".join(lines))
-    tokenizer = load_tokenizer(tmp_path)
-    write_tokenizer_files(tmp_path / "out", tokenizer, str(tmp_path))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (273, 274, 277)
-    random = torch.Generator().manual_seed(0)
-    mixed = [
-        "".join([*words, "Ü", "世", "'s", " ", "\t"][i] for i in torch.randint(0, 22, (40,), generator=random))
-        for _ in TEXTS
-    ]
-    for text in [*TEXTS, *mixed, "the other thing and 12345 hers", "<|end_of_text|"]:
-        assert theirs(text).input_ids == [273, *tokenizer.encode(text)], text
-        assert theirs.decode(tokenizer.encode(text)) == text
 
 
 def test_a_model_that_transformers_lacks_is_refused_at_the_start(

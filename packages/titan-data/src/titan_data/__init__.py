@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from titan_data.sources.stdlib import StdlibSource
     from titan_data.tokenizers.base import ByteTokenizer, Tokenizer
     from titan_data.tokenizers.download import download_tokenizer
+    from titan_data.tokenizers.export import export_tokenizer
     from titan_data.tokenizers.huggingface import HuggingFaceTokenizer
     from titan_data.tokenizers.load import load_tokenizer
     from titan_data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -97,6 +98,7 @@ __all__ = [
     "TokenSource",
     "Tokenizer",
     "download_tokenizer",
+    "export_tokenizer",
     "load_files",
     "load_huggingface_dataset",
     "load_tokenizer",
@@ -141,6 +143,7 @@ _MODULES = {
     "TokenSource": "titan_data.sources.base",
     "Tokenizer": "titan_data.tokenizers.base",
     "download_tokenizer": "titan_data.tokenizers.download",
+    "export_tokenizer": "titan_data.tokenizers.export",
     "load_files": "titan_data.files.load",
     "load_huggingface_dataset": "titan_data.sources.huggingface",
     "load_tokenizer": "titan_data.tokenizers.load",

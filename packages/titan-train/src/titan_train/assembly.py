@@ -26,7 +26,6 @@ from titan_train.distributed import Process
 from titan_train.errors import ConfigError
 from titan_train.interfaces import BatchLoader
 from titan_train.optimizer import Optimizer
-from titan_train.tokenizer_files import token_ids, write_tokenizer_files
 
 
 class Progress:
@@ -161,11 +160,13 @@ def _huggingface_export(checked: Checked, process: Process) -> HuggingFaceExport
     folder, tokenizer = Path(checked.config.run.folder), checked.tokenizer
     files: list[Path] = []
     if process.is_first:  # which also exports
-        files = write_tokenizer_files(folder / "tokenizer", tokenizer, checked.config.data.tokenizer)
+        loaded_from = checked.config.data.tokenizer
+        files = titan_data.export_tokenizer(tokenizer, folder / "tokenizer", loaded_from=loaded_from)
     weights = titan_model.huggingface_map(checked.model_config)
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return HuggingFaceExport(
         folder / "huggingface",
         weights,
-        config={**weights.config, **token_ids(tokenizer)},
+        config={**weights.config, **ends},
         extra_files=files,
     )

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from titan_data.errors import DataError
+from titan_data.tokenizers.byte_letters import bytes_of_letters
 from titan_data.tokenizers.markers import is_text
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -93,7 +94,5 @@ def _check_unknown(model: dict[str, Any], markers: Collection[int], name: str) -
 
 
 def _has_all_byte_letters(vocabulary: dict[str, int]) -> bool:
-    """Whether there is a token for each byte, in the letters of byte-level BPE (see `train`)."""
-    from titan_data.tokenizers.train import bytes_of_letters
-
+    """Whether there is a token for each byte, in the letters of byte-level BPE."""
     return all(letter in vocabulary for letter in bytes_of_letters())

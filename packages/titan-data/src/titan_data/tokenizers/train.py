@@ -8,6 +8,7 @@ from typing import Literal
 
 from titan_data.errors import DataError
 from titan_data.tokenizers.base import replace_surrogates
+from titan_data.tokenizers.byte_letters import bytes_of_letters
 from titan_data.tokenizers.tiktoken_encodings import SPECIAL_TOKENS, SPLIT_PATTERN
 
 Kind = Literal["bpe", "sentencepiece"]
@@ -69,16 +70,6 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
         token = b"".join(bytes_of[letter] for letter in letters)
         lines.append(base64.b64encode(token) + b" %d\n" % rank)
     return b"".join(lines)
-
-
-def bytes_of_letters() -> dict[str, bytes]:
-    """Map the characters that represent bytes in byte-level BPE back to the bytes (GPT-2's scheme).
-
-    Printable Latin-1 characters represent themselves; U+0100, U+0101 and so on represent the other bytes in order.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return {chr(byte if byte in printable else next(others)): bytes([byte]) for byte in range(256)}
 
 
 def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:

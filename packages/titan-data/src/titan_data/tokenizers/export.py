@@ -1,8 +1,4 @@
-"""The run's tokenizer as files that transformers reads, for checkpoints that are exported to Hugging Face's format.
-
-`assembly` writes them once, into the run's folder, so that every export has the tokenizer that the run was trained
-with, whatever happens to the original files.
-"""
+"""`export_tokenizer`: a tokenizer as files that transformers reads."""
 
 from __future__ import annotations
 
@@ -11,8 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from titan_data import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
-from titan_train.tokenizer_json import ByteLevel, can_be_written, tokenizer_json
+from titan_data.tokenizers.base import ByteTokenizer, Tokenizer
+from titan_data.tokenizers.huggingface import HuggingFaceTokenizer
+from titan_data.tokenizers.sentencepiece import SentencePieceTokenizer
+from titan_data.tokenizers.tiktoken import TiktokenTokenizer
+from titan_data.tokenizers.tokenizer_json import ByteLevel, can_be_written, tokenizer_json
 
 # What may lie beside a tokenizer's file and belongs to it.
 _BESIDE = (
@@ -29,52 +28,47 @@ _FAST = "PreTrainedTokenizerFast"  # what reads tokenizer.json in transformers
 _LLAMA = "LlamaTokenizer"  # what reads SentencePiece models in transformers
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """Return the entries of a `config.json` that say how text begins and ends."""
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
+def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, loaded_from: str | Path) -> list[Path]:
+    """Write a tokenizer's files, as transformers reads them: the tokenizer, and where generation begins and ends.
 
-
-def write_tokenizer_files(directory: Path, tokenizer: Tokenizer, path: str) -> list[Path]:
-    """Write a tokenizer's files, each of them completely or not at all.
+    Each file is written completely or not at all. Files beside the tokenizer's own come as they are. Of tiktoken ranks
+    whose split pattern transformers would read in another way (GPT-2's, cl100k_base's), and of a tokenizer that is not
+    one of titan-data's, only the token ids are written. (transformers reads a SentencePiece model in its own way in one
+    point: it puts no space before a text that begins with one.)
 
     Args:
-        directory: Where to; it is created.
         tokenizer: The tokenizer.
-        path: The setting `data.tokenizer` that it was loaded from.
+        directory: Where to; it is created.
+        loaded_from: The file or folder that `load_tokenizer` loaded it from, or "bytes".
 
     Returns:
         The files; whatever else lies in the directory is not of this tokenizer.
+
+    Example:
+        >>> import tempfile
+        >>> files = export_tokenizer(ByteTokenizer(), tempfile.mkdtemp(), loaded_from="bytes")
+        >>> [file.name for file in files]
+        ['generation_config.json', 'tokenizer.json', 'tokenizer_config.json']
     """
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, content in tokenizer_files(tokenizer, path).items():
+    for name, content in _contents(tokenizer, str(loaded_from)).items():
         staging = directory / f".{name}.{os.getpid()}"
         staging.write_bytes(content)
         written.append(staging.replace(directory / name))
     return written
 
 
-def tokenizer_files(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
-    """Return the contents of the files by name: the tokenizer, and where generation begins and ends.
-
-    Files beside the tokenizer's own come as they are. Of tiktoken ranks whose split pattern transformers would read in
-    another way (GPT-2's, cl100k_base's), and of a tokenizer that is not one of titan-data's, only the token ids are
-    written.
-
-    Args:
-        tokenizer: The tokenizer.
-        path: The setting `data.tokenizer` that it was loaded from.
-    """
-    ids = {key: value for key, value in token_ids(tokenizer).items() if value is not None}
+def _contents(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
+    """Return the contents of the files by name."""
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    ids = {key: value for key, value in ends.items() if value is not None}
     files = {"generation_config.json": _json(ids)} if ids else {}
     match tokenizer:
         case ByteTokenizer():
-            ends = {"<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id}
-            special = {name: number for name, number in ends.items() if number is not None}
+            markers = {"<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id}
+            special = {name: number for name, number in markers.items() if number is not None}
             files |= _byte_level(ByteLevel({bytes([byte]): byte for byte in range(256)}, special), tokenizer)
         case TiktokenTokenizer():
             encoding = tokenizer.encoding
@@ -89,7 +83,12 @@ def tokenizer_files(tokenizer: Tokenizer, path: str) -> dict[str, bytes]:
             files |= _beside(file)
         case SentencePieceTokenizer():
             file = _file(path, "tokenizer.model")
-            files |= {"tokenizer.model": file.read_bytes(), "tokenizer_config.json": _json({"tokenizer_class": _LLAMA})}
+            settings = {
+                "tokenizer_class": _LLAMA,
+                "add_bos_token": tokenizer.bos_id is not None,
+                "add_eos_token": False,
+            }
+            files |= {"tokenizer.model": file.read_bytes(), "tokenizer_config.json": _json(settings)}
             files |= _beside(file)
     return files
 

@@ -1,6 +1,6 @@
 """Byte-level tokenizers in the form of Hugging Face's tokenizer.json, which transformers reads.
 
-`tokenizer_files` calls it for the tokenizers of titan-data that are not stored in this form.
+Called by `export_tokenizer` for the tokenizers that are not stored in this form.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from titan_data.tokenizers.byte_letters import bytes_of_letters
 
 _POSSESSIVE = re.compile(r"(?:[+*?]|\{\d+(?:,\d*)?\})\+")
 
@@ -50,10 +52,10 @@ def tokenizer_json(tokens: ByteLevel, bos: str | None) -> dict[str, Any]:
         bos: The special token that goes before a text, if any.
     """
     ranks, special, pattern = tokens.ranks, tokens.special, tokens.pattern
-    characters = byte_characters()
+    letters = {byte[0]: letter for letter, byte in bytes_of_letters().items()}
 
     def written(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
+        return "".join(letters[byte] for byte in token)
 
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -96,10 +98,3 @@ def merges_of(ranks: Ranks) -> list[tuple[bytes, bytes]]:
         known = [(left, right) for left, right in pairs if left in ranks and right in ranks]
         merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return merges
-
-
-def byte_characters() -> list[str]:
-    """Return the character that byte-level tokenizers write each byte as (GPT-2, Radford et al. 2019)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
