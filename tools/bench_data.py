@@ -1,7 +1,7 @@
 """Speeds of titan-data, side by side with what else does the same, as a Markdown table.
 
     python tools/bench_data.py                      # some minutes, some 3 GB of disk
-    python tools/bench_data.py --only reading       # one part: reading, seeking, prepare, tokenizing or waiting
+    python tools/bench_data.py --only reading       # one part: reading, mixing, seeking, prepare, tokenizing or waiting
     python tools/bench_data.py --small --rounds 1   # does it run at all?
 
 Every figure is the median of alternating rounds, and every ratio is the median of the rounds' own ratios, so that a
@@ -14,6 +14,7 @@ is nobody's dependency:
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import statistics
@@ -36,6 +37,7 @@ from titan_data import (
     Distribution,
     Fingerprint,
     Loader,
+    MixtureSource,
     Packing,
     RandomAccessSource,
     ReadAhead,
@@ -125,6 +127,42 @@ def measure_reading(folder: Path, sizes: Sizes) -> Iterator[Row]:
     rates = alternate(sides, sizes.rounds)
     for name, values in rates.items():
         yield name, f"{statistics.median(values) / 1e6:.1f} M tokens/s", "goal: 20 M"
+
+
+def measure_mixing(folder: Path, sizes: Sizes) -> Iterator[Row]:
+    """Steps of a large job on one of its eight ranks, which follows the sequences of all, with one source and many."""
+    path = write_random_shards(folder / "mixed", sizes.tokens)
+    logging.getLogger("titan_data").setLevel(logging.ERROR)  # that the sources are copies of one another is meant
+    steps = max(2, sizes.batch_tokens // (512 * 2048))
+    for kind in ("concat", "best_fit"):
+        sides = {count: _mixture(path, count, Packing(kind), steps) for count in (1, 10, 100)}
+        seconds = alternate({str(count): measure for count, measure in sides.items()}, sizes.rounds)
+        for count, values in seconds.items():
+            ratio = median_ratio(values, seconds["1"])
+            against = "" if count == "1" else f"{ratio:.2f} of one source" + (" (goal: 1.3)" if count == "100" else "")
+            what = f"a step of 512 sequences, {kind}, {count} source{'s' * (count != '1')}"
+            yield what, f"{1000 * statistics.median(values):.1f} ms", against
+
+
+def _mixture(path: Path, count: int, packing: Packing, steps: int) -> Callable[[], float]:
+    sources = [MixtureSource(TokenShards(path, name=f"source-{number:03d}")) for number in range(count)]
+    loader = Loader(
+        sources,
+        None,
+        seq_len=2048,
+        global_batch_size=512,
+        packing=packing,
+        distribution=Distribution(0, 8),
+        read_ahead=ReadAhead(prefetch=0),
+    )
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            next(loader)
+        return (time.perf_counter() - begin) / steps
+
+    return measure
 
 
 def measure_seeking(folder: Path, sizes: Sizes) -> Iterator[Row]:
@@ -389,14 +427,14 @@ def write_random_shards(folder: Path, tokens: int) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(0)
     job = _job()
-    headers, first = [], 0
+    entries, first = [], 0
     for number in range(4):
         writer = ShardWriter(folder, number, first, job)
         lengths = generator.geometric(1 / MEAN_DOCUMENT, tokens // 4 // MEAN_DOCUMENT).astype(np.int64)
         writer.append(generator.integers(0, VOCAB, int(lengths.sum()), dtype=np.uint16), lengths)
-        headers.append(writer.publish((0, first + len(lengths))))
+        entries.append(writer.publish((0, first + len(lengths))).entry(number))
         first += len(lengths)
-    write_manifest(folder, job, headers)
+    write_manifest(folder, job, entries)
     return folder
 
 
@@ -462,6 +500,7 @@ def small_tokenizer(folder: Path) -> Tokenizer:
 
 PARTS: dict[str, Callable[[Path, Sizes], Iterator[Row]]] = {
     "reading": measure_reading,
+    "mixing": measure_mixing,
     "seeking": measure_seeking,
     "prepare": measure_prepare,
     "tokenizing": measure_tokenizing,

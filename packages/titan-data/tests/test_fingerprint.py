@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from titan_data import Fingerprint
+from data_flat import flat_loader
+from titan_data import ByteTokenizer, Fingerprint, ListSource, MixtureSource
 from titan_data.fingerprint import MAX_ITEMS, list_differences
 
 FILES = [("a.jsonl", "1"), ("b.jsonl", "2"), ("c.jsonl", "3")]
@@ -66,3 +67,27 @@ def test_long_lists_are_cut_short() -> None:
     then = Fingerprint.of("jsonl", [(f"{i}", "") for i in range(30)])
     now = Fingerprint.of("jsonl", [(f"{i}", "x") for i in range(30)])
     assert list_differences(then, now) == ["edited: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 20 more"]
+
+
+def test_the_state_of_many_sources_is_small() -> None:
+    class Files(ListSource):
+        def __init__(self, name: str, count: int) -> None:
+            super().__init__([f"text of {name}"], name)
+            self.count = count
+
+        def fingerprint(self) -> Fingerprint:
+            return Fingerprint.of(
+                "files", ((f"{self.name}/part-{i:05d}.jsonl", "0123456789abcdef") for i in range(self.count))
+            )
+
+    def state(*counts: int) -> Any:
+        sources = [MixtureSource(Files(f"source-{i:03d}", count)) for i, count in enumerate(counts)]
+        loader = flat_loader(sources, ByteTokenizer(), seq_len=8, global_batch_size=1, prefetch=0)
+        next(loader)
+        return loader.state_dict()
+
+    many = state(*[MAX_ITEMS] * 100)
+    assert len(json.dumps(many)) < 100 * 1024
+    few = state(MAX_ITEMS, 5, MAX_ITEMS - 5)["sources"]
+    assert [len(source["fingerprint"]["items"]) for source in few.values()] == [0, 5, MAX_ITEMS - 5]
+    assert few["source-000"]["fingerprint"]["digest"] == Files("source-000", MAX_ITEMS).fingerprint().digest

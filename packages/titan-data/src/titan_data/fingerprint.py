@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-MAX_ITEMS = 1000  # items of larger sources are not listed: the saved state stays small
+MAX_ITEMS = 1000  # items listed, of a source and of all sources in a state: the saved state stays small
 _SHOWN = 10  # items named for each kind of difference; the rest are counted
 
 
@@ -59,14 +59,14 @@ class Fingerprint:
                 kept.append((name, digest))
         return cls(kind, sorted_settings, count, sha.hexdigest()[:32], tuple(kept) if count <= MAX_ITEMS else ())
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fingerprint as JSON values."""
+    def to_json(self, *, with_items: bool = True) -> dict[str, Any]:
+        """Return the fingerprint as JSON values; without items it still tells whether anything has changed."""
         return {
             "kind": self.kind,
             "settings": dict(self.settings),
             "count": self.count,
             "digest": self.digest,
-            "items": [list(item) for item in self.items],
+            "items": [list(item) for item in self.items] if with_items else [],
         }
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from titan_data.batching.batch import Batch
+from titan_data.batching.changes import saved_identities
 from titan_data.batching.checks import as_int, check_batch_size, check_tokenizers
 from titan_data.batching.feeds import Feed, open_feed
 from titan_data.batching.global_batches import GlobalBatchReader, ReaderState
@@ -18,7 +19,8 @@ from titan_data.batching.opening import encoder, list_parts, open_packer, pad_id
 from titan_data.batching.options import Distribution, ReadAhead
 from titan_data.batching.packing import Packing
 from titan_data.batching.prefetch import Prefetcher
-from titan_data.batching.state import LoaderSettings, check_state, dump_state, read_state, saved_identities
+from titan_data.batching.settings import LoaderSettings
+from titan_data.batching.state import check_state, dump_state, read_state
 from titan_data.errors import DataError
 from titan_data.files.inputs import inputs_of
 from titan_data.sources.base import Source, identity_of

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_flat import flat_loader
 from data_loader_cases import ListStream, ListTokens, digest, numbered, open_loader
 from titan_data import DataError, ListSource, Loader, MixtureSource, Packing, Phase
-from titan_data.batching.mixing import choose_source, resolve_phases
+from titan_data.batching.mixing import Turns, resolve_phases
 
 
 def texts(name: str, count: int = 40) -> ListSource:
@@ -25,15 +25,44 @@ def texts(name: str, count: int = 40) -> ListSource:
 def test_shares_are_right_to_within_one_sequence_at_any_time(weights: list[int], rows: int) -> None:
     weights = [0, *weights]
     tokens = [10**6] + [0] * (len(weights) - 1)  # the first one has had its time
+    turns = Turns(weights, tokens, 10)
     for row in range(1, rows + 1):
-        tokens[choose_source(weights, tokens, 10)] += 10
+        source = turns.next()
+        turns.took(source, 10)
+        tokens[source] += 10
         assert tokens[0] == 10**6
         for weight, count in zip(weights[1:], tokens[1:], strict=True):
             assert abs(Fraction(weight, sum(weights)) * row * 10 - count) < 10
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    weights=st.lists(st.floats(0, 9) | st.integers(0, 3).map(float), min_size=1, max_size=12),
+    tokens=st.lists(st.integers(0, 300), min_size=12, max_size=12),
+    lengths=st.lists(st.integers(1, 10), max_size=60),
+)
+def test_turns_are_those_of_the_definition(weights: list[float], tokens: list[int], lengths: list[int]) -> None:
+    """Sequences with padding too, from any counts: the first of those not above their shares, in the order of turns."""
+    tokens = tokens[: len(weights)]
+    turns = Turns(weights, tokens, 10)
+    for length in lengths:
+        total = sum(weights)
+        used = sum(count for count, weight in zip(tokens, weights, strict=True) if weight > 0) + 10
+        keys = [
+            (count * total >= weight * used, (count + 10) / weight, number)
+            for number, (weight, count) in enumerate(zip(weights, tokens, strict=True))
+            if weight > 0
+        ]
+        source = turns.next()
+        assert source == (min(keys)[2] if keys else None)
+        if source is None:
+            break
+        turns.took(source, length)
+        tokens[source] += length
+
+
 def test_no_source_where_no_weight_is_left() -> None:
-    assert choose_source([0.0, 0.0], [5, 7], 10) is None
+    assert Turns([0.0, 0.0], [5, 7], 10).next() is None
 
 
 @pytest.mark.parametrize("kind", ["concat", "best_fit", "one_per_row"])

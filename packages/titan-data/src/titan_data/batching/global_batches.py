@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from titan_data.batching.batch import Batch, build_batch
-from titan_data.batching.mixing import MixtureSource, ResolvedPhase, choose_source
+from titan_data.batching.mixing import MixtureSource, ResolvedPhase, Turns
 from titan_data.batching.packing import PackedSequence, Packer, PackerState
 from titan_data.errors import DataError
 
@@ -163,12 +163,24 @@ class GlobalBatchReader:
         same = phase.from_step == state.phase_start
         phase_tokens = [source.phase_tokens if same else 0 for source in state.sources]
         ended = [source.ended for source in state.sources]
+        turns = _turns(phase, phase_tokens, ended)
         own: list[tuple[str, PackedSequence]] = []
         for number in range(self._global_batch_size):
             is_own = number in self._own
-            source, sequence = self._next_sequence(phase, counts, phase_tokens, ended, with_pieces=is_own)
-            if source is None and number == 0:
-                return None, state
+            while (source := turns.next()) is not None:
+                sequence = self._packers[source].next_sequence(phase.seq_len, with_pieces=is_own)
+                counts[source] = counts[source].plus(sequence, phase.seq_len)
+                phase_tokens[source] += sequence.tokens
+                if sequence.tokens > 0:
+                    turns.took(source, sequence.tokens)
+                    break
+                ended[source] = True
+                self._end(source, counts[source], last=all(ended))
+                turns = _turns(phase, phase_tokens, ended)
+            else:
+                if number == 0:
+                    return None, state
+                sequence = PackedSequence()
             if is_own:
                 own.append(("" if source is None else self._parts[source].source.name, sequence))
         batch = build_batch(
@@ -180,29 +192,6 @@ class GlobalBatchReader:
         )
         sources = map(SourceState, (packer.state() for packer in self._packers), counts, phase_tokens, ended)
         return batch, ReaderState(state.step + 1, phase.from_step, tuple(sources))
-
-    def _next_sequence(
-        self,
-        phase: ResolvedPhase,
-        counts: list[Counts],
-        phase_tokens: list[int],
-        ended: list[bool],
-        *,
-        with_pieces: bool,
-    ) -> tuple[int | None, PackedSequence]:
-        """Take one sequence from the source that is due, and update the three lists; an empty one if all have ended."""
-        while True:
-            weights = [0.0 if end else weight for weight, end in zip(phase.weights, ended, strict=True)]
-            source = choose_source(weights, phase_tokens, phase.seq_len)
-            if source is None:
-                return None, PackedSequence()
-            sequence = self._packers[source].next_sequence(phase.seq_len, with_pieces=with_pieces)
-            counts[source] = counts[source].plus(sequence, phase.seq_len)
-            if sequence.tokens > 0:
-                phase_tokens[source] += sequence.tokens
-                return source, sequence
-            ended[source] = True
-            self._end(source, counts[source], last=all(ended))
 
     def _end(self, source: int, counts: Counts, *, last: bool) -> None:
         """Raise or log the end of a source."""
@@ -219,3 +208,8 @@ class GlobalBatchReader:
             _log.warning(
                 "source %r has been used for %d epochs, its max_epochs, and leaves the mixture", name, part.max_epochs
             )
+
+
+def _turns(phase: ResolvedPhase, tokens: Sequence[int], ended: Sequence[bool]) -> Turns:
+    weights = [0.0 if end else weight for weight, end in zip(phase.weights, ended, strict=True)]
+    return Turns(weights, tokens, phase.seq_len)

@@ -1,11 +1,12 @@
 """Mixtures: which source each sequence comes from, by shares in tokens that may change at given steps.
 
-`resolve_phases` is called by `Loader` once, `choose_source` by the batch reader for each sequence.
+`resolve_phases` is called by `Loader` once, `Turns` by the batch reader for each sequence.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Literal
 
 from titan_data.batching.checks import as_int
@@ -125,33 +126,59 @@ def resolve_phases(parts: Sequence[MixtureSource], seq_len: int, phases: Sequenc
     return resolved
 
 
-def choose_source(weights: Sequence[float], tokens: Sequence[int], seq_len: int) -> int | None:
-    """Choose the source of the next sequence, so that each source stays within one sequence of its share at any time.
+class Turns:
+    """Says which source each sequence comes from, so that each stays within one sequence of its share at any time.
 
     The quota method of Balinski and Young ("The Quota Method of Apportionment", 1975): of the sources that one sequence
     more would not lift above their share, the one whose next sequence is due first. With sequences of equal length
     every source is at any time less than one sequence away from its share; taking the largest deficit does not
     guarantee that. Of sources due at the same time, the first.
 
+    The sources wait in a heap, the one that is due first on top. It nearly always is below its share, so that a turn
+    takes the same time whatever the number of sources.
+
     Args:
         weights: Weights of the sources, not normalized; zero for those not in use.
         tokens: Tokens taken from each source since these weights hold. Those of sources not in use do not count, so
             that the others keep their proportions when a source leaves.
         seq_len: Tokens in a sequence.
-
-    Returns:
-        The number of the source; None if all weights are zero.
     """
-    total = sum(weights)
-    used = sum(count for count, weight in zip(tokens, weights, strict=True) if weight > 0) + seq_len
-    best: tuple[bool, float, int] | None = None
-    for number, (weight, count) in enumerate(zip(weights, tokens, strict=True)):
-        if weight > 0:
-            over = count * total >= weight * used
-            due = (count + seq_len) / weight
-            if best is None or (over, due) < best[:2]:
-                best = (over, due, number)
-    return None if best is None else best[2]
+
+    def __init__(self, weights: Sequence[float], tokens: Sequence[int], seq_len: int) -> None:
+        self._weights, self._tokens, self._seq_len = weights, list(tokens), seq_len
+        self._total = sum(weights)
+        self._used = sum(count for count, weight in zip(tokens, weights, strict=True) if weight > 0) + seq_len
+        self._heap = [(self._due(number), number) for number, weight in enumerate(weights) if weight > 0]
+        heapify(self._heap)
+
+    def next(self) -> int | None:
+        """Return the number of the source that is due; None if all weights are zero."""
+        if not self._heap:
+            return None
+        passed = []
+        while self._heap and self._is_over(self._heap[0][1]):
+            passed.append(heappop(self._heap))
+        chosen = self._heap[0] if self._heap else passed[0]  # if all are above their share, the one due first
+        for entry in passed:
+            heappush(self._heap, entry)
+        return chosen[1]
+
+    def took(self, number: int, tokens: int) -> None:
+        """Count the tokens of a sequence of the source that `next` returned last."""
+        self._tokens[number] += tokens
+        self._used += tokens
+        due = (self._due(number), number)
+        if self._heap[0][1] == number:
+            heapreplace(self._heap, due)
+        else:
+            self._heap = [due if entry[1] == number else entry for entry in self._heap]
+            heapify(self._heap)
+
+    def _due(self, number: int) -> float:
+        return (self._tokens[number] + self._seq_len) / self._weights[number]
+
+    def _is_over(self, number: int) -> bool:
+        return self._tokens[number] * self._total >= self._weights[number] * self._used
 
 
 def _shares(from_step: int, weights: Sequence[float]) -> tuple[float, ...]:
