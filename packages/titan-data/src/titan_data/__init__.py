@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         TokenSource,
     )
     from titan_data.sources.huggingface import HubOptions, load_huggingface_dataset
+    from titan_data.sources.split import Split, hold_out
     from titan_data.sources.stdlib import StdlibSource
     from titan_data.tokenizers.base import ByteTokenizer, Tokenizer
     from titan_data.tokenizers.download import download_tokenizer
@@ -89,6 +90,7 @@ __all__ = [
     "Retry",
     "SentencePieceTokenizer",
     "Source",
+    "Split",
     "StdlibSource",
     "StorageOptions",
     "StreamSource",
@@ -99,6 +101,7 @@ __all__ = [
     "Tokenizer",
     "download_tokenizer",
     "export_tokenizer",
+    "hold_out",
     "load_files",
     "load_huggingface_dataset",
     "load_tokenizer",
@@ -134,6 +137,7 @@ _MODULES = {
     "Retry": "titan_data.files.retry",
     "SentencePieceTokenizer": "titan_data.tokenizers.sentencepiece",
     "Source": "titan_data.sources.base",
+    "Split": "titan_data.sources.split",
     "StdlibSource": "titan_data.sources.stdlib",
     "StorageOptions": "titan_data.files.options",
     "StreamSource": "titan_data.sources.base",
@@ -144,6 +148,7 @@ _MODULES = {
     "Tokenizer": "titan_data.tokenizers.base",
     "download_tokenizer": "titan_data.tokenizers.download",
     "export_tokenizer": "titan_data.tokenizers.export",
+    "hold_out": "titan_data.sources.split",
     "load_files": "titan_data.files.load",
     "load_huggingface_dataset": "titan_data.sources.huggingface",
     "load_tokenizer": "titan_data.tokenizers.load",
