@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from titan_model import Decoder, DecoderConfig, RopeScaling, build
+from titan_model import Decoder, DecoderConfig, Llama3Scaling, build
 from titan_model.config import MoEConfig, NormKind
 
 TINY = DecoderConfig(vocab_size=37, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=64)
@@ -68,7 +68,13 @@ def small_configs() -> st.SearchStrategy[DecoderConfig]:
             max_seq_len=64,
             norm=draw(st.sampled_from(get_args(NormKind))),
             qk_norm=draw(st.booleans()),
-            rope_scaling=draw(st.none() | st.just(RopeScaling(factor=8.0))),
+            qkv_bias=draw(st.booleans()),
+            nope_layers=tuple(draw(st.sets(st.integers(0, n_layers - 1)))),
+            embedding_multiplier=draw(st.sampled_from([1.0, 2.0])),
+            residual_multiplier=draw(st.sampled_from([1.0, 0.5])),
+            logits_scaling=draw(st.sampled_from([1.0, 4.0])),
+            attention_multiplier=draw(st.none() | st.just(0.3)),
+            rope_scaling=draw(st.none() | st.just(Llama3Scaling(factor=8.0))),
             tied_embeddings=draw(st.booleans()),
         )
 

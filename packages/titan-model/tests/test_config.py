@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_model import DecoderConfig, RopeScaling, preset, preset_names
+from titan_model import DecoderConfig, Llama3Scaling, preset, preset_names
 from titan_model.config import MoEConfig
 
 SIZES = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len")
@@ -110,7 +110,7 @@ def test_name_unlike_any_lists_all_presets() -> None:
 )
 def test_rope_scaling_refuses_wavelengths_that_do_not_fit(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="rope scaling"):
-        RopeScaling(**values)
+        Llama3Scaling(**values)
 
 
 MOE = {"n_experts": 4, "top_k": 2, "ffn_dim": 8}

@@ -94,6 +94,18 @@ def test_flops_are_those_torch_counts(
     assert counted["attention"] * (seq_len + 1) == (flops_per_token(config, seq_len) - weights) * tokens * 2 * seq_len
 
 
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5), window=st.integers(1, 35))
+def test_a_window_costs_the_keys_within_it(tiny: DecoderConfig, lengths: list[int], window: int) -> None:
+    config = replace(tiny, n_layers=3, window=window, full_layers=(1,))
+    keys = sum(min(place + 1, window) for length in lengths for place in range(length))
+    full = sum(place + 1 for length in lengths for place in range(length))
+    widths = 2 * tiny.n_heads * tiny.attention_head_dim
+    weights = flops_per_token(replace(config, n_layers=3, window=None, full_layers=()), 1) - 6 * 3 * widths
+    total = flops_per_token(config, sum(lengths), document_lengths=lengths) * sum(lengths)
+    assert total == pytest.approx(weights * sum(lengths) + 6 * widths * (2 * keys + full))
+
+
 def test_attention_share_of_a_long_context() -> None:
     # By hand for Llama 3 8B at 8,192: 6 * 2 * 32 layers * 4096 dims * 4096.5 pairs.
     config = preset("llama3_8b")

@@ -54,7 +54,7 @@ def test_each_element_is_a_function_of_seed_name_and_index(
     for name, parameter in initialized(config, seed).named_parameters():
         flat = parameter.detach().flatten().tolist()
         if parameter.dim() == 1:
-            assert set(flat) == {0.0 if name.endswith("norm.bias") else 1.0}, name
+            assert set(flat) == {0.0 if name.endswith(".bias") else 1.0}, name
             continue
         index = data.draw(st.integers(0, len(flat) - 1))
         depth = math.sqrt(2 * config.n_layers) if RESIDUAL.search(name) else 1.0

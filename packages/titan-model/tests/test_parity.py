@@ -15,18 +15,44 @@ from model_families import (
     to_transformers,
     transformers_model,
 )
-from titan_model import Decoder, DecoderConfig, RopeScaling
+from titan_model import (
+    Decoder,
+    DecoderConfig,
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+)
 from titan_model.layers.rope import inverse_frequencies
 
 transformers = pytest.importorskip("transformers")
 
-SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
+SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
 HEADS = {"multi-head": {"n_kv_heads": 4}, "grouped": {"n_kv_heads": 2}, "multi-query": {"n_kv_heads": 1}}
 ROPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "theta": {"rope_theta": 500_000.0},
     "scaled": {"rope_scaling": SCALING, "rope_theta": 100.0},
     "scaled-more": {"rope_scaling": replace(SCALING, factor=32.0, low_freq_factor=0.5), "rope_theta": 500.0},
+    "linear": {"rope_scaling": LinearScaling(factor=2.5)},
+    "dynamic": {"rope_scaling": DynamicScaling(factor=8.0, original_context=48)},
+    "yarn": {"rope_scaling": YarnScaling(factor=4.0, original_context=64), "rope_theta": 50.0},
+    "longrope": {
+        "rope_scaling": LongRopeScaling(
+            short_factor=(1.0, 1.5, 2.0, 4.0),
+            long_factor=(1.0, 3.0, 9.0, 20.0),
+            original_context=64,
+            factor=6.0,
+            attention_factor=1.3,
+        )
+    },
+    "yarn-own": {
+        "rope_scaling": YarnScaling(
+            factor=40.0, original_context=64, attention_factor=0.7, beta_fast=4.0, beta_slow=2.0, truncate=False
+        ),
+        "rope_theta": 20.0,
+    },
 }
 
 

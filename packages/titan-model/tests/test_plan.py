@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model_families import presets
-from titan_model import DecoderConfig, build, parallel_plan, preset
+from titan_model import DecoderConfig, DynamicScaling, build, parallel_plan, preset
 from titan_model.config import MoEConfig
 
 
@@ -138,6 +138,14 @@ def test_column_and_row_follow_one_another(tiny: DecoderConfig, part: str) -> No
     roles = [plan["tensor"][f"layers.*.{part}.{name}"] for name in names if name.endswith("_proj")]
     assert roles[-1] == "rowwise"
     assert set(roles[:-1]) <= {"colwise", "colwise_kv"}
+
+
+def test_what_needs_full_sequences_names_no_attention_to_replace(tiny: DecoderConfig) -> None:
+    dynamic = DynamicScaling(factor=2.0, original_context=32)
+    for changes in ({"window": 16}, {"rope_scaling": dynamic}, {"window": 16, "full_layers": (0,)}):
+        assert "attention" not in parallel_plan(replace(tiny, **changes))
+    for changes in ({}, {"window": 64}, {"window": 16, "full_layers": (0, 1)}, {"nope_layers": (0,)}):
+        assert parallel_plan(replace(tiny, **changes))["attention"] == ["layers.*.attn.core"]
 
 
 def test_what_only_some_blocks_have_is_named_where_it_is() -> None:

@@ -19,7 +19,7 @@ data gives them, and `_torch_compat` holds every private PyTorch function in use
 """
 
 from titan_model.companions import Companions
-from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
+from titan_model.config import DecoderConfig, MoEConfig
 from titan_model.convert.errors import WeightsError
 from titan_model.convert.huggingface_config import config_from_huggingface, config_to_huggingface
 from titan_model.convert.huggingface_files import load_huggingface, save_huggingface
@@ -38,6 +38,15 @@ from titan_model.moe.load_balancing import EXPERT_METRICS, balance_experts, set_
 from titan_model.moe.router import Router
 from titan_model.plan import DecoderPlan, parallel_plan
 from titan_model.presets import preset, preset_names
+from titan_model.rope_scaling import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnScaling,
+    rope_scaling,
+)
 
 __all__ = [
     "EXPERT_METRICS",
@@ -46,14 +55,19 @@ __all__ = [
     "DecoderConfig",
     "DecoderPlan",
     "DecoderWeightMap",
+    "DynamicScaling",
     "KVCache",
+    "LinearScaling",
+    "Llama3Scaling",
     "LoadChanges",
+    "LongRopeScaling",
     "LossSums",
     "MoEConfig",
     "RopeScaling",
     "Router",
     "SamplingParams",
     "WeightsError",
+    "YarnScaling",
     "balance_experts",
     "build",
     "config_from_huggingface",
@@ -71,6 +85,7 @@ __all__ = [
     "parallel_plan",
     "preset",
     "preset_names",
+    "rope_scaling",
     "sample",
     "save_huggingface",
     "set_num_target_tokens",

@@ -31,25 +31,35 @@ def local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int,
     return tuple(shape), tuple(offset)
 
 
-def cpu_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def cpu_flash_attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute causal attention of `[B, H, S, Dh]` on the CPU.
+
+    Args:
+        q: `[B, H, S, Dh]`.
+        k: `[B, Hkv, S, Dh]`.
+        v: `[B, Hkv, S, Dh]`.
+        added: `[S, S]` in the dtype of `q`, added to the scores in the place of the causal mask; None: causal.
 
     Returns:
         The output and the log of each softmax's denominator `[B, H, S]`.
     """
-    out, log_sums = _cpu_flash(q, k, v, dropout_p=0.0, is_causal=True)
+    out, log_sums = _cpu_flash(q, k, v, dropout_p=0.0, is_causal=added is None, attn_mask=added)
     return out, log_sums
 
 
 def cpu_flash_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, added: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `q`, `k` and `v` of `cpu_flash_attention`."""
-    grad_q, grad_k, grad_v = _cpu_flash_backward(grad, q, k, v, out, log_sums, dropout_p=0.0, is_causal=True)
+    grad_q, grad_k, grad_v = _cpu_flash_backward(
+        grad, q, k, v, out, log_sums, dropout_p=0.0, is_causal=added is None, attn_mask=added
+    )
     return grad_q, grad_k, grad_v
 
 
-def cuda_varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+def cuda_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, window: int | None
+) -> Tensor:
     """Attend causally within each document, by torch's variable-length flash attention for CUDA.
 
     torch 2.11: `varlen_attn` has no argument `enable_gqa` and accepts fewer key/value heads than query heads as they
@@ -60,8 +70,8 @@ def cuda_varlen_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, l
 
     attend: Any = varlen_attn
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    causal = (-1, 0)
-    out: Tensor = attend(q, k, v, boundaries, boundaries, longest, longest, window_size=causal, **grouped)
+    reach = (-1 if window is None else window - 1, 0)  # keys before a query, and after it
+    out: Tensor = attend(q, k, v, boundaries, boundaries, longest, longest, window_size=reach, **grouped)
     return out
 
 

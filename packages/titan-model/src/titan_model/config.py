@@ -9,42 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from titan_model.rope_scaling import DynamicScaling, LongRopeScaling, RopeScaling
+
 NormKind = Literal["rmsnorm", "fused_rmsnorm", "layernorm", "np_layernorm"]
 AttentionKind = Literal["auto", "sdpa", "flex", "varlen"]
 ScoreKind = Literal["softmax", "sigmoid"]
 
+_POSITIVE = (
+    "norm_eps",
+    "rope_theta",
+    "init_std",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+)
 _GROUPED_MULTIPLE = 8  # torch's grouped matrix products need rows of a multiple of 16 bytes: 8 elements in bf16
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's scaling of rotary wavelengths out_of_range the context of pre-training.
-
-    Wavelengths below `original_context / high_freq_factor` are unchanged, those above
-    `original_context / low_freq_factor` are multiplied by `factor`, and those between are interpolated. Source: the
-    reference code released with Llama 3.1.
-
-    Attributes:
-        factor: Multiplies the longest wavelengths.
-        low_freq_factor: Wavelengths above `original_context / low_freq_factor` are scaled by all of `factor`.
-        high_freq_factor: Wavelengths below `original_context / high_freq_factor` are unchanged.
-        original_context: Context length of pre-training, in tokens.
-
-    Raises:
-        ValueError: If the values are out of range or contradict each other.
-    """
-
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
-
-    def __post_init__(self) -> None:
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_context >= 1):
-            raise ValueError(
-                "rope scaling: factor must be at least 1, 0 < low_freq_factor < high_freq_factor, and original_context "
-                f"at least 1; got {self}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +105,22 @@ class DecoderConfig:
             `np_layernorm`, LayerNorm without parameters (OLMo, Groeneveld et al. 2024).
         norm_eps: Added to the mean square or the variance in every norm.
         qk_norm: Whether each head's queries and keys are normalized by an RMSNorm (Qwen3).
+        qkv_bias: Whether the projections to queries, keys and values have biases (Qwen2).
         rope_theta: Base of the rotary wavelengths.
-        rope_scaling: Llama 3.1's long-context scaling, or None.
+        rope_scaling: How rotary wavelengths are scaled to extend the context, or None.
+        window: Number of keys that a query attends to, its own and those before it (sliding window), or None for all.
+        full_layers: Indices of the blocks that attend to the full sequence even so.
+        rotary_fraction: Part of each head that rotary positions turn, its first dims (Phi-4-mini: 0.75).
+        nope_layers: Indices of the blocks without rotary positions (SmolLM3).
+        embedding_multiplier: Factor of the embeddings (Granite).
+        residual_multiplier: Factor of what each block adds to the residual stream (Granite).
+        attention_multiplier: Factor of the scores of attention (Granite), or None for one over the square root of `Dh`.
+        logits_scaling: Divisor of the logits (Granite).
         tied_embeddings: Whether the head shares the embedding's weight.
         attention: Attention back-end; `auto` chooses the fastest one that the device supports.
         init_std: Standard deviation of the initial weights.
+        family: Hugging Face's `model_type` that the model is saved as, where several could be meant; None takes the
+            plainest. It changes nothing that the model computes.
 
     Raises:
         ValueError: If values are out of range or contradict each other; the message lists all of them.
@@ -147,26 +138,38 @@ class DecoderConfig:
     norm: NormKind = "rmsnorm"
     norm_eps: float = 1e-5
     qk_norm: bool = False
+    qkv_bias: bool = False
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    rotary_fraction: float = 1.0
+    nope_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
     tied_embeddings: bool = False
     attention: AttentionKind = "auto"
     init_std: float = 0.02
+    family: str | None = None
 
     def __post_init__(self) -> None:
         sizes = ["vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"]
         if self.head_dim is not None:
             sizes.append("head_dim")
+        if self.window is not None:
+            sizes.append("window")
         wrong = [f"{name} is {getattr(self, name)}, must be at least 1" for name in sizes if getattr(self, name) < 1]
         wrong += [
             f"{name} is {getattr(self, name)}, must be positive"
-            for name in ("norm_eps", "rope_theta", "init_std")
-            if not getattr(self, name) > 0
+            for name in _POSITIVE
+            if getattr(self, name) is not None and not getattr(self, name) > 0
         ]
         for name, kinds in (("norm", get_args(NormKind)), ("attention", get_args(AttentionKind))):
             if getattr(self, name) not in kinds:
                 wrong.append(f"{name} is {getattr(self, name)!r}, must be one of {', '.join(kinds)}")
-        wrong += self._head_errors() + self._moe_errors()
+        wrong += self._head_errors() + self._layer_errors() + self._moe_errors()
         if wrong:
             raise ValueError("model config: " + "; ".join(wrong))
 
@@ -178,8 +181,35 @@ class DecoderConfig:
             elif self.attention_head_dim % 2:
                 name = "dim / n_heads" if self.head_dim is None else "head_dim"
                 wrong.append(f"{name} is {self.attention_head_dim}; rotary embeddings need an even number")
+            else:
+                wrong += self._rotary_errors()
         if self.n_heads >= 1 and self.n_kv_heads >= 1 and self.n_heads % self.n_kv_heads:
             wrong.append(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        return wrong
+
+    def _rotary_errors(self) -> list[str]:
+        wrong, width = [], self.rotary_dim
+        if not 0 < self.rotary_fraction <= 1 or width < 2 or width % 2:
+            wrong.append(
+                f"rotary_fraction is {self.rotary_fraction}, must be above 0 and at most 1, and give an even number of "
+                f"a head's {self.attention_head_dim} dims"
+            )
+        if isinstance(self.rope_scaling, DynamicScaling) and width == 2:
+            wrong.append("rope_scaling: dynamic scaling needs heads wider than 2")
+        if isinstance(self.rope_scaling, LongRopeScaling):
+            lengths = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
+            if lengths != {width // 2}:
+                wrong.append(
+                    f"rope_scaling: short_factor and long_factor have {sorted(lengths)} entries, must have "
+                    f"{width // 2}, one for each pair of dims"
+                )
+        return wrong
+
+    def _layer_errors(self) -> list[str]:
+        wrong = _outside("full_layers", self.full_layers, self.n_layers)
+        wrong += _outside("nope_layers", self.nope_layers, self.n_layers)
+        if self.window is None and self.full_layers:
+            wrong.append(f"full_layers is {list(self.full_layers)}, but no layer has a window: set window")
         return wrong
 
     def _moe_errors(self) -> list[str]:
@@ -188,16 +218,33 @@ class DecoderConfig:
         wrong = []
         if self.dim >= 1 and self.dim % _GROUPED_MULTIPLE:
             wrong.append(f"dim {self.dim} is not a multiple of {_GROUPED_MULTIPLE}, which moe requires")
-        out_of_range = [i for i in self.moe.dense_layers if not 0 <= i < self.n_layers]
-        if out_of_range:
-            wrong.append(f"moe.dense_layers contains {out_of_range}, but the layers are 0 to {self.n_layers - 1}")
-        return wrong
+        return wrong + _outside("moe.dense_layers", self.moe.dense_layers, self.n_layers)
 
     @property
     def attention_head_dim(self) -> int:
         """Width of one head (`Dh`)."""
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """Number of a head's dims that rotary positions turn."""
+        return int(self.attention_head_dim * self.rotary_fraction)
+
     def has_experts(self, layer: int) -> bool:
         """Return whether block number `layer` has a mixture of experts."""
         return self.moe is not None and layer not in self.moe.dense_layers
+
+    @property
+    def windows(self) -> frozenset[int | None]:
+        """The windows that blocks have, None for the full sequence."""
+        return frozenset(self.window_of(layer) for layer in range(self.n_layers))
+
+    def window_of(self, layer: int) -> int | None:
+        """Return how many keys a query of block number `layer` attends to, or None for all before it."""
+        return None if layer in self.full_layers else self.window
+
+
+def _outside(name: str, layers: tuple[int, ...], n_layers: int) -> list[str]:
+    """Return the error of a list of layers that has some which do not exist."""
+    outside = [layer for layer in layers if not 0 <= layer < n_layers]
+    return [f"{name} contains {outside}, but the layers are 0 to {n_layers - 1}"] if outside else []

@@ -23,9 +23,9 @@ def flops_per_token(config: DecoderConfig, seq_len: int, document_lengths: Itera
     Six for each weight of a matrix product that processes the token (two forward, four backward; the embedding is a
     look-up and costs none, and of a mixture of experts only `top_k` experts count), and for attention six for each
     query-key pair and dimension of scores and of values. A causal query attends to itself and the tokens before it in
-    its document, so each pair counts once, not twice. Recomputation by activation checkpointing is not counted. Except
-    for the causal half and documents, these are the model FLOPs of PaLM (Chowdhery et al. 2022, arXiv:2204.02311,
-    appendix B), and
+    its document, so each pair counts once, not twice; with a sliding window, only to those within it. Recomputation by
+    activation checkpointing is not counted. Except for the causal half, windows and documents, these are the model
+    FLOPs of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), and
 
         MFU = tokens per second * FLOPs per token / peak FLOPs per second.
 
@@ -53,15 +53,25 @@ def flops_per_token(config: DecoderConfig, seq_len: int, document_lengths: Itera
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= seq_len:
         found = f"lengths from {min(lengths)} to {max(lengths)}" if lengths else "an empty list"
         raise ValueError(f"document_lengths: each must be from 1 to seq_len ({seq_len}); got {found}")
-    pairs_per_token = sum(length * (length + 1) / 2 for length in lengths) / sum(lengths)
-    attention = config.n_layers * 2 * config.n_heads * config.attention_head_dim * pairs_per_token
+    windows = [config.window_of(layer) for layer in range(config.n_layers)]
+    pairs = sum(windows.count(window) * _pairs(lengths, window) for window in set(windows))
+    attention = 2 * config.n_heads * config.attention_head_dim * pairs / sum(lengths)
     return 6 * (_active_matrices(config) + attention)
+
+
+def _pairs(lengths: Iterable[int], window: int | None) -> float:
+    """Return how many pairs of a query and a key one block computes in documents of these lengths."""
+    pairs = 0.0
+    for length in lengths:
+        beyond = 0 if window is None else max(length - window, 0)  # keys that the last query does not attend to
+        pairs += (length * (length + 1) - beyond * (beyond + 1)) / 2
+    return pairs
 
 
 def _active_matrices(config: DecoderConfig) -> int:
     """Return the number of weights in the matrix products that process one token."""
     embedding = 0 if config.tied_embeddings else config.vocab_size * config.dim
-    return count_active_parameters(config) - embedding - _norms(config)
+    return count_active_parameters(config) - embedding - _norms(config) - _biases(config)
 
 
 def _count(config: DecoderConfig, experts: int | None) -> int:
@@ -70,7 +80,7 @@ def _count(config: DecoderConfig, experts: int | None) -> int:
     q_dim, kv_dim = (heads * config.attention_head_dim for heads in (config.n_heads, config.n_kv_heads))
     attention = 2 * config.dim * (q_dim + kv_dim)
     feed_forwards = sum(_feed_forward(config, layer, experts) for layer in range(config.n_layers))
-    return embeddings + config.n_layers * attention + feed_forwards + _norms(config)
+    return embeddings + config.n_layers * attention + feed_forwards + _norms(config) + _biases(config)
 
 
 def _feed_forward(config: DecoderConfig, layer: int, experts: int | None) -> int:
@@ -85,3 +95,8 @@ def _norms(config: DecoderConfig) -> int:
     each = {"rmsnorm": 1, "fused_rmsnorm": 1, "layernorm": 2, "np_layernorm": 0}[config.norm] * config.dim
     heads = 2 * config.attention_head_dim if config.qk_norm else 0
     return each * (2 * config.n_layers + 1) + config.n_layers * heads
+
+
+def _biases(config: DecoderConfig) -> int:
+    width = config.attention_head_dim * (config.n_heads + 2 * config.n_kv_heads)
+    return config.n_layers * width if config.qkv_bias else 0

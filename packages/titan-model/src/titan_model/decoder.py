@@ -10,6 +10,7 @@ Shapes: `B` batch, `S` sequence, `D` model dim, `H` query heads, `Hkv` key/value
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import overload
 
@@ -22,9 +23,9 @@ from titan_model.layers.attention import Attention, Rope
 from titan_model.layers.feed_forward import FeedForward
 from titan_model.layers.kv_cache import KVCache, LayerCache
 from titan_model.layers.lm_head import Head
-from titan_model.layers.masks import Mask, make_mask
+from titan_model.layers.masks import Mask, make_masks
 from titan_model.layers.norms import make_norm
-from titan_model.layers.rope import inverse_frequencies, rotation
+from titan_model.layers.rope import make_rope
 from titan_model.loss import LossSums
 from titan_model.moe.layer import MoE
 from titan_model.token_ids import check_range
@@ -38,13 +39,19 @@ class Block(nn.Module):
         self.attn_norm = make_norm(config)
         self.attn = Attention(config)
         self.ffn_norm = make_norm(config)
+        self.multiplier = config.residual_multiplier
         self.ffn = MoE(config) if config.has_experts(layer) else FeedForward(config.dim, config.ffn_dim)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask | None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Mask | None, cache: LayerCache | None = None) -> Tensor:
         """Apply the block to `x` `[B, S, D]`; see `Attention.forward` for the other arguments."""
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
-        out: Tensor = x + self.ffn(self.ffn_norm(x))
+        x = x + scaled(self.attn(self.attn_norm(x), rope, mask, cache), self.multiplier)
+        out: Tensor = x + scaled(self.ffn(self.ffn_norm(x)), self.multiplier)
         return out
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """Return `x` times a factor, without an operation if that is 1."""
+    return x if factor == 1 else x * factor
 
 
 class Decoder(nn.Module):
@@ -144,27 +151,27 @@ class Decoder(nn.Module):
         """
         config = self.config
         check_range("tokens", tokens, config.vocab_size, "does the tokenizer have more tokens than vocab_size?")
-        mask = None
+        masks: Mapping[int | None, Mask | None] = {}
         if cache is not None:
             _check_length(cache.used + tokens.shape[1], config)
-            positions, mask = cache.advance(tokens)
+            positions, masks = cache.advance(tokens, config)
+            rope = make_rope(config, positions, cache.lengths[:, None])
         elif positions is None:
             _check_length(tokens.shape[1], config)
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            rope = make_rope(config, torch.arange(tokens.shape[1], device=tokens.device)[None])
         else:
             check_range("positions", positions, config.max_seq_len, _MAX_SEQ_LEN)
-        frequencies = inverse_frequencies(
-            config.attention_head_dim, config.rope_theta, config.rope_scaling, tokens.device
-        )
-        rope = rotation(positions, frequencies)
-        x = self.embed(tokens)  # [B, S, D]
+            rope = make_rope(config, positions)
+        x = scaled(self.embed(tokens), config.embedding_multiplier)  # [B, S, D]
         if cache is None:
-            mask = make_mask(config, document_ids, x)
+            masks = make_masks(config, document_ids, x)
         for name, block in self.layers.items():
-            x = block(x, rope, mask, None if cache is None else cache.layers[name])
+            layer = int(name)
+            turned = None if layer in config.nope_layers else rope
+            x = block(x, turned, masks[config.window_of(layer)], None if cache is None else cache.layers[name])
         if cache is not None:
             x = cache.select_last(x)  # only the last token of each sequence has a next token to predict
-        x = self.norm(x)
+        x = scaled(self.norm(x), 1 / config.logits_scaling)
         if labels is None:
             logits: Tensor = self.head(x)  # [B, S, V]
             return logits

@@ -48,6 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate pairs `(x[i], x[i + Dh / 2])` by their angles, in fp32 (RoFormer, Su et al. 2021, in half-split layout).
 
+    If there are angles for fewer dims than a head has, only its first dims are rotated, and paired among themselves.
+
     Args:
         x: Queries or keys `[B, S, H, Dh]`.
         rope: Cosine and sine, fp32 `[B or 1, S, 1, Dh / 2]`.
@@ -55,6 +57,9 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     Returns:
         `[B, S, H, Dh]` in the dtype of `x`.
     """
+    width = 2 * rope[0].shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], rope), x[..., width:]), dim=-1)
     if torch.compiler.is_compiling():
         return _rotate_pairs(x, *rope, 1)
     out: Tensor = _Rotate.apply(x, *rope)

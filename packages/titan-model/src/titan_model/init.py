@@ -28,7 +28,7 @@ _CHUNK = 1 << 20  # elements drawn at once: limits the temporary memory to tens 
 def init_parameters(named_tensors: Iterable[tuple[str, Tensor]], config: DecoderConfig, seed: int) -> None:
     """Fill parameters and buffers in place with the initial state of a `Decoder`.
 
-    Norm weights are ones; norm biases and the routers' buffers are zeros. Everything else is normal with standard
+    Norm weights are ones; biases and the routers' buffers are zeros. Everything else is normal with standard
     deviation `config.init_std`, truncated at three standard deviations. Projections that write to the residual stream
     (`o_proj` and every `down_proj`) are scaled by 1 / sqrt(2 * n_layers) (GPT-2, Radford et al. 2019), so that the
     stream's variance at the end does not grow with depth.
@@ -73,6 +73,8 @@ def _fills(config: DecoderConfig) -> dict[str, _Fill]:
         block = f"layers.{layer}"
         fills |= _norm_fills(f"{block}.attn_norm", config) | _norm_fills(f"{block}.ffn_norm", config)
         fills |= {f"{block}.attn.{name}_proj.weight": normal for name in "qkv"}
+        if config.qkv_bias:
+            fills |= {f"{block}.attn.{name}_proj.bias": _Fill() for name in "qkv"}
         fills[f"{block}.attn.o_proj.weight"] = residual
         if config.qk_norm:
             fills |= {f"{block}.attn.{name}_norm.weight": _Fill(mean=1.0) for name in "qk"}

@@ -5,7 +5,7 @@ titan-parallel takes it as its plan; nothing here imports that package.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from titan_model.config import DecoderConfig
 
@@ -20,7 +20,10 @@ class DecoderPlan(TypedDict):
         tensor: Tensor-parallel style of modules, and of the experts' parameters.
         tied: Pairs of parameter names (alias, owner) that are one weight.
         divisible: Sizes that the tensor-parallel degree must divide, by a name for messages.
-        attention: Modules that compute attention, given queries, keys, values and a mask with `document_ids`.
+        attention: Modules that compute attention, given queries, keys, values and a mask with `document_ids`. Absent if
+            what a token is computed from depends on more than that, so that no rank may have a part of a sequence
+            (context parallelism): where rotary positions are scaled by the length of the document, and where blocks
+            have a sliding window, which no context-parallel attention knows yet.
         sequence: Arguments of the decoder that have a sequence dim, and the number of that dim.
         positions: The one of these that holds the positions.
         heads: Number of query heads and of key/value heads.
@@ -35,7 +38,7 @@ class DecoderPlan(TypedDict):
     tensor: dict[str, str]
     tied: list[tuple[str, str]]
     divisible: dict[str, int]
-    attention: list[str]
+    attention: NotRequired[list[str]]
     sequence: dict[str, int]
     positions: str
     heads: tuple[int, int]
@@ -68,7 +71,7 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
         if moe.shared_ffn_dim:
             tensor |= _projection_styles("layers.*.ffn.shared")
             divisible["shared expert's width (moe.shared_ffn_dim)"] = moe.shared_ffn_dim
-    return {
+    plan: DecoderPlan = {
         "blocks": ["layers.*"],
         "before": ["embed"],
         "after": ["norm", "head"],
@@ -83,6 +86,10 @@ def parallel_plan(config: DecoderConfig) -> DecoderPlan:
         "n_experts": moe.n_experts if moe else 0,
         "save": ["titan_model.document_attention"],
     }
+    by_length = config.rope_scaling is not None and config.rope_scaling.depends_on_length
+    if by_length or any(window is not None and window < config.max_seq_len for window in config.windows):
+        del plan["attention"]
+    return plan
 
 
 def _attention_styles(config: DecoderConfig) -> dict[str, str]:

@@ -99,7 +99,7 @@ def test_token_ids_that_are_given_come_first(origin: Path, tmp_path: Path) -> No
         ({"torch_dtype": "float16"}, "torch_dtype is 'float16', but 'float32'"),
         ({"dtype": "float16"}, "dtype is 'float16', but 'float32'"),
         ({"architectures": ["Mine"]}, "architectures is"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters: an entry changes"),
         ({"rope_parameters": {"rope_theta": 3.0}}, "rope_theta"),
         ({"is_causal": False}, "is_causal is False"),
         ({"sliding_window": 8}, "sliding_window is 8"),

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_families import FAMILIES, random_tokens, randomize
-from titan_model import DecoderConfig, RopeScaling, build, huggingface_map
+from titan_model import (
+    DecoderConfig,
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+    build,
+    huggingface_map,
+)
 from titan_model.config import MoEConfig
 from titan_model.convert.huggingface_config import config_from_huggingface, config_to_huggingface
 
@@ -28,6 +37,9 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 QWEN: dict[str, Any] = {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2}
+QWEN2: dict[str, Any] = {**QWEN, "model_type": "qwen2"}
+MISTRAL: dict[str, Any] = {**QWEN, "model_type": "mistral"}
+MIXTRAL: dict[str, Any] = {**QWEN, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 MOE: dict[str, Any] = {
     **QWEN,
     "model_type": "qwen3_moe",
@@ -35,8 +47,47 @@ MOE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
 }
+GRANITE: dict[str, Any] = {**LLAMA, "model_type": "granite"}
+SMOLLM3: dict[str, Any] = {**QWEN, "model_type": "smollm3"}
+PHI3: dict[str, Any] = {**LLAMA, "model_type": "phi3"}
+FAMILY_CONFIGS = [LLAMA, QWEN2, MISTRAL, MIXTRAL, GRANITE, SMOLLM3, QWEN, MOE]
+# What the folder of a Phi-4-mini has: code that transformers has by now, and LongRoPE by its first name.
+PHI4: dict[str, Any] = {
+    **PHI3,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        "AutoTokenizer": "Xenova/gpt-4o",
+    },
+    "rope_scaling": {"type": "longrope", "short_factor": [1, 1.0, 1.0], "long_factor": [1, 2.5, 30.0]},
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,
+    "sliding_window": 262_144,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "mlp_bias": False,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
+SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
+
+
+def any_scaling() -> st.SearchStrategy[Any]:
+    factors, contexts = st.sampled_from([1.5, 4.0]), st.sampled_from([16, 48])
+    return (
+        st.just(SCALING)
+        | st.builds(LinearScaling, factor=factors)
+        | st.builds(
+            YarnScaling,
+            factor=factors,
+            original_context=contexts,
+            attention_factor=st.none() | st.just(0.5),
+            beta_fast=st.sampled_from([32.0, 8.0]),
+            truncate=st.booleans(),
+        )
+    )
 
 
 def any_config() -> st.SearchStrategy[DecoderConfig]:
@@ -67,8 +118,9 @@ def any_config() -> st.SearchStrategy[DecoderConfig]:
             max_seq_len=draw(st.integers(1, 10_000)),
             norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
             qk_norm=qk_norm,
+            qkv_bias=not qk_norm and draw(st.booleans()),
             rope_theta=draw(st.sampled_from([10_000.0, 1e6])),
-            rope_scaling=draw(st.none() | st.just(SCALING)),
+            rope_scaling=draw(st.none() | any_scaling()),
             tied_embeddings=draw(st.booleans()),
             init_std=draw(st.sampled_from([0.02, 0.01])),
         )
@@ -123,7 +175,44 @@ def test_plain_rotary_positions_are_read_in_every_spelling(rotary: dict[str, Any
     assert (config.rope_theta, config.rope_scaling) == (5e5, None)
 
 
-@pytest.mark.parametrize("values", [LLAMA, QWEN, MOE], ids=["llama", "qwen3", "qwen3_moe"])
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("rotary", "expected", "longest"),
+    [
+        ({"type": "linear", "factor": 2}, LinearScaling(factor=2), 512),
+        # The length of pre-training is `max_position_embeddings`, beyond which dynamic scaling begins.
+        ({"type": "dynamic", "factor": 3.0}, DynamicScaling(factor=3.0, original_context=512), 1536),
+        ({"type": "yarn", **YARN}, YarnScaling(factor=4.0, original_context=128), 512),
+        ({"rope_type": "yarn", "factor": 4.0}, YarnScaling(factor=4.0, original_context=512), 512),
+        (
+            {"rope_type": "yarn", **YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            YarnScaling(factor=4.0, original_context=128, attention_factor=1.0),
+            512,
+        ),
+        (
+            {"rope_type": "yarn", **YARN, "attention_factor": 0.5, "beta_fast": 16, "truncate": False, "mscale": 3.0},
+            YarnScaling(factor=4.0, original_context=128, attention_factor=0.5, beta_fast=16, truncate=False),
+            512,
+        ),
+    ],
+    ids=["linear", "dynamic", "yarn", "yarn-no-original", "yarn-mscale", "yarn-all"],
+)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_scalings_are_read(rotary: dict[str, Any], expected: Any, longest: int, key: str) -> None:
+    for values in (LLAMA, QWEN2, MIXTRAL, QWEN):
+        config = config_from_huggingface({**values, key: rotary})
+        assert (config.rope_scaling, config.max_seq_len) == (expected, longest)
+        assert config_from_huggingface(config_to_huggingface(config)) == config
+
+
+def test_dynamic_scaling_is_written_for_its_whole_length_only() -> None:
+    with pytest.raises(ValueError, match=r"max_seq_len is 100, it supports 128 only \(factor \* original_context"):
+        config_to_huggingface(replace(FAMILIES["llama-dynamic"], max_seq_len=100))
+
+
+@pytest.mark.parametrize("values", FAMILY_CONFIGS, ids=lambda values: values["model_type"])
 def test_what_is_left_out_is_what_transformers_takes_it_for(values: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     described = {key: value for key, value in values.items() if key != "model_type"}
@@ -162,7 +251,7 @@ def test_dense_layers_are_those_of_transformers(settings: dict[str, Any], dense:
 @pytest.mark.parametrize(
     ("values", "changes", "said"),
     [
-        (LLAMA, {"model_type": "mistral"}, ["model_type is 'mistral'", "llama, qwen3, qwen3_moe"]),
+        (LLAMA, {"model_type": "gemma"}, ["model_type is 'gemma'", "llama, granite, mistral, mixtral, phi3, qwen2,"]),
         (LLAMA, {"model_type": None}, ["model_type is None"]),
         (LLAMA, {"model_type": ["llama"]}, ["model_type is ['llama']"]),
         (LLAMA, {"attention_bias": True}, ["attention_bias is True"]),
@@ -175,17 +264,44 @@ def test_dense_layers_are_those_of_transformers(settings: dict[str, Any], dense:
         (LLAMA, {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, ["auto_map replaces AutoModelForCausalLM"]),
         (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, ["architectures has 'LlamaForSequence"]),
         (LLAMA, {"sliding_window": 64}, ["sliding_window is 64"]),
+        (GRANITE, {"attention_bias": True}, ["attention_bias is True"]),
+        (GRANITE, {"logits_scaling": "8"}, ["logits_scaling is '8', must be a finite number"]),
+        (GRANITE, {"sliding_window": 64}, ["sliding_window is 64, a granite attends to the full sequence"]),
+        (SMOLLM3, {"no_rope_layers": [1, 0]}, ["no_rope_layers has 2 entries, but num_hidden_layers is 6"]),
+        (SMOLLM3, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
+        (PHI3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear', a phi3 supports default, longrope"]),
+        (PHI3, {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, ["auto_map replaces AutoModelForCausalLM"]),
+        (PHI4, {"lm_head_bias": True}, ["lm_head_bias is True"]),
+        (PHI4, {"rope_scaling": {"type": "longrope", "short_factor": [1]}}, ["long_factor is missing"]),
+        (
+            PHI4,
+            {"rope_scaling": {"type": "su", "short_factor": [0], "long_factor": 3}},
+            ["short_factor", "long_factor"],
+        ),
         (LLAMA, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor is 0.5"]),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type is 'linear' with a factor of 2.0"]),
-        (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type is 'yarn'"]),
+        (LLAMA, {"rope_scaling": {"type": "linear"}}, ["factor is missing from the rotary settings"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0.5}}, ["rotary settings", "factor must be at least 1"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 2}}, ["beta_fast of the rotary"]),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 2}},
+            ["0 < beta_slow < beta_fast"],
+        ),
+        (QWEN2, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, ["truncate of the rotary"]),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}},
+            ["original_max_position_embeddings of the rotary settings is 64", "max_position_embeddings, 512"],
+        ),
+        (LLAMA, {"rope_scaling": {"type": "ntk", "factor": 2.0}}, ["rope_type is 'ntk'", "linear, dynamic, yarn"]),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, ["factor is missing", "low_freq_factor is missing"]),
         (
             LLAMA,
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "mscale": 2}},
             ["mscale of the rotary settings is 2"],
         ),
-        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 2}}, ["attention_factor"]),
+        (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 1.0, "attention_factor": 2}}, ["attention_factor"]),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["differ by layer (full_attention)"]),
         (LLAMA, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, ["rope_theta is given twice"]),
         (LLAMA, {"rope_scaling": {"type": "llama3", "rope_type": "default", **LLAMA3}}, ["given twice"]),
@@ -202,8 +318,14 @@ def test_dense_layers_are_those_of_transformers(settings: dict[str, Any], dense:
             {"original_max_position_embeddings": 128, "rope_scaling": {"type": "llama3", **LLAMA3}},
             ["original_max_position_embeddings is given twice, as 128 and as 64"],
         ),
-        (QWEN, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}, ["sliding_window is 64"]),
-        (QWEN, {"layer_types": ["sliding_attention"] * 6}, ["layer_types has 'sliding_attention'"]),
+        (MISTRAL, {"layer_types": ["full_attention"] * 6, "sliding_window": 8}, ["that of all layers"]),
+        (MISTRAL, {"attention_bias": True, "num_key_value_heads": 3}, ["attention_bias is True"]),
+        (MIXTRAL, {"num_local_experts": None}, ["num_local_experts is missing"]),
+        (MIXTRAL, {"moe_intermediate_size": 8}, ["moe_intermediate_size is 8, which is not known"]),
+        (MIXTRAL, {"router_jitter_noise": 0.5}, ["router_jitter_noise is 0.5"]),
+        (QWEN2, {"architectures": ["Qwen2ForTokenClassification"]}, ["a Decoder is a Qwen2ForCausalLM"]),
+        (QWEN, {"layer_types": ["sliding_attention"] * 6}, ["layer_types has 'sliding_attention', but no sliding"]),
+        (QWEN, {"layer_types": ["chunked_attention"] * 6}, ["layer_types has 'chunked_attention'"]),
         (QWEN, {"layer_types": ["full_attention"] * 5}, ["layer_types has 5 entries, but num_hidden_layers is 6"]),
         (QWEN, {"hidden_size": None, "vocab_size": None}, ["hidden_size is missing", "vocab_size is missing"]),
         (MOE, {"num_experts": 0}, ["num_experts is 0"]),
@@ -211,11 +333,10 @@ def test_dense_layers_are_those_of_transformers(settings: dict[str, Any], dense:
         (MOE, {"num_local_experts": 4}, ["num_experts and num_local_experts differ"]),
         (MOE, {"num_experts_per_tok": None}, ["num_experts_per_tok is missing"]),
         (MOE, {"shared_expert_intermediate_size": 8}, ["shared_expert_intermediate_size is 8, which is not known"]),
-        (MOE, {"use_sliding_window": True, "sliding_window": 64}, ["sliding_window is 64"]),
         (
             MOE,
-            {"attention_bias": True, "is_causal": False, "rope_scaling": {"type": "longrope"}},
-            ["attention_bias is True", "is_causal is False", "rope_type is 'longrope'"],
+            {"attention_bias": True, "is_causal": False, "rope_scaling": {"type": "axial"}},
+            ["attention_bias is True", "is_causal is False", "rope_type is 'axial'"],
         ),
     ],
 )
@@ -284,9 +405,38 @@ def test_wrong_types_are_one_error_that_names_all(values: dict[str, Any], value:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-@pytest.mark.parametrize("values", [LLAMA, QWEN, MOE], ids=["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("values", FAMILY_CONFIGS, ids=lambda values: values["model_type"])
 def test_what_changes_nothing_passes(values: dict[str, Any], changes: dict[str, Any]) -> None:
     assert config_from_huggingface({**values, **changes}) == config_from_huggingface(values)
+
+
+def test_a_phi_is_read_with_all_its_fields() -> None:
+    config = config_from_huggingface(PHI4)
+    assert config.rope_scaling == LongRopeScaling(
+        short_factor=(1.0, 1.0, 1.0), long_factor=(1.0, 2.5, 30.0), original_context=64, factor=8.0
+    )
+    assert (config.rotary_dim, config.attention_head_dim, config.window) == (6, 8, None)
+    assert config_from_huggingface(config_to_huggingface(config)) == config
+    su = {**PHI4, "rope_scaling": {**PHI4["rope_scaling"], "type": "su"}}
+    assert config_from_huggingface(su) == config
+    # Releases of transformers up to 4.44 accept these three entries and no other.
+    assert config_to_huggingface(config)["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+
+
+def test_layers_without_rotary_positions_are_those_of_transformers() -> None:
+    assert config_from_huggingface(SMOLLM3).nope_layers == (3,)
+    assert config_from_huggingface({**SMOLLM3, "no_rope_layer_interval": 2}).nope_layers == (1, 3, 5)
+    config = config_from_huggingface({**SMOLLM3, "no_rope_layers": [1, 1, 0, 1, 1, 0], "sliding_window": 64})
+    assert (config.nope_layers, config.window) == ((2, 5), None)
+    windows = {"use_sliding_window": True, "sliding_window": 64}
+    assert config_from_huggingface({**SMOLLM3, **windows}).full_layers == (0, 1, 2, 4, 5)
+
+
+def test_a_granite_has_factors_of_one_where_it_does_not_say() -> None:
+    config = config_from_huggingface({**GRANITE, "attention_multiplier": 0.25, "logits_scaling": 8})
+    assert (config.attention_multiplier, config.logits_scaling) == (0.25, 8)
+    assert (config.embedding_multiplier, config.residual_multiplier) == (1, 1)
+    assert config_from_huggingface(GRANITE).attention_multiplier == 1
 
 
 def test_windows_that_no_layer_uses_pass() -> None:
@@ -298,6 +448,44 @@ def test_windows_that_no_layer_uses_pass() -> None:
         {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0, "layer_types": full},
     ):
         assert config_from_huggingface({**QWEN, **changes}) == config_from_huggingface(QWEN)
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "window", "full"),
+    [
+        (MISTRAL, {"sliding_window": 64}, 64, ()),
+        (MISTRAL, {"sliding_window": None}, None, ()),
+        (MISTRAL, {"max_position_embeddings": 8192}, 4096, ()),  # the default of transformers
+        (MISTRAL, {}, None, ()),  # which is more than these 512
+        (MISTRAL, {"sliding_window": 64, "layer_types": ["sliding_attention"] * 6}, 64, ()),
+        (MIXTRAL, {"max_position_embeddings": 8192}, None, ()),
+        (MIXTRAL, {"sliding_window": 64}, 64, ()),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4}, 64, (0, 1, 2, 3)),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 64}, None, ()),
+        (QWEN, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, 64, ()),
+        (
+            QWEN,
+            {
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "layer_types": ["sliding_attention", "full_attention"] * 3,
+            },
+            64,
+            (1, 3, 5),
+        ),
+        ({**MOE, "head_dim": 8}, {"use_sliding_window": True, "sliding_window": 64}, 64, ()),
+    ],
+)
+def test_windows_are_those_of_transformers(
+    values: dict[str, Any], changes: dict[str, Any], window: int | None, full: tuple[int, ...]
+) -> None:
+    config = config_from_huggingface({**values, **changes})
+    assert (config.window, config.full_layers) == (window, full)
+    assert config_from_huggingface(config_to_huggingface(config)) == config
+
+
+# One of each model_type.
+EVERY = ["llama", "granite", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3-moe", "smollm3"]
 
 
 def alternatives(value: object) -> list[object]:
@@ -330,7 +518,7 @@ SHARED: dict[str, list[Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("family", sorted(EVERY))
 def test_every_setting_of_transformers_means_the_same_or_is_refused_by_name(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     values = config_to_huggingface(FAMILIES[family])
@@ -399,7 +587,20 @@ def test_what_transformers_knows_of_a_family_is_compared_with_its_default(monkey
     [
         ("llama", {"norm": "layernorm"}, ["Hugging Face's llama", "norm is 'layernorm'"]),
         ("qwen3", {"norm": "np_layernorm"}, ["Hugging Face's qwen3", "norm is 'np_layernorm'"]),
-        ("qwen3-moe", {"qk_norm": False}, ["Hugging Face's llama", "moe is set without qk_norm"]),
+        ("qwen3-moe", {"qk_norm": False}, ["Hugging Face's mixtral", "moe.ffn_dim is 24, it supports"]),
+        ("llama", {"family": "qwen3"}, ["Hugging Face's qwen3", "qk_norm is not set, it always has"]),
+        ("mistral", {"family": "llama"}, ["window is 24, it attends to the full sequence"]),
+        ("llama", {"nope_layers": (0,), "family": "llama"}, ["nope_layers is [0], it has rotary positions in all"]),
+        ("granite", {"qkv_bias": True}, ["Hugging Face's granite", "qkv_bias is set, it has no such biases"]),
+        ("phi3", {"rope_scaling": LinearScaling(factor=2.0)}, ["it supports default, longrope"]),
+        ("phi3-long", {"family": "llama"}, ["rotary_fraction is 0.75"]),
+        ("mistral", {"full_layers": (1,)}, ["full_layers is [1]"]),
+        (
+            "mixtral",
+            {"moe": MoEConfig(n_experts=4, top_k=2, ffn_dim=24, normalize_top_k=False, dense_layers=(0,))},
+            ["moe.dense_layers is [0]", "moe.normalize_top_k is not set"],
+        ),
+        ("qwen3-moe", {"qkv_bias": True}, ["Hugging Face's qwen2", "moe is set", "qk_norm is set"]),
         ("llama-wide-heads", {"n_heads": 6}, ["dim 32 is not a multiple of n_heads 6"]),
         (
             "qwen3-moe",

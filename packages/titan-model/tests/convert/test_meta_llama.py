@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_families import FAMILIES, assert_same_logits, random_tokens, to_transformers, transformers_model
-from titan_model import DecoderConfig, RopeScaling, preset, preset_names
+from titan_model import DecoderConfig, Llama3Scaling, preset, preset_names
 from titan_model.convert.errors import WeightsError
 from titan_model.convert.meta_llama import load_meta, meta_map
 
@@ -59,7 +59,7 @@ def meta_logits(tensors: dict[str, Tensor], config: DecoderConfig, tokens: Tenso
     return norm(x, tensors["norm.weight"]) @ tensors["output.weight"].T
 
 
-def stretched(frequency: float, scaling: RopeScaling) -> float:
+def stretched(frequency: float, scaling: Llama3Scaling) -> float:
     wavelength = 2 * math.pi / frequency
     if wavelength < scaling.original_context / scaling.high_freq_factor:
         return frequency

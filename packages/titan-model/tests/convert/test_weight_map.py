@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_families import FAMILIES
-from titan_model import Decoder, DecoderConfig, build, preset, preset_names
+from titan_model import Decoder, DecoderConfig, Llama3Scaling, build, preset, preset_names
 from titan_model.convert.errors import WeightsError
+from titan_model.convert.huggingface_families import plainest_family
 from titan_model.convert.huggingface_names import huggingface_map
 from titan_model.convert.loading import external_shapes, internal_tensors
 from titan_model.convert.meta_llama import meta_map
@@ -27,7 +28,8 @@ def has_map(config: DecoderConfig, kind: str) -> bool:
     if kind == "huggingface-fused":
         return config.moe is not None
     if kind == "meta":
-        return not config.qk_norm and config.head_dim is None
+        scaled = config.rope_scaling is not None and not isinstance(config.rope_scaling, Llama3Scaling)
+        return plainest_family(config) == "llama" and config.head_dim is None and not scaled
     return True
 
 

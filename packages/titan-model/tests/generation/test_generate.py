@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model_families import FAMILIES, randomize, to_transformers, transformers_model
-from titan_model import Decoder, SamplingParams, build, generate
+from titan_model import Decoder, DynamicScaling, LongRopeScaling, SamplingParams, build, generate
 from titan_model.layers.kv_cache import KVCache
 
 PROMPTS = st.lists(st.lists(st.integers(0, 36), min_size=1, max_size=10), min_size=1, max_size=4)
@@ -52,23 +52,30 @@ def test_greedy_is_that_of_transformers(family: str) -> None:
     theirs.load_state_dict(to_transformers(model.state_dict(), model.config), strict=False)
     theirs.tie_weights()
     longest = max(map(len, UNEQUAL))
+    texts = generate(model, UNEQUAL, SamplingParams(temperature=0), max_new_tokens=new)
+    assert len({tuple(text) for text in texts}) == len(UNEQUAL)
+    scaling = model.config.rope_scaling
+    if scaling is not None and scaling.depends_on_length:
+        # There the length is that of the batch, and a cache keeps keys that were rotated for shorter texts.
+        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "use_cache": False}
+        alone = [theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :] for prompt in UNEQUAL]
+        assert texts == [text.tolist() for text in alone]
+        return
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in UNEQUAL])
     there = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in UNEQUAL])
     expected = theirs.generate(
         padded, attention_mask=there, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None
     )
-    texts = generate(model, UNEQUAL, SamplingParams(temperature=0), max_new_tokens=new)
     assert texts == expected[:, longest:].tolist()
-    assert len({tuple(text) for text in texts}) == len(UNEQUAL)
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "flex", "varlen"])
-@pytest.mark.parametrize("family", ["llama-tied-scaled", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["llama-tied-scaled", "mistral", "smollm3", "qwen2-window", "qwen3-moe"])
 def test_cached_logits_are_those_of_a_full_forward(family: str, attention: str) -> None:
     model = family_model(family, attention=attention)
-    whole = [torch.randint(0, 37, (n + 6,), generator=torch.Generator().manual_seed(n)) for n in (7, 1, 3)]
+    whole = [torch.randint(0, 37, (n + 6,), generator=torch.Generator().manual_seed(n)) for n in (29, 1, 3)]
     lengths = [len(tokens) - 6 for tokens in whole]
-    cache = KVCache(model.layers, lengths, 13, "cpu")
+    cache = KVCache(model.layers, lengths, 35, "cpu")
     with torch.no_grad():
         full = [model(tokens[None])[0] for tokens in whole]
         new = nn.utils.rnn.pad_sequence([t[:n] for t, n in zip(whole, lengths, strict=True)], batch_first=True)
@@ -148,6 +155,54 @@ def test_keys_and_values_keep_their_heads(random_decoder: Callable[..., Decoder]
     for layer in cache.layers.values():
         tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
         assert [(t.shape, t.dtype) for t in tensors] == [((2, 1, 9, 8), torch.bfloat16)] * 2
+
+
+@settings(deadline=None, max_examples=15)
+@given(prompts=PROMPTS, window=st.integers(1, 12), full=st.sets(st.integers(0, 1)))
+def test_windows_need_no_more_than_their_slots(
+    random_decoder: Callable[..., Decoder], prompts: list[list[int]], window: int, full: set[int]
+) -> None:
+    model = random_decoder(window=window, full_layers=tuple(full))
+    cache = KVCache(model.layers, [len(prompt) for prompt in prompts], 20, "cpu")
+    longest = max(map(len, prompts))
+    new = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    texts = [list(prompt) for prompt in prompts]
+    with torch.no_grad():
+        for _ in range(8):
+            logits = model(new, cache=cache)[:, 0]
+            for text, found in zip(texts, logits, strict=True):
+                torch.testing.assert_close(found, model(torch.tensor([text]))[0, -1], rtol=0, atol=1e-4)
+                text.append(int(found.argmax()))
+            new = torch.tensor([text[-1:] for text in texts])
+    for name, layer in cache.layers.items():
+        slots = 20 if int(name) in full else min(window, 20)
+        assert {tensor.shape[2] for tensor in vars(layer).values() if isinstance(tensor, Tensor)} == {slots}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        DynamicScaling(factor=4.0, original_context=9),
+        LongRopeScaling(short_factor=(1.0,) * 4, long_factor=(1, 2, 3, 4), original_context=9, factor=4.0),
+    ],
+    ids=["dynamic", "longrope"],
+)
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_scaling_by_length_is_that_of_the_text_so_far(
+    random_decoder: Callable[..., Decoder], scaling: DynamicScaling | LongRopeScaling, window: int | None
+) -> None:
+    model = random_decoder(rope_scaling=scaling, window=window)
+    texts = generate(model, UNEQUAL, SamplingParams(temperature=0), max_new_tokens=16)
+    assert texts == [uncached(model, prompt, 16) for prompt in UNEQUAL]
+    # In a loop of one's own a cache that is out of date is an error, not a wrong text.
+    cache = KVCache(model.layers, [8, 9], 20, "cpu")
+    with torch.no_grad():
+        model(torch.ones(2, 9, dtype=torch.int64), cache=cache)
+        assert cache.is_outdated(model.config)
+        with pytest.raises(ValueError, match="begin a new cache with the full texts"):
+            model(torch.ones(2, 1, dtype=torch.int64), cache=cache)
+        cache.keep([0])
+        model(torch.ones(1, 1, dtype=torch.int64), cache=cache)
 
 
 def test_bfloat16_generates(random_decoder: Callable[..., Decoder]) -> None:

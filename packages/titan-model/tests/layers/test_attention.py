@@ -298,3 +298,44 @@ def test_cuda_computes_what_the_cpu_computes(attention: str, dtype: str) -> None
         results.append([x.float().cpu() for x in (out, q.grad, k.grad, v.grad) if x is not None])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 if dtype != "float32" else 2e-3)
+
+
+@pytest.mark.parametrize("attention", BACK_ENDS)
+@settings(deadline=None, max_examples=10)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), window=st.integers(1, 12))
+def test_a_window_ends_what_a_query_attends_to(attention: str, lengths: list[int], window: int) -> None:
+    total = sum(lengths)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    q, k, v = (torch.randn(1, heads, total, 8) for heads in (4, 2, 2))
+    places = torch.arange(total)
+    distance = places[:, None] - places[None, :]
+    seen = (distance >= 0) & (distance < window) & (ids[0][:, None] == ids[0][None, :])
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    with torch.no_grad():
+        mask = make_mask(replace(CONFIG, attention=attention), ids, torch.empty(1, total, 32), window)
+        torch.testing.assert_close(AttentionCore()(q, k, v, mask), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_gradients_within_windows_are_those_of_a_mask(attention: str) -> None:
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor([9, 2, 5]))[None]
+    distance = torch.arange(16)[:, None] - torch.arange(16)[None, :]
+    seen = (distance >= 0) & (distance < 4) & (ids[0][:, None] == ids[0][None, :])
+    inputs = [torch.randn(1, heads, 16, 8, requires_grad=True) for heads in (4, 2, 2)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=seen, enable_gqa=True)
+    mask = make_mask(replace(CONFIG, attention=attention), ids, torch.empty(1, 16, 32), 4)
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
+    found = torch.autograd.grad((AttentionCore()(*inputs, mask) * weight).sum(), inputs)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_blocks_outside_the_window_are_skipped() -> None:
+    with torch.no_grad():
+        mask = make_mask(replace(CONFIG, attention="flex"), None, torch.empty(1, 1024, 32), 200)
+    assert mask is not None
+    assert mask.blocks is not None
+    # Of 8 blocks of 128 each sees itself, the one before, and the one before that from its first 72 queries.
+    assert mask.blocks.kv_num_blocks.tolist() == [[[1, 2, 3, 3, 3, 3, 3, 3]]]
+    assert mask.blocks.full_kv_num_blocks.tolist() == [[[0] * 8]]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from titan_model import Decoder, build
+from titan_model import Decoder, DynamicScaling, build
 from titan_model.layers.attention import Attention
 
 # FlexAttention has no backward on the CPU: its gradients are tested on CUDA.
@@ -171,3 +171,13 @@ def test_a_block_left_out_leaves_the_others_their_names(random_decoder: Callable
 def test_there_are_no_buffers(random_decoder: Callable[..., Decoder]) -> None:
     # So that a model from the meta device needs its parameters filled in and nothing else.
     assert list(random_decoder().buffers()) == []
+
+
+def test_a_scaling_by_length_knows_the_documents(random_decoder: Callable[..., Decoder]) -> None:
+    model = random_decoder(rope_scaling=DynamicScaling(factor=4.0, original_context=4), rope_theta=100.0)
+    documents = [random_tokens(1, n, seed=n) for n in (9, 3, 14)]
+    positions, document_ids = packed([9, 3, 14])
+    with torch.no_grad():
+        together = model(torch.cat(documents, dim=1), positions=positions, document_ids=document_ids)
+        for logits, alone in zip(together.split([9, 3, 14], dim=1), documents, strict=True):
+            assert close(logits, model(alone))

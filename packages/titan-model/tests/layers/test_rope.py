@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_model import RopeScaling
+from titan_model import DynamicScaling, Llama3Scaling
 from titan_model.fused_ops import rotate
-from titan_model.layers.rope import inverse_frequencies, rotation
+from titan_model.layers.rope import document_lengths, inverse_frequencies, rotation
 
 POSITIONS = st.integers(0, 1000)
 HALF_DIMS = st.integers(1, 8)
@@ -64,7 +64,7 @@ def test_position_zero_changes_nothing_and_dtype_stays() -> None:
 def test_scaling_is_the_three_rules(
     half_dim: int, theta: float, factor: float, low: float, gap: float, context: int
 ) -> None:
-    scaling = RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=low + gap, original_context=context)
+    scaling = Llama3Scaling(factor=factor, low_freq_factor=low, high_freq_factor=low + gap, original_context=context)
     got = inverse_frequencies(2 * half_dim, theta, scaling)
     for i, value in enumerate(got.tolist()):
         frequency = theta ** (-i / half_dim)
@@ -77,3 +77,20 @@ def test_scaling_is_the_three_rules(
             smooth = (context / wavelength - low) / gap
             expected = (1 - smooth) * frequency / factor + smooth * frequency
         assert math.isclose(value, expected, rel_tol=1e-4)
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_each_token_knows_how_long_its_document_is(lengths: list[int]) -> None:
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    assert document_lengths(positions).tolist() == [[n for n in lengths for _ in range(n)]]
+
+
+def test_dynamic_scaling_begins_beyond_the_original_context() -> None:
+    scaling = DynamicScaling(factor=2.0, original_context=16)
+    plain = inverse_frequencies(8, 100.0, None)
+    found = inverse_frequencies(8, 100.0, scaling, lengths=torch.tensor([[1, 16, 17, 64]]))[0, :, 0]
+    torch.testing.assert_close(found[:2], torch.stack([plain, plain]))
+    assert (found[2, 1:] < plain[1:]).all()
+    # The base of 64 tokens is 100 * (2 * 64 / 16 - 1) ** (8 / 6).
+    torch.testing.assert_close(found[3], inverse_frequencies(8, 100.0 * 7.0 ** (8 / 6), None))

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titan_model import DecoderConfig, RopeScaling, preset, preset_names
+from titan_model import (
+    DecoderConfig,
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    YarnScaling,
+    preset,
+    preset_names,
+)
 from titan_model.config import MoEConfig
 from titan_model.convert.huggingface_config import config_to_huggingface
 from titan_model.convert.huggingface_names import huggingface_map
@@ -26,15 +35,49 @@ _LLAMA: dict[str, Any] = {
 }
 # Wider heads than dim / n_heads.
 _QWEN: dict[str, Any] = {**_LLAMA, "head_dim": 12, "qk_norm": True, "rope_theta": 1_000_000.0}
-_SCALED: dict[str, Any] = {"rope_scaling": RopeScaling(factor=8.0, original_context=32), "rope_theta": 100.0}
+_SCALED: dict[str, Any] = {"rope_scaling": Llama3Scaling(factor=8.0, original_context=32), "rope_theta": 100.0}
 _MOE = MoEConfig(n_experts=8, top_k=3, ffn_dim=24)
 
 FAMILIES: dict[str, DecoderConfig] = {
     "llama": DecoderConfig(**_LLAMA),
     "llama-tied-scaled": DecoderConfig(**_LLAMA, **_SCALED, tied_embeddings=True),
+    "llama-linear": DecoderConfig(**_LLAMA, rope_scaling=LinearScaling(factor=3.0), rope_theta=100.0),
+    # As long as four times the original context is.
+    "llama-dynamic": DecoderConfig(
+        **{**_LLAMA, "max_seq_len": 128}, rope_scaling=DynamicScaling(factor=4.0, original_context=32), rope_theta=100.0
+    ),
     "llama-wide-heads": DecoderConfig(**_LLAMA, head_dim=12),
+    "qwen2": DecoderConfig(**_LLAMA, qkv_bias=True, rope_theta=1_000_000.0),
+    "qwen2-tied-scaled": DecoderConfig(**_LLAMA, **_SCALED, qkv_bias=True, tied_embeddings=True),
+    "qwen2-window": DecoderConfig(**_LLAMA, qkv_bias=True, window=24, full_layers=(0,)),
+    "mistral": DecoderConfig(**_LLAMA, head_dim=12, window=24),
+    "mistral-full": DecoderConfig(**_LLAMA, family="mistral", rope_theta=1_000_000.0),
+    "mixtral": DecoderConfig(
+        **{**_LLAMA, "ffn_dim": 24}, moe=MoEConfig(n_experts=8, top_k=2, ffn_dim=24), window=40, tied_embeddings=True
+    ),
+    "smollm3": DecoderConfig(**_LLAMA, nope_layers=(1,), tied_embeddings=True),
+    "granite": DecoderConfig(
+        **_LLAMA,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=0.5,
+        tied_embeddings=True,
+    ),
+    "phi3": DecoderConfig(**_LLAMA, window=40, family="phi3"),
+    "phi3-long": DecoderConfig(
+        **_LLAMA,
+        rotary_fraction=0.75,
+        rope_scaling=LongRopeScaling(
+            short_factor=(1.0, 1.1, 1.5), long_factor=(1.0, 3.0, 9.0), original_context=48, factor=8.0
+        ),
+        rope_theta=100.0,
+    ),
     "qwen3": DecoderConfig(**_QWEN),
     "qwen3-tied-scaled": DecoderConfig(**{**_QWEN, **_SCALED}, tied_embeddings=True),
+    "qwen3-yarn": DecoderConfig(
+        **{**_QWEN, "rope_theta": 100.0}, rope_scaling=YarnScaling(factor=12.0, original_context=32)
+    ),
     "qwen3-moe": DecoderConfig(**_QWEN, moe=_MOE),
     "qwen3-moe-mixed-tied": DecoderConfig(
         **_QWEN,

@@ -87,12 +87,13 @@ def check(config: Config, world_size: int) -> Checked:
 
 
 def model_config(config: Config) -> DecoderConfig:
-    """Return the decoder's shape: the preset, with the changes of `[model]` and `[moe]`.
+    """Return the decoder's shape: the preset, with the changes of `[model]`, `[rope]` and `[moe]`.
 
     Raises:
         ConfigError: If there is no such preset or the numbers do not fit together.
     """
     changes, moe = _given(config.model.model_dump(exclude={"preset"})), _given(config.moe.model_dump())
+    changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
     try:
         shape = titan_model.preset(config.model.preset)
         if moe and shape.moe is None:
@@ -103,11 +104,30 @@ def model_config(config: Config) -> DecoderConfig:
             )
         if shape.moe is not None:
             changes["moe"] = replace(shape.moe, **moe)
+        changes |= _rope_scaling(config)
         return replace(shape, **changes)
     except KeyError as error:
         raise ConfigError(f"model.preset: {error.args[0]}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _rope_scaling(config: Config) -> dict[str, Any]:
+    """Return the change that `[rope]` makes to the shape.
+
+    Raises:
+        ConfigError: If values are given without a type that has them.
+    """
+    kind, values = config.rope.type, _given(config.rope.model_dump(exclude={"type"}))
+    if kind is None or kind == "default":
+        if values:
+            needed = (
+                "has no settings" if kind else 'needs rope.type = "linear", "dynamic", "yarn", "llama3" or "longrope"'
+            )
+            raise ConfigError(f"rope.{next(iter(values))}: {'rope.type default' if kind else 'it'} {needed}")
+        return {} if kind is None else {"rope_scaling": None}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return {"rope_scaling": titan_model.rope_scaling(kind, **values)}
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -122,12 +142,27 @@ def _layout(
     try:
         degrees = config.parallel.degrees().resolve(world_size)
         options = config.parallel.options(config.training.dtype)
+        if degrees.cp > 1 and "attention" not in plan:
+            raise ConfigError(f"parallel.cp {degrees.cp}: {_not_divisible(shape)}")
         for length in sequence_lengths(config).values():
             check_plan(plan, degrees, sequence_length=length, options=options)
         check_pipeline(degrees.pp, options.pipeline, blocks=blocks)
     except LayoutError as error:
         raise ConfigError(f"[parallel] {with_keys(str(error))}") from None
     return degrees, options
+
+
+def _not_divisible(shape: DecoderConfig) -> str:
+    """Return why ranks cannot share the sequences of a model."""
+    if shape.rope_scaling is None or not shape.rope_scaling.depends_on_length:
+        return (
+            f"attention with a sliding window (model.window {shape.window}) is not supported under context "
+            "parallelism yet; set parallel.cp = 1"
+        )
+    return (
+        f"the model's rotary positions are scaled by the length of each document ({shape.rope_scaling}), which no rank "
+        'has all of; set parallel.cp = 1 or another rope.type, such as "yarn"'
+    )
 
 
 def _microbatch_size(config: Config, degrees: Degrees, options: ParallelOptions) -> tuple[int, list[str]]:

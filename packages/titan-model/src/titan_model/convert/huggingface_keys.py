@@ -15,13 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from titan_model.convert.errors import shown
+from titan_model.convert.huggingface_families import FAMILIES
 from titan_model.convert.huggingface_rope import RopeSettings, rope_errors
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
+from titan_model.convert.huggingface_windows import window_errors
 
 
 class ValueKind(NamedTuple):
@@ -66,22 +62,26 @@ _UNDERSTOOD = {
     "rope_scaling": OBJECT,
     "rope_parameters": OBJECT,
     "original_max_position_embeddings": COUNT,
-    # Whether all layers attend to the full sequence: see `_window_errors`.
+    # Which layers attend to the full sequence: see `huggingface_windows`.
     "use_sliding_window": FLAG,
     "sliding_window": COUNT,
     "max_window_layers": ValueKind("an integer", lambda value: type(value) is int),
     "layer_types": NAMES,
     "architectures": NAMES,
 }
-_UNDERSTOOD_MOE = {
-    "num_experts": COUNT,
-    "num_local_experts": COUNT,
-    "num_experts_per_tok": COUNT,
-    "moe_intermediate_size": COUNT,
-    "norm_topk_prob": FLAG,
-    "decoder_sparse_step": COUNT,
-    "mlp_only_layers": COUNTS,
+_EXPERTS = {"num_experts": COUNT, "num_local_experts": COUNT, "num_experts_per_tok": COUNT}
+_UNDERSTOOD_EXPERTS = {
+    None: {},
+    "mixtral": _EXPERTS,
+    "qwen": {
+        **_EXPERTS,
+        "moe_intermediate_size": COUNT,
+        "norm_topk_prob": FLAG,
+        "decoder_sparse_step": COUNT,
+        "mlp_only_layers": COUNTS,
+    },
 }
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 # Keys for which a Decoder supports these values only; the first is what the message gives. (1 equals True and 1.0.)
@@ -94,6 +94,7 @@ _ONLY: dict[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
     "rope_interleaved": (False,),
+    "use_mrope": (False,),
     "pruned_heads": ({},),
     # Factors of other families.
     "partial_rotary_factor": (1,),
@@ -103,6 +104,10 @@ _ONLY: dict[str, tuple[object, ...]] = {
     "residual_multiplier": (1,),
     "logits_scaling": (1,),
     "logit_scale": (1,),
+    "router_jitter_noise": (0,),
+    "interpolate_factor": (1,),
+    "full_attn_mod": (1,),
+    "lm_head_bias": (False,),
 }
 
 # Keys that change nothing that a Decoder computes, whatever their value: names and versions, token ids (see
@@ -122,6 +127,8 @@ return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_v
 exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
 """
 _HARMLESS = frozenset(_HARMLESS_KEYS.split())
+# Code in the folders of released models that transformers has by now.
+_OWN_CODE = ("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM")
 _DROPOUT = re.compile(r"(\w+_)?(dropout|pdrop)(_prob)?")  # not applied: a Decoder has none
 _QUANTIZED = ("quantization_config", "compression_config")
 _MISSING = object()
@@ -132,10 +139,10 @@ def key_errors(values: Mapping[str, Any], kind: str, rope: RopeSettings) -> list
 
     Args:
         values: The contents of a `config.json`.
-        kind: Its `model_type`, a key of `ARCHITECTURES`.
+        kind: Its `model_type`, a key of `FAMILIES`.
         rope: Its rotary settings.
     """
-    understood = _UNDERSTOOD | (_UNDERSTOOD_MOE if kind == "qwen3_moe" else {})
+    understood = _understood(kind)
     given = {key: value for key, value in values.items() if value is not None}
     mistyped = {
         key: f"{key} is {shown(given[key])}, must be {expected.name}"
@@ -146,20 +153,43 @@ def key_errors(values: Mapping[str, Any], kind: str, rope: RopeSettings) -> list
     for key, value in given.items():
         if key not in understood and (problem := _problem(key, value, kind)):
             wrong.append(problem)
+    flags = given.get("no_rope_layers")
+    if FAMILIES[kind].no_rope_layers and not mistyped and flags is not None:
+        n_layers = given.get("num_hidden_layers", 0)
+        if len(flags) < n_layers:
+            wrong.append(f"no_rope_layers has {len(flags)} entries, but num_hidden_layers is {n_layers}")
     if not mistyped:  # what these compare must have the right types
         if len({given[key] for key in ("num_experts", "num_local_experts") if key in given}) > 1:
             wrong.append("num_experts and num_local_experts differ: remove one")
-        wrong += _architecture_errors(given, kind) + _window_errors(given, kind) + rope_errors(rope)
+        wrong += _architecture_errors(given, kind) + window_errors(given, kind) + rope_errors(rope, kind)
     return wrong
+
+
+def _understood(kind: str) -> dict[str, ValueKind]:
+    """Return the keys that are read of a family's config, with what they must be."""
+    family = FAMILIES[kind]
+    understood = _UNDERSTOOD | _UNDERSTOOD_EXPERTS[family.experts]
+    if family.multipliers:
+        understood |= dict.fromkeys(_MULTIPLIERS, NUMBER)
+    if family.partial_rotary:
+        understood["partial_rotary_factor"] = NUMBER
+    if family.no_rope_layers:
+        understood |= {"no_rope_layers": COUNTS, "no_rope_layer_interval": COUNT}
+    return understood
 
 
 def _needed(values: Mapping[str, Any], kind: str) -> list[str]:
     needed = [*_NEEDED, "max_position_embeddings"]
-    if kind == "qwen3_moe":
-        needed += ["num_experts_per_tok", "moe_intermediate_size"]
-        if values.get("num_local_experts") is None:
-            needed.append("num_experts")
-    if kind != "llama" and "num_key_value_heads" not in values:  # null: as many as query heads
+    if FAMILIES[kind].experts:
+        needed.append("num_experts_per_tok")
+        count, other = "num_experts", "num_local_experts"
+        if FAMILIES[kind].experts == "qwen":
+            needed.append("moe_intermediate_size")
+        else:
+            count, other = other, count
+        if values.get(other) is None:
+            needed.append(count)
+    if FAMILIES[kind].needs_kv_heads and "num_key_value_heads" not in values:  # null: as many as query heads
         needed.append("num_key_value_heads")
     return needed
 
@@ -172,7 +202,11 @@ def _problem(key: str, value: object, kind: str) -> str | None:
     if key in _QUANTIZED:
         return f"{key} says {_quantization(value)}: quantized weights are not supported; load an unquantized copy"
     if key == "auto_map":
-        code = [name for name in value if name != "AutoTokenizer"] if isinstance(value, Mapping) else [shown(value)]
+        code = (
+            [name for name in value if name != "AutoTokenizer" and value[name] not in _OWN_CODE]
+            if isinstance(value, Mapping)
+            else [shown(value)]
+        )
         return f"auto_map replaces {', '.join(code)} by code in the folder, which is not run" if code else None
     if key in _HARMLESS:
         return None
@@ -196,32 +230,10 @@ def _quantization(value: object) -> str:
 
 
 def _architecture_errors(given: Mapping[str, Any], kind: str) -> list[str]:
-    expected = ARCHITECTURES[kind]
+    expected = FAMILIES[kind].architecture
     known = {expected.lower(), expected.replace("ForCausalLM", "Model").lower()}
     other = [name for name in given.get("architectures", ()) if name.lower() not in known]
     return [f"architectures has {', '.join(map(shown, other))}, a Decoder is a {expected}"] if other else []
-
-
-def _window_errors(given: Mapping[str, Any], kind: str) -> list[str]:
-    """Return the errors of settings that let a layer attend to less than the full sequence."""
-    layers = given.get("num_hidden_layers", 0)
-    if "layer_types" in given:
-        types, wrong = given["layer_types"], []
-        if other := sorted(set(types) - {"full_attention"}):
-            wrong.append(f"layer_types has {', '.join(map(shown, other))}, a Decoder supports 'full_attention' only")
-        if len(types) != layers:
-            wrong.append(f"layer_types has {len(types)} entries, but num_hidden_layers is {layers}")
-        if wrong or kind == "qwen3":  # for which transformers reads nothing else where there are layer types
-            return wrong
-    window = given.get("sliding_window")
-    used = given.get("use_sliding_window", kind == "llama")
-    first = given.get("max_window_layers", 28) if kind == "qwen3" else 0  # the default of transformers
-    if window is None or not used or first >= layers or window >= given.get("max_position_embeddings", 0):
-        return []
-    return [
-        ("use_sliding_window is True: " if kind != "llama" else "")
-        + f"sliding_window is {window}, a Decoder attends to the full sequence"
-    ]
 
 
 def _default_of_transformers(kind: str, key: str) -> object:

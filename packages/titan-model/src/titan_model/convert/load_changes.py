@@ -12,7 +12,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from titan_model.config import AttentionKind, DecoderConfig, NormKind, RopeScaling
+from titan_model.config import AttentionKind, DecoderConfig, NormKind
+from titan_model.rope_scaling import RopeScaling
 
 _NORMS = ("rmsnorm", "fused_rmsnorm")  # the same function
 

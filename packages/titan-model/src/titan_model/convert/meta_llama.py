@@ -17,6 +17,7 @@ from titan_model.convert.folders import check_downloaded, open_folder, read_json
 from titan_model.convert.loading import TensorSource, external_shapes, load_mapped
 from titan_model.convert.weight_map import DecoderWeightMap, InterleavedRotary, Rename, TensorRule
 from titan_model.decoder import Decoder
+from titan_model.rope_scaling import Llama3Scaling
 
 _BLOCK = {
     "attn_norm": "attention_norm",
@@ -27,6 +28,18 @@ _BLOCK = {
     "ffn.down_proj": "feed_forward.w2",
     "ffn.up_proj": "feed_forward.w3",
 }
+
+
+_NOT_IN_LLAMA = (
+    "qkv_bias",
+    "window",
+    "rotary_fraction",
+    "nope_layers",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+)
 
 
 def meta_map(config: DecoderConfig) -> DecoderWeightMap:
@@ -125,6 +138,13 @@ def _params(config: DecoderConfig) -> dict[str, Any]:
         wrong.append(f"norm is {config.norm!r}, it supports rmsnorm only")
     if config.qk_norm:
         wrong.append("qk_norm is set, it has no such norms")
+    wrong += [
+        f"{name} is {getattr(config, name)}, which it does not have"
+        for name in _NOT_IN_LLAMA
+        if getattr(config, name) != getattr(DecoderConfig, name)
+    ]
+    if config.rope_scaling is not None and not isinstance(config.rope_scaling, Llama3Scaling):
+        wrong.append(f"rope_scaling is {config.rope_scaling}, it supports that of Llama 3 only")
     if config.moe is not None:
         wrong.append("moe is set, it has no experts")
     if config.attention_head_dim * config.n_heads != config.dim:

@@ -94,16 +94,24 @@ class StackedExperts(TensorRule):
 
 
 @dataclass(frozen=True)
-class FusedExperts(TensorRule):
-    """Two internal tensors `[E, F, D]`, gate and up, that are one external tensor `[E, 2 F, D]`."""
+class Concatenated(TensorRule):
+    """Several internal tensors that are one external tensor (experts' gate and up, queries, keys and values, ...).
+
+    Attributes:
+        sizes: Their sizes in that dim.
+        dim: The dim in which they follow one another.
+    """
+
+    sizes: tuple[int, ...]
+    dim: int = 0
 
     def to_external(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Concatenate gate and up."""
-        return {self.external[0]: torch.cat([tensors[name] for name in self.internal], dim=1)}
+        """Concatenate the tensors."""
+        return {self.external[0]: torch.cat([tensors[name] for name in self.internal], dim=self.dim)}
 
     def to_internal(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Split gate and up."""
-        return dict(zip(self.internal, tensors[self.external[0]].chunk(2, dim=1), strict=True))
+        """Split the tensor."""
+        return dict(zip(self.internal, tensors[self.external[0]].split(self.sizes, dim=self.dim), strict=True))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def generate(
         return texts
     device = model.embed.weight.device
     lengths = [len(sequence) for sequence in sequences]
-    cache = KVCache(model.layers, lengths, max(lengths) + max_new_tokens, device)
+    capacity = max(lengths) + max_new_tokens
+    cache = KVCache(model.layers, lengths, capacity, device)
     tokens = _pad(sequences, device)
     active = list(range(len(sequences)))  # sequences that have not ended
     with _evaluation_mode(model):
@@ -77,6 +78,9 @@ def generate(
                 drawn = drawn[kept]
                 cache.keep(kept)
             tokens = drawn[:, None]
+            if cache.is_outdated(model.config):  # a scaling by length: all tokens are computed anew
+                full = [sequences[index] + texts[index] for index in active]
+                tokens, cache = _pad(full, device), KVCache(model.layers, [*map(len, full)], capacity, device)
     return texts
 
 

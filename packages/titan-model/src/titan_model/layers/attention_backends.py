@@ -38,7 +38,7 @@ class AttentionCore(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         if mask.boundaries is not None:
             flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [B * S, H, Dh]
-            out = document_attention(flat[0], flat[1], flat[2], mask.boundaries, longest=q.shape[2])
+            out = document_attention(flat[0], flat[1], flat[2], mask.boundaries, q.shape[2], mask.window)
             return out.reshape(q.shape[0], q.shape[2], *out.shape[1:]).transpose(1, 2)
         if mask.blocks is not None:
             return _flex(q, k, v, mask.blocks)

@@ -1,13 +1,14 @@
 """Attention masks, prepared once per forward in the form that the attention back-end needs.
 
 Called by `Decoder.forward`; `attention_backends` computes attention with the mask. A document is a run of equal ids
-within a sequence: tokens attend to their own run, up to themselves.
+within a sequence: tokens attend to their own run, up to themselves; with a sliding window, to the last tokens of that.
 
 Shapes: `B` batch, `S` queries, `T` keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,30 +29,40 @@ class Mask:
 
     Attributes:
         document_ids: Integers `[B, S]`, as passed to the decoder; None for masks without documents.
+        window: Number of keys that a query attends to at most; None for all of its document.
         allowed: Bool `[B, 1, S, T]`, query by key, for `sdpa`.
         blocks: For `flex`.
         boundaries: int32 `[N + 1]`, for `varlen`: start of each document in the flattened `[B * S]`, then `B * S`.
     """
 
     document_ids: Tensor | None = None
+    window: int | None = None
     allowed: Tensor | None = None
     blocks: BlockMask | None = None
     boundaries: Tensor | None = None
 
 
-def make_mask(config: DecoderConfig, document_ids: Tensor | None, x: Tensor) -> Mask | None:
-    """Return the mask of all blocks, or None if each sequence is one document and SDPA computes attention.
+def make_masks(config: DecoderConfig, document_ids: Tensor | None, x: Tensor) -> Mapping[int | None, Mask | None]:
+    """Return the mask of the blocks with each window that the config has; see `make_mask` for the arguments."""
+    return {window: make_mask(config, document_ids, x, window) for window in config.windows}
+
+
+def make_mask(config: DecoderConfig, document_ids: Tensor | None, x: Tensor, window: int | None = None) -> Mask | None:
+    """Return a mask, or None if each sequence is one document, attended to in full, and SDPA computes attention.
 
     Args:
         config: Its `attention` names the back-end.
         document_ids: Integers `[B, S]`, or None: each sequence is one document.
         x: `[B, S, D]`, the first block's input, for the device and dtype of the model.
+        window: Number of keys that a query attends to, or None for all.
 
     Raises:
         ValueError: If the back-end that the config names cannot run here, or the shapes differ.
     """
+    if window is not None and window >= x.shape[1]:
+        window = None  # of a sequence this short, every query attends to all keys before it
     if document_ids is None:
-        if config.attention in ("auto", "sdpa"):
+        if config.attention in ("auto", "sdpa") and window is None:
             return None
         document_ids = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     if document_ids.shape != x.shape[:2]:
@@ -61,11 +72,12 @@ def make_mask(config: DecoderConfig, document_ids: Tensor | None, x: Tensor) -> 
     runs = _runs(document_ids)
     match _backend(config, x):
         case "sdpa":
-            return Mask(document_ids, allowed=(runs[:, :, None] == runs[:, None, :]).tril()[:, None])
+            same = (runs[:, :, None] == runs[:, None, :]).tril()
+            return Mask(document_ids, window, allowed=(same if window is None else same.triu(1 - window))[:, None])
         case "flex":
-            return Mask(document_ids, blocks=_blocks(runs))
+            return Mask(document_ids, window, blocks=_blocks(runs, window))
         case "varlen":
-            return Mask(document_ids, boundaries=_boundaries(runs))
+            return Mask(document_ids, window, boundaries=_boundaries(runs))
 
 
 def _backend(config: DecoderConfig, x: Tensor) -> Literal["sdpa", "flex", "varlen"]:
@@ -124,17 +136,18 @@ def _boundaries(runs: Tensor) -> Tensor:
     return boundaries
 
 
-def _blocks(runs: Tensor) -> BlockMask:
+def _blocks(runs: Tensor, window: int | None) -> BlockMask:
     """Return FlexAttention's mask, computed from the first and last document of each block of tokens.
 
     No tensor of size `S * S` is needed: a pair of blocks has no common document, some, or the same single one, and the
-    ids at the edges of the blocks say which.
+    ids at the edges of the blocks say which. So do the distances of their edges for the window.
     """
+    length = runs.shape[1]
+    reach = length if window is None else window
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (runs[row, query] == runs[row, key])
+        return (query >= key) & (query - key < reach) & (runs[row, query] == runs[row, key])
 
-    length = runs.shape[1]
     edges = torch.arange(0, length, _BLOCK, device=runs.device)
     first, last = runs[:, edges], runs[:, (edges + _BLOCK - 1).clamp(max=length - 1)]
     # Documents are numbered in order, so two blocks share one only if it extends from the first to the second.
@@ -143,6 +156,9 @@ def _blocks(runs: Tensor) -> BlockMask:
     some |= torch.eye(len(edges), dtype=torch.bool, device=runs.device)
     unpadded = edges + _BLOCK <= length
     full = (edges[:, None] > edges[None, :]) & unpadded[:, None] & (last[:, :, None] == first[:, None, :])
+    distance = edges[:, None] - edges[None, :]
+    some &= distance - _BLOCK + 1 < reach  # from the first query to the last key
+    full &= distance + _BLOCK - 1 < reach  # from the last query to the first key
     return BlockMask.from_kv_blocks(
         *_in_order(some & ~full), *_in_order(full), BLOCK_SIZE=_BLOCK, mask_mod=allowed, seq_lengths=(length, length)
     )

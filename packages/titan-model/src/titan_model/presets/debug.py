@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from titan_model.config import DecoderConfig, MoEConfig, RopeScaling
+from titan_model.config import DecoderConfig, MoEConfig
+from titan_model.rope_scaling import Llama3Scaling
 
 # The next multiple of 8 after 258, so that the vocabulary can be split.
 _VOCAB = 264
@@ -25,7 +26,7 @@ DEBUG: Mapping[str, DecoderConfig] = MappingProxyType(
             ffn_dim=704,
             max_seq_len=4096,
             rope_theta=10_000.0,
-            rope_scaling=RopeScaling(factor=8.0, original_context=512),
+            rope_scaling=Llama3Scaling(factor=8.0, original_context=512),
             tied_embeddings=True,
         ),
         "debug_qwen3": DecoderConfig(

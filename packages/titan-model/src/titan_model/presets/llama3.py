@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from titan_model.config import DecoderConfig, RopeScaling
+from titan_model.config import DecoderConfig
+from titan_model.rope_scaling import Llama3Scaling
 
 _VOCAB = 128_256
 _THETA = 500_000.0
@@ -41,7 +42,7 @@ LLAMA3: Mapping[str, DecoderConfig] = MappingProxyType(
             ffn_dim=14_336,
             max_seq_len=131_072,
             rope_theta=_THETA,
-            rope_scaling=RopeScaling(factor=8.0),
+            rope_scaling=Llama3Scaling(factor=8.0),
         ),
         "llama3_1_70b": DecoderConfig(
             vocab_size=_VOCAB,
@@ -52,7 +53,7 @@ LLAMA3: Mapping[str, DecoderConfig] = MappingProxyType(
             ffn_dim=28_672,
             max_seq_len=131_072,
             rope_theta=_THETA,
-            rope_scaling=RopeScaling(factor=8.0),
+            rope_scaling=Llama3Scaling(factor=8.0),
         ),
         "llama3_1_405b": DecoderConfig(
             vocab_size=_VOCAB,
@@ -63,7 +64,7 @@ LLAMA3: Mapping[str, DecoderConfig] = MappingProxyType(
             ffn_dim=53_248,
             max_seq_len=131_072,
             rope_theta=_THETA,
-            rope_scaling=RopeScaling(factor=8.0),
+            rope_scaling=Llama3Scaling(factor=8.0),
         ),
         "llama3_2_1b": DecoderConfig(
             vocab_size=_VOCAB,
@@ -74,7 +75,7 @@ LLAMA3: Mapping[str, DecoderConfig] = MappingProxyType(
             ffn_dim=8192,
             max_seq_len=131_072,
             rope_theta=_THETA,
-            rope_scaling=RopeScaling(factor=32.0),
+            rope_scaling=Llama3Scaling(factor=32.0),
             tied_embeddings=True,
         ),
         "llama3_2_3b": DecoderConfig(
@@ -86,7 +87,7 @@ LLAMA3: Mapping[str, DecoderConfig] = MappingProxyType(
             ffn_dim=8192,
             max_seq_len=131_072,
             rope_theta=_THETA,
-            rope_scaling=RopeScaling(factor=32.0),
+            rope_scaling=Llama3Scaling(factor=32.0),
             tied_embeddings=True,
         ),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from titan_train.config.checkpoint import CheckpointSection
 from titan_train.config.data import DataSection
-from titan_train.config.model import ModelSection, MoESection
+from titan_train.config.model import ModelSection, MoESection, RopeSection
 from titan_train.config.parallel import ParallelSection
 from titan_train.config.run import MetricsSection, RunSection, SampleSection
 from titan_train.config.section import Section
@@ -22,6 +22,7 @@ class Config(Section):
 
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
+    rope: RopeSection = RopeSection()
     moe: MoESection = MoESection()
     data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
