@@ -48,7 +48,7 @@ def cpu_flash_attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -
 
 
 def cpu_flash_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, added: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, *, added: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `q`, `k` and `v` of `cpu_flash_attention`."""
     grad_q, grad_k, grad_v = _cpu_flash_backward(

@@ -484,8 +484,11 @@ def test_windows_are_those_of_transformers(
     assert config_from_huggingface(config_to_huggingface(config)) == config
 
 
-# One of each model_type.
-EVERY = ["llama", "granite", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3-moe", "smollm3"]
+# One of each model_type: those that differ most in the slow set, the others at night.
+EVERY = [
+    *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "mistral", "qwen3", "qwen3-moe")),
+    *(pytest.param(family, marks=pytest.mark.nightly) for family in ("granite", "mixtral", "phi3", "qwen2", "smollm3")),
+]
 
 
 def alternatives(value: object) -> list[object]:
@@ -517,8 +520,7 @@ SHARED: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(EVERY))
+@pytest.mark.parametrize("family", EVERY)
 def test_every_setting_of_transformers_means_the_same_or_is_refused_by_name(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     values = config_to_huggingface(FAMILIES[family])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_families import FAMILIES
+from model_families import FAMILIES, preset_mark
 from titan_model import Decoder, DecoderConfig, Llama3Scaling, build, preset, preset_names
 from titan_model.convert.errors import WeightsError
 from titan_model.convert.huggingface_families import plainest_family
@@ -36,7 +36,7 @@ def has_map(config: DecoderConfig, kind: str) -> bool:
 CONFIGS = {**FAMILIES, **{name: preset(name) for name in preset_names()}}
 CASES = [(name, kind) for name, config in CONFIGS.items() for kind in MAPS if has_map(config, kind)]
 TINY_CASES = [(name, kind) for name, kind in CASES if name in FAMILIES or name.startswith("debug")]
-ALL_CASES = [pytest.param(*case, marks=[] if case in TINY_CASES else pytest.mark.slow) for case in CASES]
+ALL_CASES = [pytest.param(*case, marks=[] if case in TINY_CASES else preset_mark(case[0], slow=True)) for case in CASES]
 
 
 @pytest.mark.parametrize(("name", "kind"), ALL_CASES)

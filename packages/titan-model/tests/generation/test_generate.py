@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model_families import FAMILIES, randomize, to_transformers, transformers_model
 from titan_model import Decoder, DynamicScaling, LongRopeScaling, SamplingParams, build, generate
+from titan_model.config import AttentionKind
 from titan_model.layers.kv_cache import KVCache
 
 PROMPTS = st.lists(st.lists(st.integers(0, 36), min_size=1, max_size=10), min_size=1, max_size=4)
@@ -69,8 +70,13 @@ def test_greedy_is_that_of_transformers(family: str) -> None:
     assert texts == expected[:, longest:].tolist()
 
 
-@pytest.mark.parametrize("attention", ["auto", "sdpa", "flex", "varlen"])
-@pytest.mark.parametrize("family", ["llama-tied-scaled", "mistral", "smollm3", "qwen2-window", "qwen3-moe"])
+CACHED = [
+    *((family, kind) for family in ("llama-tied-scaled", "qwen3", "qwen3-moe") for kind in get_args(AttentionKind)),
+    *((family, "auto") for family in ("mistral", "qwen2-window", "smollm3", "granite", "phi3")),
+]
+
+
+@pytest.mark.parametrize(("family", "attention"), CACHED)
 def test_cached_logits_are_those_of_a_full_forward(family: str, attention: str) -> None:
     model = family_model(family, attention=attention)
     whole = [torch.randint(0, 37, (n + 6,), generator=torch.Generator().manual_seed(n)) for n in (29, 1, 3)]

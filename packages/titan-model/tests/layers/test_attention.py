@@ -300,7 +300,9 @@ def test_cuda_computes_what_the_cpu_computes(attention: str, dtype: str) -> None
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 if dtype != "float32" else 2e-3)
 
 
-@pytest.mark.parametrize("attention", BACK_ENDS)
+@pytest.mark.parametrize(
+    "attention", [pytest.param(kind, marks=pytest.mark.slow) if kind == "flex" else kind for kind in BACK_ENDS]
+)
 @settings(deadline=None, max_examples=10)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), window=st.integers(1, 12))
 def test_a_window_ends_what_a_query_attends_to(attention: str, lengths: list[int], window: int) -> None:

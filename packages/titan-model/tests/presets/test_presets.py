@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model_families import presets
-from titan_model import DecoderConfig, build, preset, preset_names
+from titan_model import DecoderConfig, build, count_parameters, preset, preset_names
 from titan_model.convert.huggingface_config import config_from_huggingface, config_to_huggingface
 from titan_model.presets.hub import HUB
 from titan_model.rope_scaling import amplitude
@@ -88,8 +88,11 @@ def test_size_is_the_reported_one(name: str) -> None:
     assert (count - embeddings) / 1e9 == pytest.approx(besides, abs=0.5 if total > 100 else 0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", preset_names())
+def test_counts_are_the_published_ones() -> None:
+    assert {name: count_parameters(preset(name)) for name in PUBLISHED} == PUBLISHED
+
+
+@pytest.mark.parametrize("name", presets(slow=True))
 def test_transformers_builds_the_same_size_from_it(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     values = config_to_huggingface(preset(name))

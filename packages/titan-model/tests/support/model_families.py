@@ -129,7 +129,24 @@ def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
     assert (q.exp() * (q - p)).sum(-1).max() <= 1e-9
 
 
-def presets(names: Iterable[str] = ()) -> list[Any]:
-    """Return the given presets, or all, as values of a parameter; the deep ones, which take long, in the slow set."""
-    slow = pytest.mark.slow
-    return [pytest.param(name, marks=slow if preset(name).n_layers > 40 else ()) for name in names or preset_names()]
+def presets(names: Iterable[str] = (), *, slow: bool = False) -> list[Any]:
+    """Return the given presets, or all, as values of a parameter.
+
+    The deep ones, which take long, are in the slow set (with `slow` all of them), and those that differ from another of
+    their family in sizes only run at night.
+    """
+    return [pytest.param(name, marks=preset_mark(name, slow=slow)) for name in names or preset_names()]
+
+
+def preset_mark(name: str, *, slow: bool = False) -> Any:
+    """Return the mark of a test of a preset."""
+    if name in _SIBLINGS:
+        return pytest.mark.nightly
+    return pytest.mark.slow if slow or preset(name).n_layers > 40 else ()
+
+
+_SIBLINGS = {
+    *("qwen2_5_1_5b", "qwen2_5_3b", "qwen2_5_7b", "qwen2_5_14b", "qwen2_5_32b", "qwen2_5_72b"),
+    *("mistral_7b_v0_3", "mistral_small_24b", "mixtral_8x22b", "yi_34b", "smollm2_360m", "smollm2_1_7b"),
+    *("granite_3_3_8b", "phi3_medium_4k"),
+}

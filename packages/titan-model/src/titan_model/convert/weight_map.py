@@ -111,7 +111,7 @@ class Concatenated(TensorRule):
 
     def to_internal(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Split the tensor."""
-        return dict(zip(self.internal, tensors[self.external[0]].split(self.sizes, dim=self.dim), strict=True))
+        return dict(zip(self.internal, tensors[self.external[0]].split_with_sizes(self.sizes, self.dim), strict=True))
 
 
 @dataclass(frozen=True)

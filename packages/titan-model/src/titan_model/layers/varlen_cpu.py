@@ -70,7 +70,7 @@ def _attend_backward(
     for document in _slices(boundaries):
         added = _added(document, window, q)
         inputs = (_heads_first(x[document]) for x in (grad, q, k, v, out, log_sums))
-        for gradient, part in zip(gradients, cpu_flash_attention_backward(*inputs, added), strict=True):
+        for gradient, part in zip(gradients, cpu_flash_attention_backward(*inputs, added=added), strict=True):
             gradient[document] = part[0].transpose(0, 1)
     return gradients
 
