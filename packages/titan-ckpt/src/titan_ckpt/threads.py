@@ -37,33 +37,44 @@ def parallel_map(work: Callable[[T], S], items: Iterable[T], threads: int, name:
         The results in the order of the items.
 
     Raises:
-        BaseException: The first error of `work`. No thread works on an item any more when it is raised.
+        BaseException: The first error of `work`, or an interrupt of the caller. Items that no thread has begun are left
+            out then, and those that are being worked on are waited for: no thread works on an item any more when it is
+            raised. A second interrupt, while they are waited for, is raised at once.
     """
     waiting, places = list(items), itertools.count()
     results: dict[int, S] = {}
     errors: list[BaseException] = []
-    finished: queue.SimpleQueue[None] = queue.SimpleQueue()
+    busy: set[object] = set()  # the helpers that may be working on an item
+    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def run() -> None:
         while not errors and (place := next(places)) < len(waiting):  # `next` is atomic
             results[place] = work(waiting[place])
 
     def help_out() -> None:
+        me = object()
+        busy.add(me)  # before `errors` is read: who adds to `errors` and then finds nobody busy knows that nobody works
         try:
             run()
         except BaseException as error:
             errors.append(error)
         finally:
-            finished.put(None)
+            busy.discard(me)
+            ended.put(None)
 
-    helpers = [start_thread(name, help_out) for _ in range(min(threads, len(waiting)) - 1)]
     try:
+        for _ in range(min(threads, len(waiting)) - 1):
+            start_thread(name, help_out)
         run()
     except BaseException as error:
         errors.append(error)
-    for started in helpers:
-        if started:
-            finished.get()
+    while busy:
+        try:
+            ended.get()
+        except BaseException as interrupt:  # Ctrl-C, usually: a handler of a signal may raise anything
+            if errors:
+                raise interrupt from errors[0]
+            errors.append(interrupt)
     if errors:
         raise errors[0]
     return [results[place] for place in range(len(waiting))]
