@@ -97,3 +97,29 @@ def test_flaws_are_named() -> None:
     assert "2 dimensions" in str(cover_problem((4,), [Box((0, 0), (2, 2))]))
     # As many elements as there should be, yet one twice and one never.
     assert cover_problem((4,), [Box((0,), (2,)), Box((1,), (2,))]) == "is covered twice at [1]"
+
+
+def staggered(count: int) -> tuple[tuple[int, int], list[Box]]:
+    """Columns that are cut one row lower each: a sweep along either dimension never closes most of them."""
+    upper = [Box((0, at), (at, 1)) for at in range(1, count)]
+    return (count, count), upper + [Box((at, at), (count - at, 1)) for at in range(count)]
+
+
+def test_the_check_is_not_quadratic_in_the_number_of_boxes() -> None:
+    """24,000 boxes, a second or two; comparing those that are open takes minutes."""
+    shape, boxes = staggered(12_000)
+    assert cover_problem(shape, boxes) is None
+    moved = Box((5, 3), boxes[-1].lengths)  # over another one; its own place is left out
+    assert cover_problem(shape, [*boxes[:-1], moved]) in (
+        "is covered twice at [5, 3]",
+        "is covered twice by its chunks",
+    )
+    assert "is covered twice" in str(cover_problem(shape, [*boxes, boxes[0]]))
+
+
+def test_boxes_of_many_dimensions() -> None:
+    """The corners of such a box are too many to be counted."""
+    shape = (2,) * 40
+    halves = [Box((0,) * 40, (1, *shape[1:])), Box((1, *(0,) * 39), (1, *shape[1:]))]
+    assert cover_problem(shape, halves) is None
+    assert "is covered twice" in str(cover_problem(shape, [halves[0], halves[0]]))
