@@ -441,7 +441,7 @@ def test_lists_named_a_thousand_times_cost_nothing(tmp_path: Path) -> None:
     record = Record()
     record.names = [f"w{n}" for n in range(1000)]
     record.chunks = [([n, 0], [1, 2]) for n in range(1000)]
-    with pytest.raises(CheckpointError, match="1000 chunks but only 0 of them"):
+    with pytest.raises(CheckpointError, match="out of proportion"):
         DcpDirectory(record.write(tmp_path))
 
 

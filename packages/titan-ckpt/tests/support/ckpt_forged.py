@@ -113,7 +113,7 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "file with a backslash": (listed("..\\x"), "which is not inside"),
     "the manifest in the manifest": (listed("manifest.json"), "which is not inside"),
     "negative size": (listed("x", -1), "invalid size or checksum for"),
-    "size of 2^70": (listed("x", 1 << 70), "x is missing"),
+    "size of 2^70": (listed("x", 1 << 70), "invalid size or checksum for"),
     "size that is true": (listed("x", True), "invalid size or checksum for"),
     "size that is infinite": (listed("x", float("inf")), "invalid size or checksum for"),
     "checksum that is not text": (listed("x", 1, 5), "cannot be read"),

@@ -1,10 +1,12 @@
 """Checkpoints forged with knowledge of the formats: their checksums are valid, their content is hostile."""
 
 import copy
+import io
 import json
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,3 +173,73 @@ def hostile_pickles(marker: Path) -> dict[str, bytes]:
         "another object": pickle.dumps({"state_dict_metadata": {}}),
         "no tables": pickle.dumps(dcp_metadata.Metadata(None)),  # type: ignore[arg-type]
     }
+
+
+def torch_archive(data: bytes) -> bytes:
+    """Return a file of torch.save with a pickle of one's own."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in {"data.pkl": data, "byteorder": b"little", "version": b"3\n"}.items():
+            archive.writestr(f"x/{name}", content)
+    return out.getvalue()
+
+
+_CALLABLE = (
+    ("builtins", "bytearray"),
+    ("builtins", "set"),
+    ("_codecs", "encode"),
+    ("torch", "Tensor"),
+    ("torch.storage", "UntypedStorage"),
+    ("torch._tensor", "_rebuild_from_type_v2"),
+)
+
+
+def _binary(text: bytes) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text
+
+
+def _power(power: int) -> bytes:
+    return b"\x8a\x09" + (1 << power).to_bytes(9, "little")
+
+
+def _levels(innermost: bytes, pair: Callable[[bytes], bytes], depth: int) -> bytes:
+    """Each level holds the one before twice: `q` stores it, `h` reads it."""
+    parts = [innermost]
+    for level in range(depth):
+        stored = bytes([level])
+        parts += [b"q" + stored + b"0", pair(b"h" + stored)]
+    return b"".join(parts)
+
+
+def greedy_pickles() -> dict[str, bytes]:
+    """Pickles of at most some hundred kilobytes that take gigabytes or hours if they are read as they are."""
+    named = {name: f"c{module}\n{name}\n".encode() for module, name in _CALLABLE}
+    many = b"h\x00" * 30_000
+
+    def called(name: str, *arguments: bytes) -> bytes:
+        return named[name] + b"(" + b"".join(arguments) + b"tR"
+
+    a, b = _binary(b"a"), _binary(b"b")
+    tuples = _levels(b"K\x00", lambda one: one + one + b"\x86", 60)
+    long_list = b"](" + b"K\x00" * 30_000 + b"eq\x000"
+    values = {
+        "a bytearray of 2^33": called("bytearray", _power(33)),
+        "a bytearray of 2^33, by another function": called(
+            "_rebuild_from_type_v2", named["bytearray"], named["Tensor"], b"(" + _power(33) + b"t", b"N"
+        ),
+        "a bytearray of 2^33 whose bytes are absent": b"\x96" + struct.pack("<Q", 1 << 33),
+        "a storage of 2^40": called("UntypedStorage", _power(40)),
+        "a tensor of 2^40": called("Tensor", _power(40)),
+        "bytes that a codec makes longer each time": called(
+            "encode", _levels(a, lambda one: called("encode", one, _binary(b"hex")), 45), _binary(b"hex")
+        ),
+        "lists of lists of the same": _levels(b"]", lambda one: b"](" + one + one + b"e", 60),
+        "dicts of dicts of the same": _levels(b"}", lambda one: b"}(" + a + one + b + one + b"u", 30),
+        "a key of tuples of the same": b"}" + tuples + b"Ns",
+        "a set of tuples of the same": called("set", b"](" + tuples + b"e"),
+        "a list that holds itself": b"]q\x00h\x00a",
+        "one text many times": b"}" + _binary(b"t" * 100_000) + b"q\x00](" + many + b"es",
+        "one list many times": long_list + b"](" + many + b"e",
+        "sets of one list, many times": long_list + b"](" + called("set", b"h\x00") * 5_000 + b"e",
+    }
+    return {name: b"\x80\x02}" + _binary(b"w") + value + b"s." for name, value in values.items()}

@@ -8,10 +8,11 @@ takes seconds and `ls`, `prune` and `--help` do not need it.
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
-from titan_ckpt.cli._text import printable
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.messages import printable, reason_of
 
 COMMANDS = {
     "ls": "list the checkpoints of a directory: steps, sizes, times, validity",
@@ -59,9 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("titan-ckpt: interrupted", file=sys.stderr)
         return 130
+    except (MemoryError, RecursionError) as error:
+        print(f"titan-ckpt: what it holds does not fit into memory ({printable(reason_of(error))})", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of the output, e.g. `head`, has exited
         sys.stdout = None  # or the interpreter would try to flush it at exit
         return 0
     except OSError as error:
-        print(f"titan-ckpt: {printable(str(error))}", file=sys.stderr)
+        print(f"titan-ckpt: {printable(str(error) or reason_of(error))}", file=sys.stderr)
         return 1
+    except Exception as error:
+        print(f"titan-ckpt: unexpected error{_place_of(error)}: {printable(reason_of(error))}", file=sys.stderr)
+        print("titan-ckpt: this is a mistake in titan-ckpt: please report it with the command", file=sys.stderr)
+        return 1
+
+
+def _place_of(error: Exception) -> str:
+    """Return where an error was raised, for a report."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" in {frames[-1].name}, line {frames[-1].lineno}" if frames else ""

@@ -5,14 +5,13 @@ import importlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from titan_ckpt.cli._text import printable, size
+from titan_ckpt.cli._text import size
 from titan_ckpt.convert._json import read_json
 from titan_ckpt.convert.formats import FORMATS, config_of, format_at, open_source
 from titan_ckpt.convert.huggingface.writer import write_huggingface
@@ -21,6 +20,7 @@ from titan_ckpt.convert.titan_writer import write_titan
 from titan_ckpt.convert.torch_file import export_torch
 from titan_ckpt.convert.weight_map import Mapped, WeightMap
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.messages import local_path, printable, reason_of
 
 _TARGETS = ("titan", "hf", "torch", "dcp")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -127,7 +127,7 @@ def load_map(text: str, config: Mapping[str, Any]) -> WeightMap:
     try:
         weight_map: WeightMap = getattr(importlib.import_module(module), function)(config)
     except Exception as error:  # user code: whatever it raises becomes one message
-        raise CheckpointError(f"--map {text} failed: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"--map {text} failed: {reason_of(error)}") from error
     finally:
         sys.path.remove("")
     if not hasattr(weight_map, "rules") or not hasattr(weight_map, "config"):
@@ -146,7 +146,7 @@ def _prefixes(kind: str, target: str, given: str | None) -> tuple[str, str]:
 
 def _write(arguments: argparse.Namespace, source: TensorSource, config: Mapping[str, Any], prefix: str) -> None:
     if arguments.to == "hf":
-        content = read_json(Path(arguments.config)) if arguments.config else (dict(config) or None)
+        content = read_json(local_path(arguments.config)) if arguments.config else (dict(config) or None)
         write_huggingface(
             source, arguments.target, content, max_file_bytes=arguments.max_file_size, extra_files=arguments.extra
         )

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from titan_ckpt.cli._text import printable
 from titan_ckpt.convert.formats import FORMATS, open_source
 from titan_ckpt.convert.source import AnySpec, StripPrefix, TensorSource
 from titan_ckpt.format.json_values import encode
 from titan_ckpt.format.safetensors_header import dtype_name
+from titan_ckpt.messages import printable
 
 _ELEMENTS = 1 << 24  # compared at a time, so that the comparison needs little memory besides the tensors
 

@@ -1,14 +1,15 @@
 """`titan-ckpt ls`: list the checkpoints of a directory."""
 
 import argparse
-import json
+import sys
 from typing import Any
 
-from titan_ckpt.cli._text import printable, size, table
+from titan_ckpt.cli._text import size, table, to_json
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import read_manifest, step_of
 from titan_ckpt.manage.listing import aside_names, latest_in, pins_in, step_names, step_of_aside
 from titan_ckpt.manage.size_check import size_problems
+from titan_ckpt.messages import printable, reason_of
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.open import open_storage
 
@@ -29,11 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
     names = [*step_names(storage), *aside_names(storage)]
     if not names and not storage.names():
         raise CheckpointError(f"{arguments.directory}: no such directory, or it is empty")
-    pins = pins_in(storage)
+    pins = _pins_of(storage)
     latest = latest_in(storage)
     found = [_describe(storage, name, latest, pins, check=arguments.check) for name in names]
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(to_json(found))
         return 0
     rows = [["STEP", "CREATED", "SIZE", "STATE", ""]]
     for entry in found:
@@ -45,6 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append([printable(cell) for cell in (str(entry["step"]), created, nbytes, state, ", ".join(marks))])
     print(table(rows) if found else "no checkpoints")
     return 0
+
+
+def _pins_of(storage: Storage) -> dict[str, str]:
+    try:
+        return pins_in(storage)
+    except OSError as error:
+        print(f"titan-ckpt: the pins cannot be read: {printable(reason_of(error))}", file=sys.stderr)
+        return {}
 
 
 def _describe(storage: Storage, name: str, latest: str | None, pins: dict[str, str], *, check: bool) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 import argparse
 
-from titan_ckpt.cli._text import printable
 from titan_ckpt.manage.listing import pin
+from titan_ckpt.messages import printable
 
 
 def declare(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,11 @@
 
 import argparse
 
-from titan_ckpt.cli._text import printable, size
+from titan_ckpt.cli._text import size
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.manage.lineage import finish_moves
 from titan_ckpt.manage.retention import KeepBest, PrunePlan, Retention, plan_clearing, plan_prune, prune
+from titan_ckpt.messages import printable
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.lock import DirectoryLock
 from titan_ckpt.storage.open import open_storage
@@ -46,11 +47,11 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         finish_moves(storage)
         plan = _plan(storage, policy, set_aside=arguments.set_aside)
-        prune(storage, plan)
-        _print(plan, "removed")
+        done = prune(storage, plan)
+        _print(PrunePlan(plan.keep, {name: plan.remove[name] for name in done}), "removed")
     finally:
         lock.release()
-    return 0
+    return 0 if len(done) == len(plan.remove) else 1
 
 
 def _plan(storage: Storage, policy: Retention, *, set_aside: bool) -> PrunePlan:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from titan_ckpt.cli._text import printable, size
+from titan_ckpt.cli._text import size, to_json
 from titan_ckpt.convert.formats import FORMATS, config_of, format_at, open_source
 from titan_ckpt.convert.source import AnySpec, TensorSource, size_of
 from titan_ckpt.format.json_values import encode
 from titan_ckpt.format.safetensors_header import dtype_name
 from titan_ckpt.load.reader import CheckpointReader
+from titan_ckpt.messages import printable
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         tensors = {name: _describe(spec) for name, spec in source.tensors.items()}
         values = {name: encode(value, name) for name, value in source.values.items()}
-        print(json.dumps({"format": kind, **about, "values": values, "tensors": tensors}, indent=1))
+        print(to_json({"format": kind, **about, "values": values, "tensors": tensors}))
         return 0
     total = sum(size_of(spec) for spec in source.tensors.values())
     print(f"{printable(arguments.checkpoint)}: {kind}, {len(source.tensors)} tensors, {size(total)}")

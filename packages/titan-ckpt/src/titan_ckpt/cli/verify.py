@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from titan_ckpt.cli._text import printable
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import MANIFEST, Manifest, read_manifest
 from titan_ckpt.manage.listing import step_names
 from titan_ckpt.manage.verify import find_corruption
+from titan_ckpt.messages import local_path, printable
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.open import open_storage, parent_and_name
 
@@ -59,7 +59,7 @@ def _checkpoints_at(path: str) -> tuple[Storage, list[str]]:
         return directory, names
     if not held:
         raise CheckpointError(f"{path}: no such directory, or it is empty")
-    parent, name = parent_and_name(os.path.abspath(path) if "://" not in path else path)  # noqa: PTH100  (keeps links)
+    parent, name = parent_and_name(os.path.abspath(local_path(path)) if "://" not in path else path)  # noqa: PTH100  (keeps links)
     return open_storage(parent), [name]
 
 

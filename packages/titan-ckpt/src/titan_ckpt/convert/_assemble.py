@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import CheckpointError, system_errors
 from titan_ckpt.format.boxes import Box, cover_problem, intersection
 
 
@@ -38,7 +38,8 @@ def assemble(
     Returns:
         The slice.
     """
-    result = torch.empty(wanted.lengths, dtype=dtype)
+    with system_errors("assemble a tensor"):
+        result = torch.empty(wanted.lengths, dtype=dtype)
     for index, chunk in enumerate(chunks):
         shared = intersection(wanted, chunk)
         if shared is not None:

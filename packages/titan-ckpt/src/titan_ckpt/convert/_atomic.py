@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.messages import local_path, reason_of
 
 
 @contextmanager
@@ -25,6 +26,7 @@ def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         CheckpointError: If the final path exists, or the directory cannot be written.
     """
+    directory = local_path(directory)
     filled = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     if filled and not (replace and directory.is_dir()):
         raise CheckpointError(f"{directory} exists: give a new name, existing files are never overwritten")
@@ -39,7 +41,7 @@ def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
         staging.rename(directory)
         sync(directory.parent)
     except OSError as error:
-        raise CheckpointError(f"could not write {directory}: {error}") from error
+        raise CheckpointError(f"could not write {directory}: {reason_of(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if directory.exists():
@@ -59,6 +61,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: If the final path exists, or the file cannot be written.
     """
+    path = local_path(path)
     if path.exists():
         raise CheckpointError(f"{path} exists: give a new name, existing files are never overwritten")
     staging = _staging_of(path)
@@ -69,7 +72,7 @@ def new_file(path: Path) -> Iterator[Path]:
         staging.rename(path)
         sync(path.parent)
     except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}") from error
+        raise CheckpointError(f"could not write {path}: {reason_of(error)}") from error
     finally:
         staging.unlink(missing_ok=True)
 

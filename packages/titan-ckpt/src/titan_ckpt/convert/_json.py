@@ -6,10 +6,11 @@ from typing import Any
 
 from titan_ckpt.convert._files import file_size
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.json_values import reject_duplicates
+from titan_ckpt.format.json_values import check_nesting, reject_duplicates
+from titan_ckpt.messages import reason_of
 
 
-def read_json(path: Path, max_bytes: int = 1 << 28) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = 1 << 24) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Args:
@@ -21,7 +22,7 @@ def read_json(path: Path, max_bytes: int = 1 << 28) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If it cannot be read, is too long, is not a JSON object, or is ambiguous: duplicate keys, NaN
-            or Infinity, nesting deeper than Python's stack.
+            or Infinity, nesting deeper than 200 levels.
     """
     file_size(path, max_bytes)
     try:
@@ -45,8 +46,9 @@ def parse_json(data: bytes | str, what: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(data, object_pairs_hook=reject_duplicates, parse_constant=_refuse_constant)
+        check_nesting(content)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{what}: invalid JSON ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{what}: invalid JSON ({reason_of(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{what}: expected a JSON object, found a {type(content).__name__}")
     return content

@@ -1,8 +1,9 @@
-"""Files of `torch.save`, read with torch's weights-only unpickler and then checked for size.
+"""Files of `torch.save`, read with torch's weights-only unpickler, and checked for size before and after.
 
-That unpickler runs nothing but the code that rebuilds tensors and plain containers. It still trusts the file's sizes: a
-tensor of a terabyte over four bytes with stride 0, a storage to be resized, an archive compressed a thousandfold. These
-are refused before or right after reading, while they are cheap.
+That unpickler runs nothing but the code that rebuilds tensors and plain containers. It still trusts the file's sizes:
+it makes a bytearray of any length, a tensor of a terabyte over four bytes with stride 0, copies of one list a million
+times. So the pickle in the file is first read with inert records (`_torch_scan`), which allows only what rebuilds
+dense tensors and plain values, in proportion to its length. What it loads is checked against the bytes of the file.
 """
 
 import pickle
@@ -14,7 +15,9 @@ from typing import IO, Any
 
 import torch
 
+from titan_ckpt.convert._torch_scan import scan_pickle
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.messages import reason_of
 
 
 def load_entry(file: Path | IO[bytes], size: int, what: str) -> Any:
@@ -32,7 +35,7 @@ def load_entry(file: Path | IO[bytes], size: int, what: str) -> Any:
         CheckpointError: If it is corrupt, holds anything else, or needs more memory than its own size.
     """
     try:
-        _check_archive(file, size)
+        scan_pickle(_read_pickle(file, size))
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path))
         _check_tensors(loaded)
         return loaded
@@ -41,24 +44,36 @@ def load_entry(file: Path | IO[bytes], size: int, what: str) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{what} is refused: {_reason(error)}. Nothing was executed") from error
     except Exception as error:  # a corrupt archive can make torch raise anything
-        raise CheckpointError(f"{what} cannot be read ({type(error).__name__}: {_reason(error)})") from error
+        raise CheckpointError(f"{what} cannot be read ({_reason(error)})") from error
 
 
-def _check_archive(file: Path | IO[bytes], size: int) -> None:
+def _read_pickle(file: Path | IO[bytes], size: int) -> bytes:
+    """Check the archive, and return the pickle in it."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            _check_entries(entries, size)
+            pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+            if len(pickles) != 1:
+                raise CheckpointError(f"it holds {len(pickles)} entries data.pkl instead of one")
+            data = archive.read(pickles[0])
     except zipfile.BadZipFile:
         raise CheckpointError(
             "it is not a zip archive, the format of torch.save since torch 1.6. If you trust it, load it with torch "
             "and save it again"
         ) from None
+    if not isinstance(file, Path):
+        file.seek(0)
+    return data
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError("it is compressed, which torch.save never does")
     if sum(entry.file_size for entry in entries) > size:
         raise CheckpointError("its entries claim more bytes than the file has")
-    if not isinstance(file, Path):
-        file.seek(0)
+    if len({entry.filename for entry in entries}) != len(entries):
+        raise CheckpointError("it holds two entries of the same name")
 
 
 def _check_tensors(loaded: Any) -> None:
@@ -87,6 +102,7 @@ def _check_tensor(tensor: torch.Tensor) -> None:
 
 def _reason(error: Exception) -> str:
     """Return the part of torch's message that says what is wrong, without its advice to load the file anyway."""
-    text = str(error)
-    found = re.search(r"WeightsUnpickler error: *(.+)|(Trying to load .+)", text)
-    return (found[1] or found[2] if found else text.split("\n")[0]).strip().rstrip(".")
+    found = re.search(r"WeightsUnpickler error: *(.+)|(Trying to load .+)", str(error))
+    if found:
+        return (found[1] or found[2]).strip().rstrip(".")
+    return reason_of(error).split("\n")[0].rstrip(".")

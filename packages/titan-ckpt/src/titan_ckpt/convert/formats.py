@@ -13,9 +13,10 @@ from titan_ckpt.convert.meta_llama import MetaDirectory
 from titan_ckpt.convert.safetensors_file import SafetensorsFile
 from titan_ckpt.convert.source import TensorSource
 from titan_ckpt.convert.torch_file import TorchFile
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import CheckpointError, system_errors
 from titan_ckpt.format.manifest import MANIFEST
 from titan_ckpt.load.reader import open_checkpoint
+from titan_ckpt.messages import local_path
 
 Format = Literal["titan", "hf", "dcp", "dcp-safetensors", "torch", "meta", "safetensors"]
 _OPENERS: Mapping[str, Callable[[str], TensorSource]] = {
@@ -43,7 +44,11 @@ def open_source(path: str | Path, kind: str | None = None) -> TensorSource:
     Raises:
         CheckpointError: If there is nothing that can be read.
     """
-    return _OPENERS[kind or format_at(str(path))](str(path))
+    text = str(path) if "://" in str(path) else str(local_path(path))
+    if kind is not None and kind not in _OPENERS:
+        raise CheckpointError(f"unknown format {kind!r}: give one of {', '.join(FORMATS)}, or none to detect it")
+    with system_errors(f"open {path}"):
+        return _OPENERS[kind or format_at(text)](text)
 
 
 def format_at(path: str) -> str:
@@ -60,7 +65,7 @@ def format_at(path: str) -> str:
     """
     if "://" in path:
         return "titan"
-    place = Path(path)
+    place = local_path(path)
     if place.is_file():
         return "safetensors" if place.suffix == ".safetensors" else "torch"
     if not place.is_dir():

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import CheckpointError, system_errors
 from titan_ckpt.format.boxes import Box
+from titan_ckpt.format.dtypes import CASTABLE, can_cast
 
 
 class AnySpec(Protocol):
@@ -137,20 +138,33 @@ class Exclude:
 
 
 class Cast:
-    """A source with its floating-point tensors cast to another dtype; integers and booleans are unchanged."""
+    """A source with its floating-point tensors cast to another dtype; integers and booleans are unchanged.
+
+    Float8 is refused: it holds codes of quantized weights, which are numbers only together with their scales.
+    """
 
     def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
         """Create the view.
 
         Args:
             source: The underlying source.
-            dtype: A floating-point dtype.
+            dtype: float64, float32, float16 or bfloat16.
 
         Raises:
-            CheckpointError: If the dtype is not a floating-point one.
+            CheckpointError: If it is another dtype, or a tensor is quantized.
         """
-        if not dtype.is_floating_point:
-            raise CheckpointError(f"weights can only be converted to a floating-point dtype, not to {dtype}")
+        if dtype not in CASTABLE:
+            raise CheckpointError(f"weights can only be converted to {_names(CASTABLE)}, not to {dtype}")
+        refused = [
+            f"{name} is {spec.dtype}"
+            for name, spec in source.tensors.items()
+            if spec.dtype.is_floating_point and not can_cast(spec.dtype, dtype)
+        ]
+        if refused:
+            raise CheckpointError(
+                f"{_first(refused)}: quantized weights cannot be converted to {dtype}; dequantize them first, or keep "
+                "their dtypes"
+            )
         self._source, self._dtype, self.values = source, dtype, source.values
         self.tensors = {
             name: Spec(dtype if spec.dtype.is_floating_point else spec.dtype, tuple(spec.shape))
@@ -159,11 +173,20 @@ class Cast:
 
     def read(self, name: str) -> torch.Tensor:
         """Read a full tensor."""
-        return self._source.read(name).to(self.tensors[name].dtype)
+        with system_errors(f"convert {name} to {self._dtype}"):
+            return self._source.read(name).to(self.tensors[name].dtype)
 
     def read_slice(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """Read a slice of a tensor."""
         return self._source.read_slice(name, offsets, sizes).to(self.tensors[name].dtype)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _first(listed: Sequence[str]) -> str:
+    return listed[0] + (f" (and {len(listed) - 1} more)" if len(listed) > 1 else "")
 
 
 def _no_such_prefix(prefix: str, names: list[str]) -> str:

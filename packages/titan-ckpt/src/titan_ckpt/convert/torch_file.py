@@ -16,6 +16,8 @@ from titan_ckpt.format.json_values import encode, key_of
 from titan_ckpt.format.safetensors_header import bytes_of
 
 _ALIGNMENT = 64
+_MOST_VIEWS = 64  # times as many bytes of tensors as the file has: tied weights share their data
+_SMALL = 64 << 20  # bytes of tensors that any file may hold
 
 
 class TorchFile(FullTensorSource):
@@ -39,7 +41,8 @@ class TorchFile(FullTensorSource):
             CheckpointError: If it is absent, corrupt, or holds anything but tensors and plain values.
         """
         path = Path(path)
-        loaded = load_entry(path, file_size(path), str(path))
+        size = file_size(path)
+        loaded = load_entry(path, size, str(path))
         if not isinstance(loaded, Mapping):
             raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
         self._tensors: dict[str, torch.Tensor] = {}
@@ -53,6 +56,12 @@ class TorchFile(FullTensorSource):
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         self.tensors = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+        total = sum(map(size_of, self.tensors.values()))
+        if total > max(_SMALL, _MOST_VIEWS * size):
+            raise CheckpointError(
+                f"{path} is refused: its tensors have {total} bytes, the file has {size}: they share the same data too "
+                "often"
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor; its data stays in the file until it is used."""

@@ -25,3 +25,12 @@ TYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+# What may be cast to one another: the same number, rounded. Integers, booleans and float8 would become something else:
+# they are indices, masks, or codes of quantized weights, which need their scales.
+CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def can_cast(given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Return whether weights of one dtype may be stored in another."""
+    return given == wanted or (given in CASTABLE and wanted in CASTABLE)

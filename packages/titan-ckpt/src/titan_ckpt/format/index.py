@@ -19,9 +19,11 @@ from titan_ckpt.format.checksum import checksum
 from titan_ckpt.format.json_values import check_values, reject_duplicates
 from titan_ckpt.format.manifest import STATE, Manifest
 from titan_ckpt.format.safetensors_header import dtype_name, dtype_of
+from titan_ckpt.messages import reason_of
 from titan_ckpt.storage.base import Storage
 
 _HASH = re.compile(r"[0-9a-f]{32}")
+STATE_LIMIT = 1 << 32  # bytes: some ten million chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,9 @@ def content_text(values: Mapping[str, Any], tensors: Mapping[str, TensorSpec], p
 
     Returns:
         The content of the file.
+
+    Raises:
+        CheckpointError: If it would be longer than what is read.
     """
     described = {
         name: {
@@ -117,7 +122,10 @@ def content_text(values: Mapping[str, Any], tensors: Mapping[str, TensorSpec], p
         for name, spec in tensors.items()
     }
     content = {"values": values, "piece_bytes": piece_bytes, "tensors": described}
-    return json.dumps(content, separators=(",", ":")).encode()
+    text = json.dumps(content, separators=(",", ":")).encode()
+    if len(text) > STATE_LIMIT:
+        raise CheckpointError(f"state.json would have {len(text)} bytes, its limit is {STATE_LIMIT}: save fewer chunks")
+    return text
 
 
 def read_content(text: bytes, manifest: Manifest) -> Content:
@@ -144,8 +152,8 @@ def read_content(text: bytes, manifest: Manifest) -> Content:
         tensors = {name: _spec(name, described) for name, described in content["tensors"].items()}
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"state.json cannot be parsed ({type(error).__name__}: {error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"state.json cannot be parsed ({reason_of(error)})") from error
     _check_files(tensors, manifest)
     return Content(values, tensors, piece_bytes)
 
@@ -160,9 +168,7 @@ def _spec(name: str, described: Any) -> TensorSpec:
         if any(type(at.file) is not str or type(at.key) is not str for at in chunks):
             raise ValueError("the file or key of a chunk is not a string")
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"state.json: invalid entry for tensor {name!r} ({type(error).__name__}: {error})"
-        ) from error
+        raise CheckpointError(f"state.json: invalid entry for tensor {name!r} ({reason_of(error)})") from error
     problem = cover_problem(shape, [chunk.box for chunk in chunks])
     if problem is not None:
         raise CheckpointError(f"state.json: tensor {name!r} {problem}")
@@ -217,7 +223,7 @@ def read_state(storage: Storage, name: str, manifest: Manifest) -> bytes:
         size = storage.size(f"{name}/{STATE}")
         if size != record.size:
             raise CheckpointError(f"{STATE} has {size} bytes instead of {record.size}")
-        text = storage.read(f"{name}/{STATE}")
+        text = storage.read(f"{name}/{STATE}", most=STATE_LIMIT)
     except FileNotFoundError:
         raise CheckpointError(f"{STATE} is missing") from None
     except OSError as error:

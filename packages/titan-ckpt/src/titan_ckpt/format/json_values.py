@@ -6,12 +6,14 @@ Tuples, which JSON lacks and optimizers use ("betas"), are written `{"$tuple": [
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from titan_ckpt.errors import CheckpointError
 
 TUPLE_KEY = "$tuple"
 MOST_SAVED = 64  # levels of nesting that are saved
+_MOST_BITS = 14_000  # of an integer: Python reads no more than 4,300 digits
 _MOST_NESTED = 200  # levels of nesting that are read: more than MOST_SAVED, because a tuple takes two levels in JSON
 
 
@@ -32,6 +34,8 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     if depth > MOST_SAVED:
         raise CheckpointError(f"{where[:80]}... is nested deeper than {MOST_SAVED} levels, or contains itself")
     # Exact types only: an IntEnum or a numpy float could be written, but would come back as something else.
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        raise CheckpointError(f"{where} is an integer of {value.bit_length()} bits: at most {_MOST_BITS} can be saved")
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
@@ -78,12 +82,28 @@ def check_values(value: Any) -> None:
     Raises:
         ValueError: If it is not.
     """
-    level = [value]
-    for _ in range(_MOST_NESTED):
+    for level in _levels(value):
         dicts = [item for item in level if isinstance(item, dict)]
         if any(TUPLE_KEY in item and (len(item) > 1 or not isinstance(item[TUPLE_KEY], list)) for item in dicts):
             raise ValueError(f"a {TUPLE_KEY} does not hold a tuple")
-        level = [inner for item in dicts for inner in item.values()] + [
+
+
+def check_nesting(value: Any) -> None:
+    """Check that a value from JSON is not nested too deeply to be walked or printed.
+
+    Raises:
+        ValueError: If it is.
+    """
+    for _ in _levels(value):
+        pass
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """Yield the values of each level of nesting, the outermost first; raise ValueError if there are too many."""
+    level = [value]
+    for _ in range(_MOST_NESTED):
+        yield level
+        level = [inner for item in level if isinstance(item, dict) for inner in item.values()] + [
             inner for item in level if isinstance(item, list) for inner in item
         ]
         if not level:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.checksum import ALGORITHM, checksum
 from titan_ckpt.format.json_values import check_values, decode, reject_duplicates
+from titan_ckpt.messages import reason_of
 from titan_ckpt.storage.base import Storage
 
 FORMAT_VERSION = 1
@@ -160,17 +161,14 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
     """
     path = f"{name}/{MANIFEST}"
     try:
-        size = storage.size(path)
-        if size > MANIFEST_LIMIT:
-            raise ValueError(f"it has {size} bytes, the limit is {MANIFEST_LIMIT}")
-        content = json.loads(storage.read(path), object_pairs_hook=reject_duplicates)
+        content = json.loads(storage.read(path, most=MANIFEST_LIMIT), object_pairs_hook=reject_duplicates)
         version = content["format_version"]
         if version == FORMAT_VERSION:
             return _checked(content, name)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{name} has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason_of(error)})") from error
     raise CheckpointError(
         f"{path} has format version {version!r}, this titan-ckpt reads {FORMAT_VERSION}: use the release that wrote it"
     )
@@ -190,6 +188,9 @@ def _checked(content: dict[str, Any], name: str) -> Manifest:
             raise ValueError(f"{kind} is not an object")
     if any(type(value) not in (int, float) for value in content["metrics"].values()):
         raise ValueError("a metric is not a number")
+    content["metrics"] = {metric: _within_float(value) for metric, value in content["metrics"].items()}
+    if type(content["created"]) is not str:
+        raise ValueError(f"invalid time {content['created']!r}")
     check_values([content["lineage"], content["metadata"]])
     _check_branches(content["lineage"].get("branches") or [])
     if STATE not in files:
@@ -206,9 +207,15 @@ def _record(path: str, described: dict[str, Any]) -> FileRecord:
     if not _SAFE_NAME.fullmatch(path) or {".", ".."} & set(path.split("/")) or path == MANIFEST:
         raise ValueError(f"it names the file {path!r}, which is not inside the checkpoint")
     record = FileRecord(**described)
-    if type(record.size) is not int or record.size < 0 or not _HASH.fullmatch(record.checksum):
+    if type(record.size) is not int or not 0 <= record.size < 1 << 63 or not _HASH.fullmatch(record.checksum):
         raise ValueError(f"invalid size or checksum for {path!r}")
     return record
+
+
+def _within_float(value: float) -> float:
+    """Return a number unchanged; raise OverflowError if it is an integer that no float can be compared with."""
+    float(value)
+    return value
 
 
 def _check_branches(branches: Any) -> None:

@@ -6,7 +6,6 @@ shards with checksums (all ranks), call `load_state_dict` (all ranks). A checkpo
 skipped on all ranks, and the one before it is tried.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from titan_ckpt.load.reads import Reads, Wanted, execute_reads, plan_reads
 from titan_ckpt.load.selection import Comparison, Description, Selection, compare, describe, overlay, value_names
 from titan_ckpt.manage.listing import CheckpointInfo, aside_names, info_of, step_names, step_of_aside
 from titan_ckpt.manage.size_check import size_problems
+from titan_ckpt.messages import get_logger
 from titan_ckpt.state.shards import ShardLayouts
 from titan_ckpt.state.tree import Stateful, merge, split
 from titan_ckpt.storage.base import Storage
@@ -32,7 +32,7 @@ OnCorruption = Literal["previous", "raise"]
 
 ABSENT = "it does not exist"
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import CheckpointError, system_errors
 from titan_ckpt.format.boxes import Box, full_box
 from titan_ckpt.format.index import Content, TensorSpec, read_content, read_state
 from titan_ckpt.format.json_values import decode
@@ -68,8 +68,9 @@ class CheckpointReader:
         Raises:
             CheckpointError: If there is no such slice, or its data is corrupt.
         """
-        part = torch.empty(tuple(sizes), dtype=self._spec(name).dtype)
-        self.read_into(name, part, offsets)
+        with system_errors(f"read {name} of {self.path}"):
+            part = torch.empty(tuple(sizes), dtype=self._spec(name).dtype)
+            self.read_into(name, part, offsets)
         return part
 
     def read_into(self, name: str, destination: torch.Tensor, offsets: Sequence[int] | None = None) -> None:

@@ -16,6 +16,7 @@ from titan_ckpt.format.index import Content
 from titan_ckpt.format.json_values import TUPLE_KEY, key_of, path_of
 from titan_ckpt.format.manifest import digest_of
 from titan_ckpt.format.safetensors_header import dtype_name, dtype_of
+from titan_ckpt.messages import printable
 
 # name -> (dtype, global shape)
 Description = dict[str, tuple[str, list[int]]]
@@ -87,7 +88,7 @@ class Comparison:
         ]
         for title, names in groups.items():
             if names:
-                lines += [f"  {title} ({len(names)}):", *(f"    {name}" for name in names)]
+                lines += [f"  {title} ({len(names)}):", *(f"    {printable(name)}" for name in names)]
         return "\n".join(lines)
 
 

@@ -10,29 +10,29 @@ the directory's lock. Several names change in one act: `_MOVES` is written first
 """
 
 import json
-import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import CheckpointError, system_errors
 from titan_ckpt.format.manifest import Branches, Manifest, directory_name, read_manifest, step_of
 from titan_ckpt.manage.listing import (
-    LATEST,
     MOVES,
     PINS,
     aside_names,
     pins_in,
     planned_moves,
+    point_at,
     step_names,
     step_of_aside,
 )
+from titan_ckpt.messages import get_logger
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.lock import DirectoryLock
 from titan_ckpt.storage.open import open_storage
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,17 +160,18 @@ def restore(directory: str | Path, which: int | str) -> Restored:
             writes to the directory.
     """
     storage = open_storage(str(directory))
-    if not storage.names():
-        raise CheckpointError(f"{directory}: no such directory, or it is empty")
-    lock = DirectoryLock(storage)
-    try:
-        finish_moves(storage)
-        name = _find(storage, which)
-        head = head_of(read_manifest(storage, name))
-        moves = _moves_to(storage, name, head)
-        _move(storage, moves, directory_name(head.step))
-    finally:
-        lock.release()
+    with system_errors(f"restore a checkpoint of {storage.url}"):
+        if not storage.names():
+            raise CheckpointError(f"{directory}: no such directory, or it is empty")
+        lock = DirectoryLock(storage)
+        try:
+            finish_moves(storage)
+            name = _find(storage, which)
+            head = head_of(read_manifest(storage, name))
+            moves = _moves_to(storage, name, head)
+            _move(storage, moves, directory_name(head.step))
+        finally:
+            lock.release()
     away = {old: new for old, new in moves.items() if step_of(old) is not None}
     return Restored(directory_name(head.step), away, {old: new for old, new in moves.items() if old not in away})
 
@@ -236,7 +237,7 @@ def _carry_out(storage: Storage, moves: Sequence[tuple[str, str]], latest: str |
         if name in renamed:
             storage.replace(f"{PINS}/{pin}", f"{renamed[name]}\n".encode())
     if latest is not None:
-        storage.replace(LATEST, f"{latest}\n".encode())
+        point_at(storage, latest)
     storage.delete(MOVES)
 
 

@@ -1,22 +1,23 @@
 """The content of a directory of checkpoints: steps, the `latest` pointer, pins."""
 
 import json
-import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import CheckpointError, system_errors
 from titan_ckpt.format.manifest import Manifest, directory_name, read_manifest, step_of
-from titan_ckpt.storage.base import Storage
+from titan_ckpt.messages import get_logger, reason_of
+from titan_ckpt.storage.base import DamagedFileError, Storage
 from titan_ckpt.storage.open import open_storage
 
 LATEST = "latest"
 PINS = "pins"
 MOVES = ".moves"  # renames that have begun; see `lineage`
+_MOVES_LIMIT, _POINTER_LIMIT = 1 << 24, 1 << 12  # bytes
 _ASIDE = re.compile(r"\.(?:aside|damaged)-(step-[0-9]+)-[0-9a-f]{8}")
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _PIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
@@ -47,6 +48,9 @@ def list_checkpoints(directory: str | Path) -> list[CheckpointInfo]:
     Returns:
         The checkpoints, oldest step first.
 
+    Raises:
+        CheckpointError: If the directory cannot be read.
+
     Example:
         >>> for info in list_checkpoints("runs/x/checkpoints"):
         ...     print(info.step, info.path, info.metadata)
@@ -54,11 +58,12 @@ def list_checkpoints(directory: str | Path) -> list[CheckpointInfo]:
     """
     storage = open_storage(str(directory))
     found = []
-    for name in step_names(storage):
-        try:
-            found.append(info_of(storage, name, read_manifest(storage, name)))
-        except CheckpointError:
-            continue
+    with system_errors(f"list {storage.url}"):
+        for name in step_names(storage):
+            try:
+                found.append(info_of(storage, name, read_manifest(storage, name)))
+            except CheckpointError:
+                continue
     return found
 
 
@@ -77,7 +82,8 @@ def pin(directory: str | Path, step: int, name: str) -> None:
     if not _PIN_NAME.fullmatch(name):
         raise CheckpointError(f"invalid pin name {name!r}: use at most 100 letters, digits, '_', '.' and '-'")
     read_manifest(storage, directory_name(step))
-    storage.replace(f"{PINS}/{name}", f"{directory_name(step)}\n".encode())
+    with system_errors(f"write the pin {name} in {storage.url}"):
+        storage.replace(f"{PINS}/{name}", f"{directory_name(step)}\n".encode())
 
 
 def unpin(directory: str | Path, name: str) -> None:
@@ -91,22 +97,40 @@ def unpin(directory: str | Path, name: str) -> None:
         CheckpointError: If there is no pin of that name.
     """
     storage = open_storage(str(directory))
-    if name not in storage.names(PINS):
-        raise CheckpointError(f"{storage.url} has no pin {name!r}; its pins: {sorted(storage.names(PINS)) or 'none'}")
-    storage.delete(f"{PINS}/{name}")
+    with system_errors(f"remove the pin {name} of {storage.url}"):
+        pins = sorted(storage.names(PINS))
+        if name not in pins:
+            raise CheckpointError(f"{storage.url} has no pin {name!r}; its pins: {pins or 'none'}")
+        storage.delete(f"{PINS}/{name}")
 
 
 def pins_in(storage: Storage) -> dict[str, str]:
-    """Return the pins, by name, each with the directory name of its checkpoint."""
-    return {name: _pointed_at(storage, f"{PINS}/{name}") for name in storage.names(PINS)}
+    """Return the pins, by name, each with the directory name of its checkpoint.
+
+    What cannot be a pin (a directory, a file that is too long or that names no checkpoint) is left out with a warning.
+
+    Raises:
+        OSError: If a pin cannot be read now: what it protects is not known.
+    """
+    found = {name: _pointed_at(storage, f"{PINS}/{name}") for name in storage.names(PINS)}
+    return {name: target for name, target in found.items() if target is not None}
 
 
 def latest_in(storage: Storage) -> str | None:
-    """Return the directory name that `latest` points to, or None if there is no such pointer."""
+    """Return the directory name that `latest` points to; None if there is no such pointer, or it is damaged."""
     try:
         return _pointed_at(storage, LATEST)
-    except FileNotFoundError:
+    except OSError as error:
+        logger.warning("%s/%s is ignored: %s", storage.url, LATEST, reason_of(error))
         return None
+
+
+def point_at(storage: Storage, name: str) -> None:
+    """Let `latest` hold a checkpoint's name; only log if it cannot be written, since readers do not need it."""
+    try:
+        storage.replace(LATEST, f"{name}\n".encode())
+    except Exception as error:  # whatever a storage raises
+        logger.warning("could not update %s/%s to %s: %s", storage.url, LATEST, name, reason_of(error))
 
 
 def step_names(storage: Storage) -> list[str]:
@@ -138,14 +162,14 @@ class PlannedMoves:
 def planned_moves(storage: Storage) -> PlannedMoves | None:
     """Return the renames that have begun and may not be complete; None if there are none."""
     try:
-        plan = json.loads(storage.read(MOVES))
+        plan = json.loads(storage.read(MOVES, most=_MOVES_LIMIT))
         moves = [(old, new) for old, new in plan["moves"] if _is_checkpoint(old) and _is_checkpoint(new)]
         latest = plan["latest"]
         return PlannedMoves(moves, latest if latest is None or step_of(latest) is not None else None)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s/%s cannot be read (%s), ignored", storage.url, MOVES, error)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        logger.warning("%s/%s cannot be read (%s), ignored", storage.url, MOVES, reason_of(error))
         return None
 
 
@@ -170,5 +194,16 @@ def info_of(storage: Storage, name: str, manifest: Manifest) -> CheckpointInfo:
     return CheckpointInfo(manifest.step, f"{storage.url.rstrip('/')}/{name}", manifest.metadata, manifest)
 
 
-def _pointed_at(storage: Storage, path: str) -> str:
-    return storage.read(path).decode("utf-8", "replace").strip()
+def _pointed_at(storage: Storage, path: str) -> str | None:
+    """Return the checkpoint's name in a pointer; None if there is none, with a warning if the pointer is damaged."""
+    try:
+        target = storage.read(path, most=_POINTER_LIMIT).decode("utf-8", "replace").strip()
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        logger.warning("%s/%s is damaged and ignored: %s", storage.url, path, reason_of(error))
+        return None
+    if not _is_checkpoint(target):
+        logger.warning("%s/%s is damaged and ignored: it names %r, not a checkpoint", storage.url, path, target[:80])
+        return None
+    return target

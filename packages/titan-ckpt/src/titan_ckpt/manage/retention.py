@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import CheckpointError, system_errors
 from titan_ckpt.format.manifest import Manifest, read_manifest, step_of
 from titan_ckpt.manage.listing import aside_names, latest_in, pins_in, step_names
 from titan_ckpt.manage.size_check import size_problems
-from titan_ckpt.storage.base import Storage
+from titan_ckpt.storage.base import Storage, attempt_each
 from titan_ckpt.storage.open import open_storage
 
 
@@ -89,8 +89,16 @@ def plan_prune(directory: str | Path | Storage, policy: Retention) -> PrunePlan:
 
     Returns:
         What stays and why, and what would be removed.
+
+    Raises:
+        CheckpointError: If the directory, or a pin in it, cannot be read.
     """
     storage = open_storage(str(directory)) if isinstance(directory, str | Path) else directory
+    with system_errors(f"plan what to remove in {storage.url}"):
+        return _plan(storage, policy)
+
+
+def _plan(storage: Storage, policy: Retention) -> PrunePlan:
     if policy.keeps_all:
         return PrunePlan({name: ["all are kept"] for name in step_names(storage)})
     found = _Found(storage)
@@ -106,15 +114,19 @@ def plan_prune(directory: str | Path | Storage, policy: Retention) -> PrunePlan:
     return PrunePlan({name: reasons[name] for name in reversed(found.steps) if name in reasons}, remove)
 
 
-def prune(storage: Storage, plan: PrunePlan) -> None:
+def prune(storage: Storage, plan: PrunePlan) -> list[str]:
     """Remove what a plan says. Each checkpoint becomes invalid before its files are deleted.
+
+    What cannot be removed is logged and left.
 
     Args:
         storage: The directory of checkpoints.
         plan: A plan made by `plan_prune`.
+
+    Returns:
+        The names of what was removed.
     """
-    for name in plan.remove:
-        storage.remove(name)
+    return attempt_each(plan.remove, storage.remove)
 
 
 class _Found:
@@ -160,7 +172,8 @@ def plan_clearing(storage: Storage) -> PrunePlan:
     Returns:
         What stays and why, and what would be removed; the size of a corrupt one is given as 0.
     """
-    pinned = {name: pin for pin, name in pins_in(storage).items()}
+    with system_errors(f"read the pins of {storage.url}"):
+        pinned = {name: pin for pin, name in pins_in(storage).items()}
     names, found = aside_names(storage), _Found(storage)
     sizes = {name: 0 if (manifest := found.manifest(name)) is None else manifest.nbytes for name in names}
     return PrunePlan(

@@ -29,7 +29,7 @@ def verify(path: str | Path, level: Level = "size") -> list[str]:
         The problems, one sentence each, with the names of corrupt tensors; empty if the checkpoint is valid.
     """
     if level not in ("size", "checksum"):
-        raise ValueError(f'level must be "size" or "checksum", not {level!r}')
+        raise CheckpointError(f'level must be "size" or "checksum", not {level!r}')
     parent, name = parent_and_name(str(path))
     storage = open_storage(parent)
     try:

@@ -1,15 +1,15 @@
 """The host memory that an asynchronous save copies the state to; kept from save to save."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from titan_ckpt.messages import get_logger
 from titan_ckpt.save.plan import PlannedFile
 from titan_ckpt.state.shards import Part
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _ALIGNMENT = 4096  # bytes: a memory page, so that each file's data can be written with direct I/O
 

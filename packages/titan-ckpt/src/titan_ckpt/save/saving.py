@@ -5,7 +5,6 @@ holds (`manage.lineage`), collects the state (`snapshot`), copies it for an asyn
 returns the `Save` (`in_flight`) that writes and publishes it (`writer`), runs exporters and removes old checkpoints.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from titan_ckpt.format.manifest import Manifest, directory_name
 from titan_ckpt.format.safetensors_header import bytes_of
 from titan_ckpt.manage.lineage import Head, continue_line, head_of, is_published
 from titan_ckpt.manage.retention import Retention
+from titan_ckpt.messages import get_logger
 from titan_ckpt.save.file_writer import WrittenFile, write_file
 from titan_ckpt.save.in_flight import Deadline, Flight, Save, SaveEnd
 from titan_ckpt.save.snapshot import Planner, Snapshot
@@ -24,7 +24,7 @@ from titan_ckpt.state.tree import Stateful
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.lock import DirectoryLock
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Writes one of this rank's files: its index in the plan, its path, its header.
 WriteFile = Callable[[int, str, bytes], WrittenFile]

@@ -4,7 +4,6 @@ Called by the checkpointer with a `WriteJob`. Nothing that readers look at chang
 any instant leaves either the complete checkpoint or none, and never affects another one.
 """
 
-import logging
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,16 +31,17 @@ from titan_ckpt.format.manifest import (
 )
 from titan_ckpt.format.safetensors_header import make_header
 from titan_ckpt.manage.lineage import Head, new_branch
-from titan_ckpt.manage.listing import LATEST
+from titan_ckpt.manage.listing import point_at
 from titan_ckpt.manage.retention import Retention, plan_prune, prune
 from titan_ckpt.manage.verify import find_corruption
+from titan_ckpt.messages import get_logger, reason_of
 from titan_ckpt.save.file_writer import WrittenFile
 from titan_ckpt.save.plan import PlannedFile
 from titan_ckpt.state.shards import Part
 from titan_ckpt.storage.base import PendingCheckpoint, Storage
 from titan_ckpt.storage.lock import DirectoryLock
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def write_checkpoint(ranks: Ranks, storage: Storage, lock: DirectoryLock | None,
         raise
     if ranks.rank == 0:
         logger.info("saved %s/%s", storage.url, final)
-        _point_at(storage, final)
+        point_at(storage, final)
     return head
 
 
@@ -130,14 +130,12 @@ def prune_old(storage: Storage, lock: DirectoryLock, retention: Retention) -> No
     """
     try:
         lock.confirm()
-        plan = plan_prune(storage, retention)
-        prune(storage, plan)
-        for name in plan.remove:
-            logger.info("removed %s, not kept by %s", name, retention)
         for name in storage.clear_leftovers():
             logger.info("removed %s, left by an interrupted job", name)
-    except Exception as error:  # clients of object stores have exceptions of their own
-        logger.warning("could not remove old checkpoints in %s: %s", storage.url, error)
+        for name in prune(storage, plan_prune(storage, retention)):
+            logger.info("removed %s, not kept by %s", name, retention)
+    except Exception as error:  # whatever a storage raises
+        logger.warning("could not remove old checkpoints in %s: %s", storage.url, reason_of(error))
 
 
 def _is_head(ranks: Ranks, storage: Storage, final: str, head: Head | None) -> bool:
@@ -276,13 +274,6 @@ def _lineage(origin: Origin, branches: Branches, world_size: int) -> dict[str, A
             "torch": str(torch.__version__),
         },
     }
-
-
-def _point_at(storage: Storage, final: str) -> None:
-    try:
-        storage.replace(LATEST, f"{final}\n".encode())
-    except Exception as error:  # readers do not need the pointer: the checkpoint is published
-        logger.warning("could not update %s/%s to %s: %s", storage.url, LATEST, final, error)
 
 
 def own_version() -> str:

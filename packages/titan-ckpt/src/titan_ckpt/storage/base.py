@@ -4,7 +4,16 @@ Two implementations: `local.LocalStorage` for a directory, `object_store.ObjectS
 relative to the directory of checkpoints and use "/" on every operating system.
 """
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
+
+from titan_ckpt.messages import get_logger, reason_of
+
+logger = get_logger(__name__)
+
+
+class DamagedFileError(OSError):
+    """A small file of the directory that cannot be what it should be, whoever reads it and whenever."""
 
 
 class SourceFile(Protocol):
@@ -85,8 +94,16 @@ class Storage(Protocol):
         """Return a file's length in bytes."""
         ...
 
-    def read(self, path: str) -> bytes:
-        """Return the content of a small file."""
+    def read(self, path: str, most: int) -> bytes:
+        """Return the content of a small file.
+
+        Args:
+            path: The file.
+            most: Length in bytes beyond which it is refused without reading it.
+
+        Raises:
+            OSError: If it cannot be read, or is longer.
+        """
         ...
 
     def open(self, path: str) -> SourceFile:
@@ -140,7 +157,38 @@ class Storage(Protocol):
     def clear_leftovers(self) -> list[str]:
         """Delete what killed jobs left partly written or partly deleted. Only the holder of the lock may call this.
 
+        What cannot be deleted is logged and left.
+
         Returns:
             The deleted names.
         """
         ...
+
+
+def check_length(path: str, nbytes: int, most: int) -> None:
+    """Check the length of a file before it is read.
+
+    Raises:
+        DamagedFileError: If it is too long.
+    """
+    if nbytes > most:
+        raise DamagedFileError(f"{path} has {nbytes} bytes, the limit for such a file is {most}")
+
+
+def attempt_each(names: Iterable[str], delete: Callable[[str], None]) -> list[str]:
+    """Delete what can be deleted; log one warning that lists the rest.
+
+    Returns:
+        The deleted names.
+    """
+    deleted, failed = [], []
+    for name in names:
+        try:
+            delete(name)
+            deleted.append(name)
+        except Exception as error:  # clients of object stores have exceptions of their own
+            failed.append(f"{name} ({reason_of(error)})")
+    if failed:
+        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+        logger.warning("could not remove old checkpoints or leftovers: %s%s; delete them by hand", ", ".join(failed[:3]), more)
+    return deleted

@@ -7,7 +7,15 @@ import shutil
 import stat
 from pathlib import Path
 
-from titan_ckpt.storage.base import PendingCheckpoint, SinkFile, SourceFile
+from titan_ckpt.messages import local_path
+from titan_ckpt.storage.base import (
+    DamagedFileError,
+    PendingCheckpoint,
+    SinkFile,
+    SourceFile,
+    attempt_each,
+    check_length,
+)
 from titan_ckpt.storage.direct_io import LEAST, DirectFile, is_cached
 
 _AT_ONCE = 256 << 20  # bytes per system call
@@ -18,7 +26,7 @@ class LocalStorage:
     """A directory that every rank sees, on a file system that honors `fsync` and atomic `rename`."""
 
     def __init__(self, directory: str) -> None:
-        self._root = Path(directory).absolute()
+        self._root = local_path(directory).absolute()
         self.url = str(self._root)
         self.parallel = 4
 
@@ -33,9 +41,11 @@ class LocalStorage:
         """Return a file's length in bytes."""
         return self._inside(path).stat().st_size
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int) -> bytes:
         """Return the content of a small file."""
-        return self._inside(path).read_bytes()
+        with self._inside(path).open("rb") as file:
+            check_length(path, os.fstat(file.fileno()).st_size, most)
+            return file.read(most)
 
     def open(self, path: str) -> SourceFile:
         """Open a file for partial reads."""
@@ -50,7 +60,12 @@ class LocalStorage:
     def replace(self, path: str, content: bytes) -> None:
         """Write a small file atomically, by a rename."""
         target = self._root / path
-        os.replace(self._write_temporary(target, content), target)
+        temporary = self._write_temporary(target, content)
+        try:
+            os.replace(temporary, target)  # fails if the target is a directory
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         _sync_directory(target.parent)
 
     def create_once(self, path: str, content: bytes) -> bool:
@@ -97,7 +112,7 @@ class LocalStorage:
         """Delete a checkpoint. The rename comes first, so that a kill never leaves half of it under its name."""
         renamed = self._root / _temporary_name("removing", name)
         (self._root / name).rename(renamed)
-        shutil.rmtree(renamed)
+        _delete(renamed)
 
     def rename(self, name: str, new: str) -> None:
         """Give a checkpoint another name."""
@@ -107,10 +122,7 @@ class LocalStorage:
     def clear_leftovers(self) -> list[str]:
         """Delete what killed jobs left partly written or partly deleted."""
         found = [name for name in self.names() if _LEFTOVER.fullmatch(name)]
-        for name in found:
-            path = self._root / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return found
+        return attempt_each(found, lambda name: _delete(self._root / name))
 
     def _inside(self, path: str) -> Path:
         """Return the path of a file to read; refuse links that leave the checkpoint, and special files.
@@ -122,9 +134,9 @@ class LocalStorage:
         directory = os.path.realpath(self._root / path.split("/")[0])
         real = os.path.realpath(target)
         if real != directory and not real.startswith(directory + os.sep):
-            raise OSError(f"{path} is a link to {real}, outside of its directory")
+            raise DamagedFileError(f"{path} is a link to {real}, outside of its directory")
         if not stat.S_ISREG(os.stat(real).st_mode):  # e.g. a pipe: opening one blocks forever
-            raise OSError(f"{path} is not a regular file")
+            raise DamagedFileError(f"{path} is not a regular file")
         return target
 
     def _write_temporary(self, target: Path, content: bytes) -> Path:
@@ -200,6 +212,14 @@ class _Sink:
 def _temporary_name(purpose: str, name: str) -> str:
     """Return a new hidden name, e.g. `.staging-step-00000100-1f2e3d4c`."""
     return f".{purpose}-{name}-{secrets.token_hex(4)}"
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link, or a directory with its files."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync_directory(path: Path) -> None:

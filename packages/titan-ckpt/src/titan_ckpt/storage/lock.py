@@ -11,7 +11,6 @@ publication.
 
 import contextlib
 import json
-import logging
 import os
 import secrets
 import socket
@@ -23,14 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.storage.base import Storage
+from titan_ckpt.messages import get_logger, reason_of
+from titan_ckpt.storage.base import DamagedFileError, Storage
 from titan_ckpt.storage.direct_io import machine_id
 
 LOCK = ".lock"
 BEAT_SECONDS = 10.0
+_LIMIT = 1 << 16  # bytes of a lock file
+_DAMAGED: dict[str, Any] = {"damaged": True}  # stands for the content of a lock file that is none; compared by identity
 PATIENCE_SECONDS = 35.0  # three heartbeats, and time for another machine to see them
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class DirectoryLock:
@@ -53,6 +55,7 @@ class DirectoryLock:
             "token": secrets.token_hex(8),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        self._acquired = True  # unless the lock file cannot be written
         self._stop = threading.Event()
         beats = threading.Thread(
             target=_beat, args=(storage, self._me, self._stop, beat), daemon=True, name="titan-ckpt-lock"
@@ -62,7 +65,8 @@ class DirectoryLock:
         self._end = weakref.finalize(self, _release, storage, self._me, self._stop, beats)
         try:
             self._acquire(patience)
-            beats.start()
+            if self._acquired:
+                beats.start()
         except BaseException:
             self.release()
             raise
@@ -73,9 +77,14 @@ class DirectoryLock:
         Raises:
             CheckpointError: If another job has taken the lock.
         """
+        if not self._acquired:
+            return
         holder = _holder_in(self._storage)
         if not holder and self._storage.create_once(LOCK, _content(self._me, 0)):
             return  # lock file deleted but not taken: recreated
+        if holder is _DAMAGED:
+            self._repair()
+            return
         if holder.get("token") != self._me["token"]:
             raise CheckpointError(
                 f"{self._storage.url}: another job took the lock while this one sent no heartbeats: "
@@ -91,6 +100,12 @@ class DirectoryLock:
     def _acquire(self, patience: float) -> None:
         while not self._storage.create_once(LOCK, _content(self._me, 0)):
             holder = _holder_in(self._storage)
+            if holder is _DAMAGED:
+                time.sleep(min(1.0, patience / 10))  # on a store that does not write atomically it may become valid
+                if _holder_in(self._storage) is not _DAMAGED:
+                    continue
+                self._repair()
+                return
             if holder and not self._is_dead(holder, patience):
                 raise CheckpointError(
                     f"{self._storage.url} is locked by another job: {_describe(holder)}; {_advice(holder, self._me)}"
@@ -100,6 +115,21 @@ class DirectoryLock:
             # If two jobs reach this line at once, the later deletes the lock of the earlier; `confirm` detects that.
             if _holder_in(self._storage) == holder:
                 self._storage.delete(LOCK)
+
+    def _repair(self) -> None:
+        """Replace a lock file that says nothing about a holder; work without a lock if that is impossible."""
+        try:
+            self._storage.replace(LOCK, _content(self._me, 0))
+            logger.warning("%s/%s was damaged: replaced", self._storage.url, LOCK)
+        except OSError as error:
+            self._acquired = False
+            logger.warning(
+                "%s/%s is damaged and cannot be replaced (%s): this job goes on without a lock, so no other job is "
+                "kept from writing here; delete it",
+                self._storage.url,
+                LOCK,
+                reason_of(error),
+            )
 
     def _is_dead(self, holder: dict[str, Any], patience: float) -> bool:
         if all(holder.get(key) == self._me[key] for key in ("host", "boot", "namespace")):
@@ -120,7 +150,8 @@ def _beat(storage: Storage, me: dict[str, Any], stop: threading.Event, seconds: 
     while not stop.wait(seconds):
         beats += 1
         with contextlib.suppress(Exception):  # a missed heartbeat is harmless; `confirm` detects a lost lock
-            if _holder_in(storage).get("token") != me["token"]:
+            holder = _holder_in(storage)
+            if holder is not _DAMAGED and holder.get("token") != me["token"]:
                 return
             storage.replace(LOCK, _content(me, beats))
 
@@ -139,14 +170,14 @@ def _content(me: dict[str, Any], beats: int) -> bytes:
 
 
 def _holder_in(storage: Storage) -> dict[str, Any]:
-    """Return the content of the lock file; empty if there is no lock file or it holds something else."""
+    """Return the content of the lock file; empty if there is none, `_DAMAGED` if it holds something else."""
     try:
-        holder = json.loads(storage.read(LOCK))
+        holder = json.loads(storage.read(LOCK, most=_LIMIT))
     except FileNotFoundError:
         return {}
-    except ValueError:
-        return {"host": "unknown (unreadable lock file)", "pid": None}
-    return holder if isinstance(holder, dict) else {}
+    except (DamagedFileError, ValueError, RecursionError):
+        return _DAMAGED
+    return holder if isinstance(holder, dict) and holder else _DAMAGED
 
 
 def _advice(holder: dict[str, Any], me: dict[str, Any]) -> str:
@@ -156,8 +187,6 @@ def _advice(holder: dict[str, Any], me: dict[str, Any]) -> str:
 
 
 def _describe(holder: dict[str, Any]) -> str:
-    if not holder:
-        return "unknown holder (empty lock file)"
     return f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
 
 
@@ -174,7 +203,7 @@ def _identity() -> dict[str, Any]:
 
 def _is_running(pid: Any, started: Any) -> bool:
     """Return whether a process is alive; its start time tells it from a newer process with the same id."""
-    if type(pid) is not int:
+    if type(pid) is not int or not 0 < pid < 1 << 31:
         return False
     if started is not None:
         return bool(_start_time_of(pid) == started)

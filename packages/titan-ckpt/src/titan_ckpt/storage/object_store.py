@@ -12,7 +12,9 @@ from typing import Any
 
 import fsspec
 
-from titan_ckpt.storage.base import PendingCheckpoint, SinkFile, SourceFile
+from titan_ckpt.errors import CheckpointError
+from titan_ckpt.messages import reason_of
+from titan_ckpt.storage.base import PendingCheckpoint, SinkFile, SourceFile, attempt_each, check_length
 
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-[0-9]{8,}")
@@ -27,8 +29,7 @@ class ObjectStorage:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
-        self._fs, root = fsspec.core.url_to_fs(url)
-        self._root = root.rstrip("/")
+        self._fs, self._root = _connect(url)
 
     def names(self, directory: str = "") -> list[str]:
         """Return the names directly under a prefix; empty if there is nothing."""
@@ -49,8 +50,9 @@ class ObjectStorage:
             raise FileNotFoundError(path)
         return int(info["size"])
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int) -> bytes:
         """Return the content of a small object."""
+        check_length(path, self.size(path), most)
         content: bytes = self._fs.cat_file(self._at(path))
         return content
 
@@ -79,7 +81,7 @@ class ObjectStorage:
         if self._exists(path):
             return False
         self.replace(path, content)
-        return self.read(path) == content
+        return self.read(path, most=max(len(content), 1 << 16)) == content
 
     def delete(self, path: str) -> None:
         """Delete an object. A missing object is not an error."""
@@ -127,9 +129,7 @@ class ObjectStorage:
     def clear_leftovers(self) -> list[str]:
         """Delete the files of steps without a manifest: a save or a removal was killed."""
         found = [name for name in self.names() if _STEP.fullmatch(name) and not self.has(name)]
-        for name in found:
-            self._delete_all(name)
-        return found
+        return attempt_each(found, self._delete_all)
 
     def _exists(self, path: str) -> bool:
         # Not fsspec's `exists`: it returns False when the store does not answer, and what "does not exist" is deleted.
@@ -152,6 +152,48 @@ class ObjectStorage:
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the path in it.
+
+    Raises:
+        CheckpointError: If the scheme is unknown, its implementation is not installed, or it refuses to start.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise CheckpointError(f"{url}: {error}") from error
+    except Exception as error:  # each implementation has exceptions of its own
+        scheme = url.partition("://")[0]
+        raise CheckpointError(
+            f"{url}: cannot be opened ({reason_of(error)}); give a path, or a URL that fsspec knows, such as s3:// "
+            f"instead of {scheme}://"
+        ) from error
+    return _Client(fs, url), root.rstrip("/")
+
+
+class _Client:
+    """An fsspec file system, or a file of it, whose every error is an OSError: missing credentials, for example."""
+
+    def __init__(self, inner: Any, url: str) -> None:
+        self._inner, self._url = inner, url
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = found(*args, **kwargs)
+            except OSError:
+                raise
+            except Exception as error:
+                raise OSError(f"{self._url}: {reason_of(error)}") from error
+            return _Client(result, self._url) if name == "open" else result
+
+        return call
 
 
 class _Source:

@@ -1,5 +1,6 @@
 """From a directory's path or URL to its storage."""
 
+from titan_ckpt.messages import local_path
 from titan_ckpt.storage.base import Storage
 from titan_ckpt.storage.local import LocalStorage
 
@@ -12,6 +13,9 @@ def open_storage(directory: str) -> Storage:
 
     Returns:
         The storage; nothing is created.
+
+    Raises:
+        CheckpointError: If the URL's scheme is unknown, or its implementation is not installed.
     """
     if "://" in directory and not directory.startswith("file://"):
         from titan_ckpt.storage.object_store import ObjectStorage  # imports fsspec only where it is used
@@ -22,6 +26,8 @@ def open_storage(directory: str) -> Storage:
 
 def parent_and_name(path: str) -> tuple[str, str]:
     """Split a checkpoint's path or URL into its parent directory and its name."""
+    if "://" not in path:
+        path = str(local_path(path))
     parent, slash, name = path.rstrip("/").rpartition("/")
     if not slash:
         return ".", name

@@ -1,11 +1,9 @@
 """DCP's `.metadata`, a pickle, read without executing it.
 
-A pickle is a program that names classes and functions and calls them. Here no name is resolved: each class that a real
-`.metadata` needs (the list below) is replaced by an inert record that stores its arguments; any other name raises. The
+Each class that a real `.metadata` needs (the list below) is replaced by an inert record, see `_inert_pickle`. The
 result is then checked like any other untrusted data.
 """
 
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,9 +12,9 @@ from typing import Any
 
 import torch
 
-from titan_ckpt._compat import PythonUnpickler
 from titan_ckpt.convert._assemble import check_cover
 from titan_ckpt.convert._files import file_size
+from titan_ckpt.convert._inert_pickle import Record, load_inert, record_class
 from titan_ckpt.convert.source import Spec
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.boxes import MOST_DIMENSIONS, Box
@@ -75,26 +73,6 @@ class DcpIndex:
     paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
 
 
-class _Record:
-    """Replaces an object of an allowed class: stores its arguments and state, and does nothing."""
-
-    kind = ""
-    __slots__ = ("args", "state")
-    args: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *args: Any) -> "_Record":
-        record = super().__new__(cls)
-        record.args, record.state = args, None
-        return record
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
 def read_dcp_metadata(directory: Path) -> DcpIndex:
     """Read `.metadata`.
 
@@ -121,26 +99,9 @@ def read_dcp_metadata(directory: Path) -> DcpIndex:
 
 
 def _unpickle(data: bytes) -> Any:
-    # New classes for each file: a pickle can set attributes on the classes it is given, which must not affect other
-    # files.
-    records: dict[tuple[str, str], Any] = {
-        (module, name): type(name, (_Record,), {"kind": name, "__slots__": ()})
-        for module, names in _RECORDS.items()
-        for name in names
-    }
-
-    class Restricted(PythonUnpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if module == "torch" and name in _DTYPES:
-                return _DTYPES[name]
-            try:
-                return records[module, name]
-            except KeyError:
-                raise CheckpointError(
-                    f"it names {module}.{name}, which a checkpoint does not need. Nothing was executed"
-                ) from None
-
-    return Restricted(io.BytesIO(data)).load()
+    named: dict[tuple[str, str], Any] = {("torch", name): dtype for name, dtype in _DTYPES.items()}
+    named |= {(module, name): record_class(name) for module, names in _RECORDS.items() for name in names}
+    return load_inert(data, named, "a checkpoint")
 
 
 def _index_of(metadata: Any) -> DcpIndex:
@@ -151,7 +112,7 @@ def _index_of(metadata: Any) -> DcpIndex:
     index = DcpIndex(paths=_paths(content.get("planner_data")))
     for name, entry in named.items():
         _typed(name, str, "a name")
-        if isinstance(entry, _Record) and entry.kind == "BytesStorageMetadata":
+        if isinstance(entry, Record) and entry.kind == "BytesStorageMetadata":
             index.objects[name] = _location_of(stored, name, None)
             continue
         fields = _fields(entry, "TensorStorageMetadata")
@@ -211,7 +172,7 @@ def _paths(value: Any) -> dict[str, tuple[str | int, ...]]:
 
 
 def _dtype(properties: Any) -> torch.dtype:
-    if not isinstance(properties, _Record) or properties.kind != "TensorProperties":
+    if not isinstance(properties, Record) or properties.kind != "TensorProperties":
         raise CheckpointError("a tensor has no properties")
     state = properties.state
     dtype = state[0] if isinstance(state, tuple) and state else None
@@ -222,7 +183,7 @@ def _dtype(properties: Any) -> torch.dtype:
 
 def _size(value: Any) -> tuple[int, ...]:
     """Return the sizes of a torch.Size, whose one argument is the tuple of its sizes."""
-    if not isinstance(value, _Record) or value.kind != "Size" or len(value.args) != 1:
+    if not isinstance(value, Record) or value.kind != "Size" or len(value.args) != 1:
         raise CheckpointError(f"invalid shape: expected a torch.Size, found a {type(value).__name__}")
     sizes = value.args[0]
     if type(sizes) is not tuple or len(sizes) > MOST_DIMENSIONS:
@@ -237,7 +198,7 @@ def _count(value: Any) -> int:
 
 
 def _fields(value: Any, kind: str) -> dict[str, Any]:
-    if not isinstance(value, _Record) or value.kind != kind or not isinstance(value.state, dict):
+    if not isinstance(value, Record) or value.kind != kind or not isinstance(value.state, dict):
         raise CheckpointError(f"expected a {kind}, found a {type(value).__name__}")
     return value.state
 

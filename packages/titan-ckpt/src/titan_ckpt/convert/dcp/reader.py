@@ -10,7 +10,7 @@ import torch
 from titan_ckpt.convert._assemble import assemble
 from titan_ckpt.convert._files import file_size
 from titan_ckpt.convert._torch_load import load_entry
-from titan_ckpt.convert.dcp.metadata import METADATA, Location, read_dcp_metadata
+from titan_ckpt.convert.dcp.metadata import METADATA, DcpIndex, Location, read_dcp_metadata
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.boxes import Box
 from titan_ckpt.format.json_values import encode, key_of
@@ -46,8 +46,10 @@ class DcpDirectory:
             raise CheckpointError(f"{self.directory / METADATA} is refused: {error}") from error
         if len(set(names.values())) != len(names):
             raise CheckpointError(f"{self.directory / METADATA} is refused: it gives two entries the same path")
-        self._check_files(location for locations in index.locations.values() for location in locations)
-        self._check_files(index.objects.values())
+        self._check_files(
+            [*(at for locations in index.locations.values() for at in locations), *index.objects.values()]
+        )
+        _check_lengths(index)
         self.tensors = {names[flat]: spec for flat, spec in index.tensors.items()}
         self._chunks = {names[flat]: chunks for flat, chunks in index.chunks.items()}
         self._locations = {names[flat]: locations for flat, locations in index.locations.items()}
@@ -80,7 +82,9 @@ class DcpDirectory:
 
     def _check_files(self, locations: Iterable[Location]) -> None:
         sizes: dict[str, int] = {}
+        claimed = 0
         for location in locations:
+            claimed += location.length
             path = self.directory / location.file
             if location.file not in sizes:
                 sizes[location.file] = file_size(path)
@@ -89,6 +93,11 @@ class DcpDirectory:
                 raise CheckpointError(
                     f"{path} is truncated: it has {sizes[location.file]} bytes instead of {end} or more"
                 )
+        if claimed > sum(sizes.values()):
+            raise CheckpointError(
+                f"{self.directory / METADATA} is refused: its entries claim {claimed} bytes, the files have "
+                f"{sum(sizes.values())}"
+            )
 
     def _load(self, location: Location, what: str) -> Any:
         with (self.directory / location.file).open("rb") as file:
@@ -103,6 +112,17 @@ class DcpDirectory:
             nested.put(path, value)
         except CheckpointError as error:
             self.left_out[name] = str(error)
+
+
+def _check_lengths(index: DcpIndex) -> None:
+    """Check that each chunk can be in its place, before memory is allocated for it."""
+    for name, spec in index.tensors.items():
+        for chunk, location in zip(index.chunks[name], index.locations[name], strict=True):
+            if chunk.volume * spec.dtype.itemsize > location.length:
+                raise CheckpointError(
+                    f"{METADATA} is refused: it says that {name} has a chunk of {list(chunk.lengths)} in "
+                    f"{location.length} bytes of {location.file}"
+                )
 
 
 class _Level(dict[str | int, Any]):
