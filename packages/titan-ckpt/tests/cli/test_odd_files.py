@@ -15,12 +15,13 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ckpt_hostile import DATA, forge_file, make_checkpoint, seal, split_file
+from ckpt_hostile import DATA, forge_file, seal, split_file
 from ckpt_sources import Tensors, read_all
 from ckpt_states import Held, make_state
 from titan_ckpt import (
     Checkpointer,
     CheckpointError,
+    KeepBest,
     Retention,
     list_checkpoints,
     open_checkpoint,
@@ -34,11 +35,12 @@ from titan_ckpt import (
 from titan_ckpt.cli import main
 from titan_ckpt.convert._assemble import assemble
 from titan_ckpt.convert.source import Cast
+from titan_ckpt.convert.titan_writer import write_titan
 from titan_ckpt.errors import system_errors
 from titan_ckpt.format.boxes import Box
 from titan_ckpt.format.manifest import digest_of
 
-ODD: list[Any] = [None, True, -1, 1.5, 10**400, "x", [], {}, [[0]], {"x": None}]
+ODD: list[Any] = [None, True, -1, 10**400, "x", [[0]], {"x": None}]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -66,9 +68,8 @@ def look(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(CheckpointError):
         Checkpointer(path.parent).load({"model": Held(w=torch.zeros(3, 4)), "data": Held(position=1)}, strict=False)
     list_checkpoints(path.parent)
-    plan_prune(path.parent, Retention(keep_last=1))
-    for arguments in (["ls"], ["ls", "--json"]):
-        assert main([*arguments, str(path.parent)]) == 0
+    plan_prune(path.parent, Retention(keep_last=1, keep_best=KeepBest("loss")))
+    assert main(["ls", str(path.parent)]) == 0
     for arguments in (["show"], ["verify", "--quiet"]):
         assert main([*arguments, str(path)]) in (0, 1)
     assert "mistake" not in capsys.readouterr().err
@@ -77,7 +78,8 @@ def look(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["manifest.json", "state.json", "header"])
 def test_wrong_types_in_every_field(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = make_checkpoint(tmp_path)
+    write_titan(Tensors({"model/w": torch.ones(3, 4)}, {"data": {"position": 3}}), tmp_path, 1)
+    path = tmp_path / "step-00000001"
     before = {name: (path / name).read_bytes() for name in os.listdir(path)}
     content, body = split_file(path) if file == "header" else (json.loads(before[file]), b"")
     for place in list(places(content)):

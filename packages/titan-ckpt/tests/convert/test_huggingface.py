@@ -447,3 +447,20 @@ def test_an_export_of_a_line_that_was_left_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no titan_checkpoint\.json, so it is not an export of a checkpoint"):
         export_each(str(tmp_path / "run/step-00000002"))
     assert exported() == 2.5
+
+
+def test_an_index_never_hides_a_newer_whole_file(tmp_path: Path) -> None:
+    """transformers leaves the index of an earlier model, and its files, when it saves one file."""
+    export(Tensors(prefixed(small_internal())), tmp_path / "hf", small_map(), max_file_bytes=100)
+    save_file({"new": torch.ones(2)}, tmp_path / "hf/model.safetensors")
+    assert same_bits(read_all(HuggingFaceDirectory(tmp_path / "hf")), {"new": torch.ones(2)})
+    (tmp_path / "hf/model.safetensors.index.json").write_text("{")
+    assert list(HuggingFaceDirectory(tmp_path / "hf").tensors) == ["new"]
+
+
+def test_an_index_that_names_the_single_file_is_obeyed(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"b": torch.ones(3)}, tmp_path / "more.safetensors")
+    index = {"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert sorted(HuggingFaceDirectory(tmp_path).tensors) == ["a", "b"]

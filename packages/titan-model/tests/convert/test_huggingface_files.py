@@ -405,6 +405,28 @@ def test_a_whole_file_comes_before_an_old_index(
         assert_same_logits(load_huggingface(tmp_path / "model")(tokens), theirs(tokens, use_cache=False).logits)
 
 
+def test_an_index_is_obeyed(random_decoder: Callable[..., Decoder], tmp_path: Path) -> None:
+    """Each tensor comes from the file that the index names, which is in the folder; nothing else is read."""
+    folder = tmp_path / "model"
+    save_huggingface(random_decoder(FAMILIES["llama"]), folder, max_file_bytes=10_000)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name, file = next(iter(index["weight_map"].items()))
+    (tmp_path / "outside.safetensors").write_bytes((folder / file).read_bytes())
+    others = sorted(set(index["weight_map"].values()) - {file})
+    for changed, message in (
+        ("../outside.safetensors", "which is not in its folder"),
+        (str(tmp_path / "outside.safetensors"), "which is not in its folder"),
+        (others[0], "but not in both"),
+    ):
+        path.write_text(json.dumps({"weight_map": {**index["weight_map"], name: changed}}))
+        with pytest.raises(ValueError, match=message):
+            load_huggingface(folder)
+    path.write_text(json.dumps({"weight_map": {key: at for key, at in index["weight_map"].items() if key != name}}))
+    with pytest.raises(WeightsError, match=f"{name} is in the file or in .*index.json, but not in both"):
+        load_huggingface(folder)
+
+
 def test_a_buffer_that_no_weight_fills_is_refused(
     random_decoder: Callable[..., Decoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

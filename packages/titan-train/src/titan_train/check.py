@@ -72,10 +72,7 @@ def check(config: Config, world_size: int) -> Checked:
         if length > shape.max_seq_len:
             wrong.append(f"{key} {length} is over the model's max_seq_len {shape.max_seq_len}")
     if config.checkpoint.huggingface:
-        try:
-            titan_model.config_to_huggingface(shape)
-        except ValueError as error:
-            wrong.append(f"checkpoint.huggingface: {error}")
+        wrong += _cannot_be_exported(shape)
     if shape.vocab_size < (needed := tokenizer.vocab_size):
         wrong.append(
             f"model.vocab_size {shape.vocab_size} is less than the tokenizer's {needed}: "
@@ -84,6 +81,21 @@ def check(config: Config, world_size: int) -> Checked:
     if wrong:
         raise ConfigError("\n".join(wrong))
     return Checked(config, shape, plan, degrees, options, tokenizer, size)
+
+
+def _cannot_be_exported(shape: DecoderConfig) -> list[str]:
+    """Return why checkpoints cannot become folders for transformers: at the start, not when the first one is saved."""
+    try:
+        rules = titan_model.huggingface_map(shape).rules
+    except ValueError as error:
+        return [f"checkpoint.huggingface: {error}"]
+    without = [name for rule in rules if not rule.external for name in rule.internal]
+    if not without:
+        return []
+    return [
+        f"checkpoint.huggingface: transformers has no place for the experts' selection bias ({without[0]}), without "
+        "which the model chooses other experts: set moe.balance_bias_rate = 0, or checkpoint.huggingface = false"
+    ]
 
 
 def model_config(config: Config) -> DecoderConfig:

@@ -18,7 +18,7 @@ from titan_ckpt.convert.huggingface.writer import write_huggingface
 from titan_ckpt.convert.source import Cast, Exclude, StripPrefix, TensorSource, size_of
 from titan_ckpt.convert.titan_writer import write_titan
 from titan_ckpt.convert.torch_file import export_torch
-from titan_ckpt.convert.weight_map import Mapped, WeightMap
+from titan_ckpt.convert.weight_map import WeightMap, through
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.messages import local_path, printable, reason_of
 
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         view = Exclude(view, arguments.ignore)
     if weight_map is not None:
         internal = (arguments.direction or ("to-internal" if kind in _EXTERNAL else "to-external")) == "to-internal"
-        view = Mapped(view, weight_map.rules, "to_internal" if internal else "to_external")
+        view = through(view, weight_map, "to_internal" if internal else "to_external")
         config = config if internal else weight_map.config
     if arguments.dtype is not None:
         view = Cast(view, _DTYPES[arguments.dtype])

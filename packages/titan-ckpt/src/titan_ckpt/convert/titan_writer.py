@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from titan_ckpt.collective import Ranks
 from titan_ckpt.convert.source import Cast, Exclude, TensorSource
-from titan_ckpt.convert.weight_map import Mapped, WeightMap
+from titan_ckpt.convert.weight_map import WeightMap, through
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.boxes import full_box
 from titan_ckpt.format.json_values import encode
@@ -50,7 +50,7 @@ def import_weights(
     """
     seen: TensorSource = Exclude(source, ignore)
     if weight_map is not None:
-        seen = Mapped(seen, weight_map.rules, "to_internal")
+        seen = through(seen, weight_map, "to_internal")
     if dtype is not None:
         seen = Cast(seen, dtype)
     write_titan(seen, directory, step, prefix=prefix)

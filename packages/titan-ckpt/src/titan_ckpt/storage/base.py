@@ -190,5 +190,7 @@ def attempt_each(names: Iterable[str], delete: Callable[[str], None]) -> list[st
             failed.append(f"{name} ({reason_of(error)})")
     if failed:
         more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
-        logger.warning("could not remove old checkpoints or leftovers: %s%s; delete them by hand", ", ".join(failed[:3]), more)
+        logger.warning(
+            "could not remove old checkpoints or leftovers: %s%s; delete them by hand", ", ".join(failed[:3]), more
+        )
     return deleted

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_model.companions import Companions
-from titan_model.convert.errors import WeightsError, check_shapes
+from titan_model.convert.errors import WeightsError, check_shapes, shown
 from titan_model.convert.folders import check_downloaded, open_folder, read_json_object
 from titan_model.convert.huggingface_companions import CONFIG, companion_files, config_with, read_companions
 from titan_model.convert.huggingface_config import config_from_huggingface
@@ -34,6 +35,7 @@ from titan_model.convert.weight_map import TensorRule
 from titan_model.decoder import Decoder
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 
 
 def load_huggingface(
@@ -83,14 +85,16 @@ def load_huggingface(
     stored = replace(config, vocab_size=stored.vocab_size)
     with ExitStack() as stack:
         files: dict[str, Any] = {}
-        for path in _weight_files(directory):
+        for path, listed in _weight_files(directory).items():
             check_downloaded(path)
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:
                 raise WeightsError(f"{path}: corrupt, or not a safetensors file: {error}") from None
-            if twice := sorted(files.keys() & set(file.keys())):
-                raise WeightsError(f"{path}: {twice[0]} is in another file too: remove the files that are not needed")
+            if listed is not None and (differing := sorted(listed ^ set(file.keys()))):
+                raise WeightsError(
+                    f"{path}: {differing[0]} is in the file or in {_INDEX}, but not in both; download the folder again"
+                )
             files |= dict.fromkeys(file.keys(), file)
         source = TensorSource(
             where=str(directory),
@@ -166,26 +170,43 @@ def save_huggingface(
         raise
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a model folder: the single file or, without one, those that the index lists.
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """Return the safetensors files of a model folder, each with the tensors that the index lists for it.
 
-    The order is that of transformers, which leaves an old index behind when it saves a single file.
+    A single file that the index does not name holds the entire model (None): it is newer than the index, which
+    transformers leaves behind when it saves a single file.
     """
-    if (directory / _ONE_FILE).is_file():
-        return [directory / _ONE_FILE]
     index = directory / _INDEX
+    if (directory / _ONE_FILE).is_file() and not (index.is_file() and _names_single_file(index)):
+        return {directory / _ONE_FILE: None}
     if index.is_file():
         listed = read_json_object(index, "a Hugging Face model").get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError(f"{index}: no valid weight_map, which must give the file of each tensor")
-        paths = [directory / name for name in sorted(set(listed.values()))]
-        missing = [path.name for path in paths if not path.is_file()]
+        outside = [name for name in listed.values() if not _FILE_NAME.fullmatch(name)]
+        if outside:
+            raise ValueError(f"{index}: names the file {shown(outside[0])}, which is not in its folder")
+        files: dict[Path, set[str] | None] = {}
+        for tensor, name in sorted(listed.items(), key=lambda item: item[1]):
+            tensors = files.setdefault(directory / name, set())
+            assert tensors is not None
+            tensors.add(tensor)
+        missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise FileNotFoundError(f"{directory}: missing {', '.join(missing)}, listed in {_INDEX}")
-        return paths
+        return files
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     why = f"; {pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else ""
     raise FileNotFoundError(f"{directory}: neither {_ONE_FILE} nor {_INDEX} found{why}")
+
+
+def _names_single_file(index: Path) -> bool:
+    """Return whether an index lists the single file; an unreadable one, next to such a file, lists nothing."""
+    try:
+        listed = read_json_object(index, "a Hugging Face model").get("weight_map")
+    except ValueError:
+        return False
+    return isinstance(listed, dict) and _ONE_FILE in listed.values()
 
 
 def _dtype_name(code: str) -> str:

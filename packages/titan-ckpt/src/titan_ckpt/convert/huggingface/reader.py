@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -15,6 +15,7 @@ from titan_ckpt.convert.weight_map import raise_mismatches
 from titan_ckpt.errors import CheckpointError
 
 SINGLE = "model.safetensors"
+INDEX_LIMIT = 1 << 27  # bytes: about a million tensors
 _FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 
 
@@ -56,9 +57,9 @@ class HuggingFaceDirectory:
 
 def _files_of(directory: Path) -> dict[str, list[str] | None]:
     """Return the files, each with the names that the index gives it; None for a single file without an index."""
-    if (directory / INDEX).exists():
-        weight_map = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if (directory / INDEX).exists() and not _is_whole(directory):
+        weight_map = read_json(directory / INDEX, INDEX_LIMIT).get("weight_map")
+        if not _is_weight_map(weight_map):
             raise CheckpointError(f'{directory / INDEX} has no "weight_map" from tensors to files')
         files: dict[str, list[str] | None] = {}
         for key, name in weight_map.items():
@@ -71,6 +72,24 @@ def _files_of(directory: Path) -> dict[str, list[str] | None]:
     if (directory / SINGLE).exists():
         return {SINGLE: None}
     raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}{_hint(directory)}")
+
+
+def _is_whole(directory: Path) -> bool:
+    """Return whether there is a file with all weights: it is newer than an index that does not name it.
+
+    transformers, which reads such a file first, leaves the index of an earlier model in place.
+    """
+    if not (directory / SINGLE).exists():
+        return False
+    try:
+        weight_map = read_json(directory / INDEX, INDEX_LIMIT).get("weight_map")
+    except CheckpointError:
+        return True
+    return not (_is_weight_map(weight_map) and SINGLE in weight_map.values())
+
+
+def _is_weight_map(value: Any) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and bool(value) and all(isinstance(name, str) for name in value.values())
 
 
 def _hint(directory: Path) -> str:

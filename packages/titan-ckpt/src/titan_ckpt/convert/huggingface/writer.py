@@ -15,12 +15,14 @@ from typing import Any, BinaryIO
 import torch
 
 from titan_ckpt.convert._atomic import new_directory
+from titan_ckpt.convert._json import read_json
 from titan_ckpt.convert.source import AnySpec, Cast, StripPrefix, TensorSource, size_of
-from titan_ckpt.convert.weight_map import Mapped, WeightMap
+from titan_ckpt.convert.weight_map import WeightMap, check_expressible, through
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import Manifest, directory_name
 from titan_ckpt.format.safetensors_header import bytes_of, is_storable, make_header
 from titan_ckpt.load.reader import CheckpointReader, open_checkpoint
+from titan_ckpt.messages import local_path, reason_of
 
 CONFIG = "config.json"
 ORIGIN = "titan_checkpoint.json"  # the checkpoint that an export was made of: its step and its manifest's digest
@@ -65,7 +67,7 @@ def export(
     """
     seen: TensorSource = StripPrefix(source, prefix)
     if weight_map is not None:
-        seen = Mapped(seen, weight_map.rules, "to_external")
+        seen = through(seen, weight_map, "to_external")
         config = weight_map.config if config is None else config
     if dtype is not None:
         seen = Cast(seen, dtype)
@@ -92,8 +94,13 @@ class HuggingFaceExport:
             weight_map: See `export`.
             every: Export only steps that are multiples of this.
             options: Further arguments of `export`.
+
+        Raises:
+            CheckpointError: If the map has tensors for which Hugging Face's format has no place.
         """
-        self._directory, self._weight_map = Path(directory), weight_map
+        if weight_map is not None:
+            check_expressible(weight_map)
+        self._directory, self._weight_map = local_path(directory), weight_map
         self._every, self._options = every, options
 
     def __call__(self, path: str) -> None:
@@ -136,7 +143,7 @@ def write_huggingface(
     if max_file_bytes < 1:
         raise CheckpointError(f"max_file_bytes must be at least 1, not {max_file_bytes}")
     files = _plan(source.tensors, max_file_bytes)
-    extra = [Path(path) for path in extra_files]
+    extra = [local_path(path) for path in extra_files]
     _check_extra(extra, {CONFIG, INDEX, ORIGIN, *files})
     with new_directory(Path(directory), replace=replace) as staging:
         for name, file in files.items():
@@ -159,8 +166,8 @@ def _origin_of(manifest: Manifest) -> dict[str, Any]:
 def _read_origin(directory: Path) -> Any:
     """Return what an export says it was made of; None if it says nothing readable."""
     try:
-        return json.loads((directory / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(directory / ORIGIN)
+    except CheckpointError:
         return None
 
 
@@ -214,5 +221,5 @@ def _config_of(config: Mapping[str, Any], tensors: Mapping[str, AnySpec]) -> dic
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     try:
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be written as JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be written as JSON: {reason_of(error)}") from error
