@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ def clip_grad_norm(
     *,
     stages: dist.ProcessGroup | None = None,
     copies: Iterable[nn.Parameter] = (),
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `max_norm`.
 
@@ -35,6 +36,8 @@ def clip_grad_norm(
         max_norm: The bound; None only measures the norm.
         stages: The ranks of a pipeline, each with its own parameters; None without a pipeline.
         copies: Those of `parameters` that another rank of `stages` counts. They are scaled with the others.
+        device: Where to compute the norm. Default: where ranks communicate, which with `cpu_offload` is not where the
+            gradients are.
 
     Returns:
         The norm before clipping, a regular fp32 scalar, equal on all ranks; not finite if any gradient is not.
@@ -47,11 +50,13 @@ def clip_grad_norm(
         if gradient is not None:
             groups.setdefault(_sharding(gradient), []).append(parameter)
     uncounted = {id(parameter) for parameter in copies}
-    squares = [torch.zeros((), device=parameters[0].device if parameters else None)]
+    if device is None:
+        device = _device(parameters)
+    squares = [torch.zeros((), device=device)]
     for group in groups.values():
         gradients = [p.grad for p in group if p.grad is not None and id(p) not in uncounted]
         if gradients:
-            squares.append(_sum_of_squares(gradients))
+            squares.append(_sum_of_squares(gradients).to(device))
     square = torch.stack(squares).sum()
     if stages is not None:
         dist.all_reduce(square, group=stages)
@@ -59,6 +64,14 @@ def clip_grad_norm(
     if max_norm is not None:
         _scale([p.grad for p in parameters if p.grad is not None], (max_norm / (total + 1e-6)).clamp(max=1))
     return total
+
+
+def _device(parameters: Sequence[nn.Parameter]) -> torch.device | str | None:
+    """Return the device on which the ranks that share these parameters communicate."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            return parameter.device_mesh.device_type
+    return parameters[0].device if parameters else None
 
 
 def _scale(gradients: list[Tensor], factor: Tensor) -> None:
