@@ -16,9 +16,11 @@ What happens to a model (`apply.parallelize`), and what happens in a step (`Para
                                                                 |
                                                           ParallelModel (model)
                                                                 |
-        microbatches --> context.inputs      this rank's part of each sequence
+        microbatches --> step                do all ranks make the same call? did a loss fail?
+                         context.inputs      this rank's part of each sequence
                          sequential          forward, loss, backward, one microbatch after the other
                          or pipeline.run     the same through stages, by one of torch's schedules
+                         random_streams, autocast    what random numbers and casts of weights a step uses
                          clip_grad           norm and clipping over every mesh dim
 
 `_torch_compat` holds every private torch API in use.

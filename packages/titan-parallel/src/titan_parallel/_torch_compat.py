@@ -39,6 +39,7 @@ __all__ = [
     "compile_graph",
     "concatenate_meshes",
     "csv_schedule_class",
+    "default_store",
     "flatten_mesh",
     "group_of_name",
     "is_operator",
@@ -137,6 +138,12 @@ def all_reduce_sum(x: Tensor, group_name: str) -> Tensor:
     ops: Any = torch.ops._c10d_functional
     out: Tensor = ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group_name))
     return out
+
+
+def default_store() -> Any:
+    """Return the store that the default process group was made with; there is no public name, up to torch 2.15."""
+    store: Any = distributed_c10d._get_default_store()
+    return store
 
 
 # Many small tensors in one kernel, as in torch's own optimizers and clipping; `torch._foreach_*` has no public names.

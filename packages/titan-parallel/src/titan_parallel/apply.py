@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from titan_parallel.activation_checkpoint import checkpoint_blocks
 from titan_parallel.agreement import check_agreement
+from titan_parallel.batch_state import check_batch_norms
 from titan_parallel.check import check_plan
 from titan_parallel.compile import compile_blocks
 from titan_parallel.context.attention import replace_attention
@@ -89,6 +90,7 @@ def parallelize(
     roles = find_roles(model, plan)
     found = match_names(model, [*plan.get("attention", ()), *plan.get("experts", ())])
     check_experts(model, plan, mesh["ep"].size())
+    check_batch_norms(model, mesh)
     outer = [*roles.before, *roles.after]
     check_tied(model, tied, {name: name for name in roles.blocks} | dict.fromkeys(outer, "outer"))
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -74,6 +76,9 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             # Otherwise FSDP2 implements a factor of 1 with a reduction that gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+    # Otherwise gradients are wrong where ranks use different parameters; before torch 2.15 `Step` refuses such a step.
+    if hasattr(model, "set_reduce_scatter_unused_params"):
+        model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
 
 def _check_parameters(model: nn.Module) -> None:
@@ -113,6 +118,56 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def units_of(model: nn.Module) -> list[tuple[str, FSDPModule]]:
+    """Return the units of a part of the model, by their names in the original model; "" is the root."""
+    return [(clean_name(name), unit) for name, unit in model.named_modules() if isinstance(unit, FSDPModule)]
+
+
+@contextmanager
+def checking_units(model: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
+    """Check in each forward that all ranks call the same units in the same order, before their weights are gathered.
+
+    A rank that gathers the weights of another unit than the others would get theirs, or wait forever. Each check is an
+    exchange, so this is for the first step. Compiled units are not checked: no graph can contain an exchange.
+
+    Args:
+        model: A part of the model on this rank.
+        mesh: From `build_mesh`.
+    """
+    full = fsdp_mesh(mesh)
+    sizes = {} if dist.get_backend() == "fake" else {dim: full.size(dim) for dim in range(full.ndim)}
+    groups = [full.get_group(dim) for dim, size in sizes.items() if size > 1]
+
+    def check(name: str) -> None:
+        names: list[tuple[int, str]] = [(dist.get_rank(), name)]
+        for group in groups:
+            gathered: list[list[tuple[int, str]]] = [names] * group.size()
+            dist.all_gather_object(gathered, names, group=group)
+            names = [one for some in gathered for one in some]
+        rank, other = next(((rank, other) for rank, other in names if other != names[0][1]), (0, names[0][1]))
+        if other != names[0][1]:
+            raise LayoutError(
+                f"FSDP: rank {names[0][0]} came to {names[0][1]} where rank {rank} came to {other}; ranks that share "
+                "weights must call the same modules of the plan in the same order: call the missing one on all ranks, "
+                "for example with a masked input, or leave it out of `blocks`, `before` and `after`"
+            )
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *_: check(name)
+
+    handles = [
+        unit.register_forward_pre_hook(hook(name or "the model's forward"), prepend=True)
+        for name, unit in units_of(model)
+        if isinstance(unit, nn.Module) and unit._compiled_call_impl is None
+    ]
+    handles.append(model.register_forward_hook(hook("the end of the model's forward")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _mixed_precision(options: ParallelOptions, *, cast_inputs: bool) -> MixedPrecisionPolicy:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import loss_parallel
 
+from titan_parallel.autocast import forget_casts
 from titan_parallel.clip_grad import clip_grad_norm
 from titan_parallel.fsdp import set_last_microbatch
+from titan_parallel.step import LossFunction, Step, checked_loss
 from titan_parallel.tensor.styles import full_output, to_full
-
-LossFunction = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Run(Protocol):
     """Interface by which `ParallelModel` runs its parts; see its methods of the same names."""
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float, step: Step
     ) -> Tensor:
         """Accumulate the gradients of one step; return this rank's part of the loss."""
         ...
 
-    def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> Tensor:
+    def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction, step: Step) -> Tensor:
         """Return this rank's part of the summed loss."""
         ...
 
-    def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: Step) -> Any:
         """Return the full output, on every rank."""
         ...
 
@@ -61,18 +61,6 @@ class Run(Protocol):
 def loss_context(*, sharded_logits: bool) -> AbstractContextManager[None]:
     """Return the context to compute the loss in; `sharded_logits`: logits are split over the vocabulary."""
     return loss_parallel() if sharded_logits else nullcontext()
-
-
-def checked_loss(loss: Tensor) -> Tensor:
-    """Return the result of a loss function.
-
-    Raises:
-        ValueError: If it is not a scalar tensor.
-    """
-    if isinstance(loss, Tensor) and loss.ndim == 0:
-        return loss
-    found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-    raise ValueError(f"the loss function must return the sum of its losses, a scalar tensor, but returned {found}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +78,7 @@ class SequentialRun:
     reduce_every: bool
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float, step: Step
     ) -> Tensor:
         """See `Run`."""
         parts = []
@@ -98,24 +86,33 @@ class SequentialRun:
             is_last = i == len(microbatches) - 1
             set_last_microbatch(self.model, is_last=is_last, reduce_every=self.reduce_every)
             with loss_context(sharded_logits=self.sharded_logits):
-                loss = self._loss(microbatch, loss_function) / num_target_tokens
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss = self._loss(microbatch, loss_function, step) / num_target_tokens
+                if loss.requires_grad:  # not if all parameters are frozen
+                    loss.backward()  # type: ignore[no-untyped-call]
             parts.append(to_full(loss.detach()))
         return torch.stack(parts).sum()
 
-    def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> Tensor:
+    def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction, step: Step) -> Tensor:
         """See `Run`."""
         with loss_context(sharded_logits=self.sharded_logits):
-            return torch.stack([to_full(self._loss(m, loss_function)) for m in microbatches]).sum()
+            return torch.stack([to_full(self._loss(m, loss_function, step)) for m in microbatches]).sum()
 
-    def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: Step) -> Any:
         """See `Run`."""
-        return full_output(self.model(*args, **kwargs))
+        output = self._forward(Microbatch(args, None, kwargs), step)
+        return full_output(output)
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
         """See `Run`."""
         return clip_grad_norm(parameters, max_norm)
 
-    def _loss(self, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
-        output = self.model(*microbatch.args, **microbatch.kwargs)
+    def _loss(self, microbatch: Microbatch, loss_function: LossFunction, step: Step) -> Tensor:
+        output = self._forward(microbatch, step)
         return checked_loss(loss_function(output if self.sharded_logits else full_output(output), microbatch.target))
+
+    def _forward(self, microbatch: Microbatch, step: Step) -> Any:
+        step.has_sent = True
+        forget_casts()
+        output = self.model(*microbatch.args, **microbatch.kwargs)
+        step.agree()
+        return output

@@ -241,8 +241,8 @@ NO = ParallelOptions()
             4,
             r"LayoutError: blocks must keep .* float32 \[2, 16, 32\] becomes float32 \[2, 15, 32\]",
         ),
-        ("broken", {}, NO, 4, "ValueError: no forward today|RuntimeError: ValueError: no forward today"),
-        ("late", {}, NO, 4, "ValueError: no head today|RuntimeError: ValueError: no head today"),
+        ("broken", {}, NO, 4, "(RuntimeError: (forward_backward failed on rank .: )?)?ValueError: no forward today$"),
+        ("late", {}, NO, 4, "(RuntimeError: (forward_backward failed on rank .: )?)?ValueError: no head today$"),
         ("skip", {}, NO, 4, "LayoutError: .* but a later stage also needs the output of places, table;"),
         ("kept", {}, NO, 4, "LayoutError: .* but the loss depends on the blocks in another way too"),
         (

@@ -39,6 +39,7 @@ def _collectives(model: ParallelModel, microbatches: int) -> tuple[dict[str, int
     tokens, labels = batch(0)
     step = [Microbatch((tokens,), labels)] * microbatches
     model._called.add("forward_backward")  # in the first call ranks also see whether they were asked for the same
+    model._host_group = None  # what hosts exchange beside a step does not use the devices' network
     with CommDebugMode() as training:
         model.forward_backward(step, summed_loss, labels.numel())
     with CommDebugMode() as clipping:

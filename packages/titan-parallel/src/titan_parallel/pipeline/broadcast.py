@@ -48,15 +48,6 @@ def broadcast_object(value: Any, group: ProcessGroup, rank: int) -> Any:
     return objects[0] if group.rank() != rank else value
 
 
-def raise_together(problem: Exception | None, group: ProcessGroup) -> None:
-    """Raise an exception on all ranks of a group if any rank has one; a rank that has one raises its own."""
-    problems: list[Exception | None] = [None] * group.size()
-    dist.all_gather_object(problems, _picklable(problem), group=group)
-    first = problem or next((one for one in problems if one is not None), None)
-    if first is not None:
-        raise first
-
-
 def _picklable(value: Any) -> Any:
     """Return a value that can be sent to other ranks: of an exception only its text, since it may not be picklable."""
     if isinstance(value, Exception):

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from titan_parallel.autocast import forget_casts
 from titan_parallel.clip_grad import clip_grad_norm
 from titan_parallel.options import ParallelOptions
 from titan_parallel.pipeline.boundary import Boundary
-from titan_parallel.pipeline.broadcast import broadcast_output, raise_together
+from titan_parallel.pipeline.broadcast import broadcast_output
 from titan_parallel.pipeline.dry_run import dry_run_stage
 from titan_parallel.pipeline.schedules import StagePlacement, check_pipeline
 from titan_parallel.pipeline.shape_inference import Boundaries
 from titan_parallel.pipeline.stage import Stage
 from titan_parallel.pipeline.tied_weights import TiedStages
 from titan_parallel.pipeline.torch_schedule import BuiltSchedule, ScheduledStage
-from titan_parallel.sequential import LossFunction, Microbatch, checked_loss, loss_context
+from titan_parallel.sequential import Microbatch, loss_context
+from titan_parallel.step import LossFunction, Step, checked_loss
 from titan_parallel.tensor.styles import full_output, settle_gradients, to_full
 
 
@@ -67,29 +69,30 @@ class PipelineRun:
         return [stage.part for stage in self._stages.values()]
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float
+        self, microbatches: Sequence[Microbatch], loss_function: LossFunction, num_target_tokens: float, step: Step
     ) -> Tensor:
         """See `ParallelModel`; the loss is on the ranks with the last stage, zero on others."""
+        step.agree()
         check_pipeline(self._group.size(), self._options.pipeline, microbatches=len(microbatches))
 
         def finish(output: Any, microbatch: Microbatch) -> Tensor:
             return self._loss(output, microbatch, loss_function) / num_target_tokens
 
         self._ties.begin()
-        losses = self._run(microbatches, finish, trains=True)
+        losses = self._run(microbatches, finish, step, trains=True)
         settle_gradients(p for stage in self._stages.values() for p in stage.parameters())
         self._ties.add_up()
         return self._sum(losses)
 
-    def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction) -> Tensor:
+    def evaluate(self, microbatches: Sequence[Microbatch], loss_function: LossFunction, step: Step) -> Tensor:
         """See `ParallelModel`; the loss is on the ranks with the last stage, zero on others."""
 
         def finish(output: Any, microbatch: Microbatch) -> Tensor:
             return self._loss(output, microbatch, loss_function)
 
-        return self._sum(self._run(microbatches, finish, trains=False))
+        return self._sum(self._run(microbatches, finish, step, trains=False))
 
-    def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def predict(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], step: Step) -> Any:
         """See `ParallelModel`."""
         outputs: list[Any] = []
 
@@ -97,25 +100,31 @@ class PipelineRun:
             outputs.append(full_output(output))
             return torch.zeros(())
 
-        self._run([Microbatch(args, None, kwargs)], finish, trains=False)
+        self._run([Microbatch(args, None, kwargs)], finish, step, trains=False)
         return broadcast_output(outputs[0] if outputs else None, self._group, self.placement.ranks[-1], self._device)
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
         """See `ParallelModel`."""
-        return clip_grad_norm(parameters, max_norm, stages=self._group, copies=self._ties.counted_elsewhere())
+        copies = self._ties.counted_elsewhere()
+        return clip_grad_norm(parameters, max_norm, stages=self._group, copies=copies, device=self._device)
 
     def _run(
-        self, microbatches: Sequence[Microbatch], finish: Callable[[Any, Any], Tensor], *, trains: bool
+        self, microbatches: Sequence[Microbatch], finish: Callable[[Any, Any], Tensor], step: Step, *, trains: bool
     ) -> list[Tensor]:
+        step.agree()
+        forget_casts()
         self._ties.follow()
-        boundaries = self._boundaries.of(microbatches, self._device)
         for stage in self._stages.values():
             stage.finish = finish
         try:
             with loss_context(sharded_logits=self._sharded_logits):
                 if trains and not self._dry_run_done:
-                    self._dry_run(microbatches[0], boundaries[0])
-                return self._schedule(len(microbatches), boundaries[0], trains=trains).run(microbatches, boundaries)
+                    boundaries = self._dry_run(microbatches, step)
+                else:
+                    boundaries = self._boundaries.of(microbatches, self._device)
+                schedule = self._schedule(len(microbatches), boundaries[0], trains=trains)
+                step.has_sent = True
+                return schedule.run(microbatches, boundaries)
         except BaseException:
             self._built = None  # it is in the middle of a step
             raise
@@ -123,15 +132,20 @@ class PipelineRun:
             for stage in self._stages.values():
                 stage.finish = None
 
-    def _dry_run(self, microbatch: Microbatch, boundary: Boundary) -> None:
+    def _dry_run(self, microbatches: Sequence[Microbatch], step: Step) -> list[Boundary]:
+        """Return what stages exchange. Exceptions are raised on all ranks, before anything is sent."""
         problem: Exception | None = None
+        boundaries: list[Boundary] = []
         try:
-            for index, stage in self._stages.items():
-                dry_run_stage(stage, index, microbatch, boundary, halves=self._halves)
+            boundaries = self._boundaries.of(microbatches, self._device)
+            with step.unguarded():
+                for index, stage in self._stages.items():
+                    dry_run_stage(stage, index, microbatches[0], boundaries[0], halves=self._halves)
         except Exception as error:
             problem = error
-        raise_together(problem, self._group)
+        step.raise_together(problem)
         self._dry_run_done = True
+        return boundaries
 
     def _loss(self, output: Any, microbatch: Microbatch, loss_function: LossFunction) -> Tensor:
         loss = checked_loss(loss_function(output if self._sharded_logits else full_output(output), microbatch.target))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan_parallel._torch_compat import tree_leaves
+from titan_parallel.autocast import autocast_key
 from titan_parallel.fsdp import reshard
 from titan_parallel.mesh import fsdp_mesh
 from titan_parallel.pipeline.boundary import Boundary
@@ -45,9 +46,10 @@ class Boundaries:
             LayoutError: If stages would have to exchange more than the hidden state.
             ValueError: If microbatches have hidden states of different shapes.
         """
-        signatures = [_signature(microbatch) for microbatch in microbatches]
+        casts = autocast_key(device.type)
+        signatures: list[Hashable] = [(casts, _signature(microbatch)) for microbatch in microbatches]
         unknown = {s: m for s, m in zip(signatures, microbatches, strict=True) if s not in self._known}
-        wanted = list(unknown.items())
+        wanted: list[tuple[Hashable, Microbatch]] = list(unknown.items())
         if 0 in self._stages:
             # Ranks that gather weights together must run equally many forwards, whether or not they need to.
             wanted += [(None, microbatches[0])] * (self._most_forwards(len(wanted), device) - len(wanted))

@@ -19,6 +19,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from titan_parallel._torch_compat import NoSelfGreeting, csv_schedule_class, load_csv_schedule, reorder_schedule
+from titan_parallel.autocast import forget_casts
 from titan_parallel.pipeline.boundary import Boundary
 from titan_parallel.pipeline.schedules import StagePlacement
 from titan_parallel.pipeline.stage import Stage
@@ -70,6 +71,7 @@ class ScheduledStage(NoSelfGreeting, PipelineStage):
         flow = self.stage.flow
         self.stage.microbatch = self.microbatches[fwd_chunk_id]
         flow.boundary = self.boundaries[fwd_chunk_id]
+        forget_casts()
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         if flow.graph_split is not None:
             self._graph_splits[fwd_chunk_id], flow.graph_split = flow.graph_split, None
@@ -165,6 +167,10 @@ class BuiltSchedule:
         try:
             run = self._schedule.step if self._trains else self._schedule.eval
             run(target=target, losses=losses, return_outputs=False)
+        except RuntimeError as error:
+            if isinstance(error.__cause__, Exception):  # torch wraps what a stage's forward raises
+                raise error.__cause__ from None
+            raise
         finally:
             for stage in self._stages:
                 stage.microbatches, stage.boundaries = (), ()
