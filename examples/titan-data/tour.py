@@ -63,6 +63,12 @@ subprocess.run(shlex.split('titan-data verify tokens/stdlib'), check=True)
 
 # Preparing a corpus
 
+subprocess.run(shlex.split('titan-data prepare stdlib --tokenizer bytes --out tokens/parts --part 0/2'), check=True)
+subprocess.run(shlex.split('titan-data prepare stdlib --tokenizer bytes --out tokens/parts --part 1/2'), check=True)
+subprocess.run(shlex.split('titan-data merge tokens/parts'), check=True)
+
+# Preparing a corpus
+
 from pathlib import Path
 from titan_data import TokenShards, load_files, load_tokenizer, prepare, verify_shards
 
@@ -95,3 +101,11 @@ for _ in range(20):
     batch = next(loader)
 for name, counts in loader.accounting().items():
     print(f"{name}: {counts['tokens']} tokens of {counts['documents']} documents, epoch {counts['epoch']}")
+
+# Documents to validate with
+
+from titan_data import hold_out
+
+training, held_out = hold_out(web, share=0.05)
+validation = Loader(held_out, tokenizer, seq_len=128, global_batch_size=4, shuffle=False)
+batches = [next(validation) for _ in range(3)]  # the same on any number of ranks, whatever the training loader does

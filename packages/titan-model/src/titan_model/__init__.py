@@ -38,7 +38,7 @@ from titan_model.moe.load_balancing import EXPERT_METRICS, balance_experts, set_
 from titan_model.moe.router import Router
 from titan_model.plan import DecoderPlan, parallel_plan
 from titan_model.presets import preset, preset_names
-from titan_model.rope_scaling import (
+from titan_model.rope_scalings import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,

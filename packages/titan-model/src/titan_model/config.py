@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from titan_model.rope_scaling import DynamicScaling, LongRopeScaling, RopeScaling
+from titan_model.rope_scalings import DynamicScaling, LongRopeScaling, RopeScaling
 
 NormKind = Literal["rmsnorm", "fused_rmsnorm", "layernorm", "np_layernorm"]
 AttentionKind = Literal["auto", "sdpa", "flex", "varlen"]

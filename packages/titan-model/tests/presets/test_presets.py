@@ -9,7 +9,7 @@ from model_families import presets
 from titan_model import DecoderConfig, build, count_parameters, preset, preset_names
 from titan_model.convert.huggingface_config import config_from_huggingface, config_to_huggingface
 from titan_model.presets.hub import HUB
-from titan_model.rope_scaling import amplitude
+from titan_model.rope_scalings import amplitude
 
 # What the released checkpoints hold, tied weights once, as their pages on the Hub count them.
 PUBLISHED = {

@@ -15,7 +15,7 @@ from titan_model.convert.huggingface_families import FAMILIES, family_of, plaine
 from titan_model.convert.huggingface_keys import key_errors
 from titan_model.convert.huggingface_rope import extended_context, read_rope, rope_to_huggingface
 from titan_model.convert.huggingface_windows import nope_layers, read_windows, windows_to_huggingface
-from titan_model.rope_scaling import DynamicScaling, kind_of
+from titan_model.rope_scalings import DynamicScaling, kind_of
 
 _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 

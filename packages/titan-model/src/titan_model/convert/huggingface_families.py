@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from titan_model.config import DecoderConfig
-from titan_model.rope_scaling import LongRopeScaling
+from titan_model.rope_scalings import LongRopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from titan_model.config import DecoderConfig
 from titan_model.convert.errors import shown
 from titan_model.convert.huggingface_families import FAMILIES, Family
-from titan_model.rope_scaling import (
+from titan_model.rope_scalings import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titan_model.config import AttentionKind, DecoderConfig, NormKind
-from titan_model.rope_scaling import RopeScaling
+from titan_model.rope_scalings import RopeScaling
 
 _NORMS = ("rmsnorm", "fused_rmsnorm")  # the same function
 

@@ -17,7 +17,7 @@ from titan_model.convert.folders import check_downloaded, open_folder, read_json
 from titan_model.convert.loading import TensorSource, external_shapes, load_mapped
 from titan_model.convert.weight_map import DecoderWeightMap, InterleavedRotary, Rename, TensorRule
 from titan_model.decoder import Decoder
-from titan_model.rope_scaling import Llama3Scaling
+from titan_model.rope_scalings import Llama3Scaling
 
 _BLOCK = {
     "attn_norm": "attention_norm",

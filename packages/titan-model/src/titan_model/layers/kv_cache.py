@@ -25,7 +25,7 @@ from torch import Tensor
 from titan_model.config import DecoderConfig
 from titan_model.fused_ops import rotate
 from titan_model.layers.masks import Mask
-from titan_model.rope_scaling import DynamicScaling, LongRopeScaling
+from titan_model.rope_scalings import DynamicScaling, LongRopeScaling
 
 Rope = tuple[Tensor, Tensor]
 

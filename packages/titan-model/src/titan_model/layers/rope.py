@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021, RoFormer), with the scalings of `titan_model.rope_scaling`.
+"""Rotary position embeddings (Su et al. 2021, RoFormer), with the scalings of `titan_model.rope_scalings`.
 
 Pairs are the two halves of a head (`x[i]` with `x[i + Dh/2]`), the layout of Hugging Face's Llama weights. Meta's
 original files pair neighbors instead; `convert.weight_map.InterleavedRotary` permutes the rows of the q and k
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_model.config import DecoderConfig
-from titan_model.rope_scaling import (
+from titan_model.rope_scalings import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,

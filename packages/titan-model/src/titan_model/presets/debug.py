@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from titan_model.config import DecoderConfig, MoEConfig
-from titan_model.rope_scaling import Llama3Scaling
+from titan_model.rope_scalings import Llama3Scaling
 
 # The next multiple of 8 after 258, so that the vocabulary can be split.
 _VOCAB = 264

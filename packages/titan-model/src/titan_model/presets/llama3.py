@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from titan_model.config import DecoderConfig
-from titan_model.rope_scaling import Llama3Scaling
+from titan_model.rope_scalings import Llama3Scaling
 
 _VOCAB = 128_256
 _THETA = 500_000.0

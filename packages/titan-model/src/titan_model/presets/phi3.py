@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from titan_model.config import DecoderConfig
-from titan_model.rope_scaling import LongRopeScaling
+from titan_model.rope_scalings import LongRopeScaling
 
 _PHI3: dict[str, Any] = {"vocab_size": 32_064, "max_seq_len": 4096, "window": 2047, "family": "phi3"}
 # Those of Phi-4-mini: within 4,096 tokens nothing is scaled.
