@@ -20,8 +20,9 @@ import titan_data
 import titan_model
 import titan_parallel
 from titan_model.config import AttentionKind, NormKind
+from titan_model.rope_scaling import ROPE_SCALINGS
 from titan_train.assembly import Progress
-from titan_train.config.model import ModelSection, MoESection
+from titan_train.config.model import ModelSection, MoESection, RopeSection
 from titan_train.config.training import OptimizerSection
 from titan_train.interfaces import Batch, BatchLoader
 from titan_train.optimizer import Optimizer
@@ -108,6 +109,11 @@ def test_settings_name_the_kinds_of_the_model() -> None:
         choices, _ = get_args(get_type_hints(ModelSection)[key])
         assert get_args(choices) == get_args(kinds)
     assert MoESection.model_fields.keys() <= titan_model.MoEConfig.__dataclass_fields__.keys()
+    assert ModelSection.model_fields.keys() - {"preset"} <= titan_model.DecoderConfig.__dataclass_fields__.keys()
+    types, _ = get_args(get_type_hints(RopeSection)["type"])
+    assert set(get_args(types)) == {"default", *ROPE_SCALINGS}
+    settings = {name for kind in ROPE_SCALINGS.values() for name in kind.__dataclass_fields__}
+    assert RopeSection.model_fields.keys() - {"type"} == settings - {"depends_on_length"}
 
 
 def test_data_to_loop() -> None:

@@ -83,6 +83,8 @@ class RopeSection(Section):
     """Wavelengths that turn so often within the original context are unchanged (yarn)."""
     beta_slow: Positive | None = None
     """Wavelengths that turn only so often are scaled by all of the factor (yarn)."""
+    truncate: bool | None = None
+    """Round the bounds between these outwards to whole pairs of dims (yarn)."""
 
 
 class MoESection(Section):
