@@ -230,7 +230,8 @@ def _contradictions(rope: RopeSettings) -> list[str]:
     nested = rope.nested
     pairs = [
         ("rope_theta", rope.theta, nested.get("rope_theta")),
-        (_ORIGINAL, rope.original_context, nested.get(_ORIGINAL)),
+        # Without scaling nothing reads it, and a Phi has one by default.
+        (_ORIGINAL, None if rope.kind == "default" else rope.original_context, nested.get(_ORIGINAL)),
         (_PARTIAL, rope.partial, nested.get(_PARTIAL)),
         ("the type of the rotary settings", nested.get("rope_type"), nested.get("type")),
     ]
