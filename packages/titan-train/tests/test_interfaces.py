@@ -20,7 +20,7 @@ import titan_data
 import titan_model
 import titan_parallel
 from titan_model.config import AttentionKind, NormKind
-from titan_model.rope_scaling import ROPE_SCALINGS
+from titan_model.rope_scalings import ROPE_SCALINGS
 from titan_train.assembly import Progress
 from titan_train.config.model import ModelSection, MoESection, RopeSection
 from titan_train.config.training import OptimizerSection

@@ -150,7 +150,7 @@ def test_the_size_level_reads_no_content(folder: Path) -> None:
     flip_bit(folder / "step-00000002" / DATA)
     assert verify(folder / "step-00000002") == []
     assert verify(folder / "step-00000002", level="checksum") != []
-    with pytest.raises(ValueError, match="level must be"):
+    with pytest.raises(CheckpointError, match="level must be"):
         verify(folder / "step-00000002", level="checksums")  # type: ignore[arg-type]
 
 
