@@ -81,7 +81,7 @@ def test_tensors_that_share_their_bytes_a_thousand_times_are_refused(tmp_path: P
 @pytest.mark.slow
 def test_none_of_them_takes_memory(tmp_path: Path) -> None:
     """All at once, in a process that can take no more than a gibibyte, and takes much less."""
-    assert run_alone(refuse_all, tmp_path) < 200 << 20
+    assert run_alone(refuse_all, tmp_path, timeout=300) < 200 << 20
 
 
 @pytest.mark.parametrize(

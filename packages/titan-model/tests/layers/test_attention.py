@@ -97,10 +97,11 @@ def test_gradients_of_documents_are_those_of_their_function(lengths: list[int]) 
 
 
 @pytest.mark.slow
-def test_the_document_operators_are_sound() -> None:
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_document_operators_are_sound(window: int) -> None:
     boundaries = torch.tensor([0, 3, 7], dtype=torch.int32)
     inputs = [normal(7, n, 8, seed=n).requires_grad_() for n in (4, 2, 2)]
-    torch.library.opcheck(torch.ops.titan_model.document_attention, (*inputs, boundaries))
+    torch.library.opcheck(torch.ops.titan_model.document_attention, (*inputs, boundaries, window))
 
 
 def test_a_document_is_computed_as_if_it_were_alone() -> None:

@@ -44,8 +44,9 @@ class LocalStorage:
     def read(self, path: str, most: int) -> bytes:
         """Return the content of a small file."""
         with self._inside(path).open("rb") as file:
-            check_length(path, os.fstat(file.fileno()).st_size, most)
-            return file.read(most)
+            size = os.fstat(file.fileno()).st_size
+            check_length(path, size, most)
+            return file.read(size)  # allocated at once, so not `most`
 
     def open(self, path: str) -> SourceFile:
         """Open a file for partial reads."""
