@@ -11,14 +11,16 @@ from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions
 
 FSDP, REPLICAS, TP, PP = Degrees(), Degrees(dp_replicate=2), Degrees(tp=2), Degrees(pp=2)
-DATA = pytest.mark.parametrize("degrees", [FSDP, REPLICAS], ids=["fsdp", "replicas"])
+DATA = pytest.mark.parametrize(
+    "degrees", [pytest.param(FSDP, id="fsdp"), pytest.param(REPLICAS, id="replicas", marks=pytest.mark.slow)]
+)
 SUMS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
 
 @pytest.mark.skipif(not SUMS_UNUSED, reason="torch 2.15 and later")
 @DATA
 @pytest.mark.parametrize("used", [((0, 1), (1, 2)), ((0,), (1, 2, 3)), ((0, 1), (2,))], ids=["equal", "more", "fewer"])
-@pytest.mark.parametrize("reduces_once", [False, True])
+@pytest.mark.parametrize("reduces_once", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ranks_that_use_different_parameters(ranks2: Ranks, degrees: Degrees, used: tuple, reduces_once: bool) -> None:
     options = ParallelOptions(reduce_every_microbatch=not reduces_once)
     assert max(ranks2.run(foreign.other_experts, used, degrees, options, True)) < 1e-6

@@ -11,7 +11,10 @@ from ranks import Ranks
 from titan_parallel import Degrees, ParallelOptions, PipelineOptions
 
 FSDP, TP, PP = Degrees(), Degrees(tp=2), Degrees(pp=2)
-LAYOUTS = pytest.mark.parametrize("degrees", [FSDP, TP, PP], ids=["fsdp", "tp", "pp"])
+LAYOUTS = pytest.mark.parametrize(
+    "degrees",
+    [pytest.param(FSDP, id="fsdp"), pytest.param(TP, id="tp", marks=pytest.mark.slow), pytest.param(PP, id="pp")],
+)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,7 @@ def test_frozen_parts(ranks2: Ranks, degrees: Degrees, names: list[str]) -> None
     assert bool(trained) == bool(names)
 
 
+@pytest.mark.slow  # processes of its own, which end
 @pytest.mark.parametrize(("degrees", "first"), [(FSDP, False), (TP, True), (PP, False)], ids=["fsdp", "tp", "pp"])
 def test_a_model_that_fails_on_one_rank(degrees: Degrees, first: bool, tmp_path: Path) -> None:
     ranks = Ranks(2)
