@@ -6,7 +6,6 @@
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from titan_data.batching.cutting import QueueReader
 from titan_data.batching.documents import Block
@@ -19,13 +18,10 @@ from titan_data.errors import DataError
 _MAX_TOKENS = 1 << 24
 
 
-class _Part(NamedTuple):
-    """Tokens `start` to `stop` of document `number` of the window, after which `cropped` tokens are left out."""
-
-    number: int
-    start: int
-    stop: int
-    cropped: int
+# `(number, start, stop, cropped)`: tokens `start` to `stop` of document `number` of the window, after which `cropped`
+# tokens are left out. Regular tuples, of which a window holds a thousand: Python's garbage collector does not visit
+# those that contain only numbers, and with many sources it took a third of a step.
+_Part = tuple[int, int, int, int]
 
 
 class BestFit:
@@ -60,7 +56,8 @@ class BestFit:
         self._begin = PackerState(state.cursor)
         self._to_repeat = state.window
         self._lenient = lenient
-        self._documents: list[tuple[Block, int]] = []
+        self._blocks: list[Block] = []  # of each document of the window, and its number in it
+        self._ks: list[int] = []
         self._sequences: deque[list[_Part]] = deque()
         self._used: list[tuple[int, int]] = list(state.window)
 
@@ -87,13 +84,15 @@ class BestFit:
         epoch = self._queue.block.cursor_before(self._queue.k)[0]
         self._skipped = PackedSequence()  # collects the count of documents without tokens
         tokens = 0
-        while len(self._documents) < self._window and tokens < _MAX_TOKENS and self._queue.ready():
+        while len(self._blocks) < self._window and tokens < _MAX_TOKENS and self._queue.ready():
             block, k = self._queue.block, self._queue.k
             if block.cursor_before(k)[0] != epoch:
                 break
-            self._documents.append((block, k))
+            self._blocks.append(block)
+            self._ks.append(k)
             tokens += self._queue.skip_document(self._skipped)
-        parts = [_Part(i, 0, block.lengths[k], 0) for i, (block, k) in enumerate(self._documents)]
+        lengths = (block.lengths[k] for block, k in zip(self._blocks, self._ks, strict=True))
+        parts = [(number, 0, length, 0) for number, length in enumerate(lengths)]
         self._sequences = deque([parts])
         to_repeat, self._to_repeat, self._used = self._to_repeat, (), []
         for seq_len, count in to_repeat:
@@ -116,10 +115,10 @@ class BestFit:
         for number, start, stop in _rejoin(parts):
             if self._crop:
                 end = min(start + seq_len, stop)
-                cut.append(_Part(number, start, end, stop - end))
+                cut.append((number, start, end, stop - end))
             else:
-                cut += [_Part(number, at, min(at + seq_len, stop), 0) for at in range(start, stop, seq_len)]
-        bins = best_fit([part.stop - part.start for part in cut], seq_len)
+                cut += [(number, at, min(at + seq_len, stop), 0) for at in range(start, stop, seq_len)]
+        bins = best_fit([stop - start for _, start, stop, _ in cut], seq_len)
         order = (
             Permutation(len(bins), key=f"{self._feed.identity}/{list(self._begin.cursor)}/{seq_len}") if bins else ()
         )
@@ -128,7 +127,7 @@ class BestFit:
 
     def _fill(self, sequence: PackedSequence, parts: list[_Part], *, with_pieces: bool) -> None:
         for number, start, stop, cropped in parts:
-            block, k = self._documents[number]
+            block, k = self._blocks[number], self._ks[number]
             length = block.lengths[k]
             sequence.tokens += stop - start
             sequence.cropped += cropped
@@ -139,7 +138,7 @@ class BestFit:
     def _close_window(self, sequence: PackedSequence) -> None:
         sequence.skipped += self._skipped.skipped
         self._begin = PackerState(self._queue.cursor_and_offset()[0])
-        self._documents, self._used = [], []
+        self._blocks, self._ks, self._used = [], [], []
 
 
 def _rejoin(parts: list[_Part]) -> list[tuple[int, int, int]]:
