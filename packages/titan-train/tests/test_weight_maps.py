@@ -1,4 +1,4 @@
-"""A weight map means the same to the run that exports and to the packages that write and read."""
+"""A weight map means the same to all who read it: a trained model, its export, transformers, and the way back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,70 @@ import torch
 
 import titan_ckpt
 import titan_model
+from ranks import Ranks
 from titan_train.check import check, model_config
 from titan_train.errors import ConfigError
 from train_cases import tiny
+from train_export import export_folder, trained_and_loaded_again
 
 MOE = {"model__preset": "debug_moe", "moe__n_experts": "4", "moe__ffn_dim": "32", "moe__balance_bias_rate": "0"}
+FAMILIES = {
+    "llama": {"model__preset": "debug"},
+    "llama3": {"model__preset": "debug_llama3"},
+    "qwen3, tied": {"model__preset": "debug_qwen3", "model__tied_embeddings": "true"},
+    "qwen3-moe": MOE,
+    "qwen2": {"model__preset": "debug", "model__qkv_bias": "true"},
+    "mistral": {"model__preset": "debug", "model__window": "8"},
+    "granite": {
+        "model__preset": "debug",
+        "model__embedding_multiplier": "2",
+        "model__residual_multiplier": "0.5",
+        "model__logits_scaling": "4",
+        "model__tied_embeddings": "true",
+    },
+    "llama, yarn": {
+        "model__preset": "debug",
+        "rope__type": "yarn",
+        "rope__factor": "4",
+        "rope__original_context": "8",
+    },
+}
 EXPORTED = {"checkpoint__huggingface": "true", "training__steps": "2", "schedule__warmup_steps": "0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_exported_and_loaded_again(ranks2: Ranks, tmp_path: Path, family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = tiny(**(FAMILIES[family] | EXPORTED | {"run__folder": str(tmp_path)}))
+    for new, filled, trained in ranks2.run(trained_and_loaded_again, config):
+        assert new != trained
+        assert filled == trained
+
+    shape = model_config(config)
+    model = titan_model.build(shape, "cpu")
+    with titan_ckpt.open_checkpoint(tmp_path / "checkpoints/step-00000002") as checkpoint:
+        state = {
+            name.removeprefix("model/"): checkpoint.read(name)
+            for name in checkpoint.tensors
+            if name.startswith("model/")
+        }
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert missing == (["head.weight"] if shape.tied_embeddings else [])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export_folder(config)).eval()
+    tokens = torch.randint(shape.vocab_size, (2, 16))
+    with torch.no_grad():
+        expected = model.eval()(tokens)
+        assert torch.allclose(theirs(tokens, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+
+    # As folders on the Hub have it: the copy of a tied weight, and a table that follows from the config.
+    external = {name: tensor for name, tensor in theirs.state_dict().items() if not name.startswith("rotary")}
+    external["model.rotary_emb.inv_freq"] = torch.ones(4)
+    source = _Held(external)
+    blank = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    titan_ckpt.load_into(blank, source, titan_model.huggingface_map(shape, fused_experts=_has_fused(external)))
+    assert all(torch.equal(blank[name], tensor) for name, tensor in state.items())
 
 
 class _Held:
@@ -29,6 +87,10 @@ class _Held:
 
     def read_slice(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         return self.tensors[name][tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))]
+
+
+def _has_fused(names: dict[str, torch.Tensor]) -> bool:
+    return any(name.endswith("gate_up_proj") for name in names)
 
 
 def test_a_bias_that_cannot_be_exported_is_refused_at_the_start(tmp_path: Path) -> None:
