@@ -76,7 +76,7 @@ def shard_of(tensor: "DTensor", name: str, offsets: tuple[int, ...], index: int)
 
     `__get_tensor_shard__` belongs to the same protocol.
     """
-    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.metadata import MetadataIndex  # here: importing DCP takes seconds
 
     shard: torch.Tensor = tensor.__get_tensor_shard__(  # type: ignore[no-untyped-call]
         MetadataIndex(name, torch.Size(offsets), index)

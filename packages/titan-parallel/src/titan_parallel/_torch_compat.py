@@ -238,7 +238,7 @@ class NoSelfGreeting:
 
 def csv_schedule_class() -> Any:
     """Return the schedule class that loads a CSV file."""
-    from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+    from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime  # here: takes seconds
 
     return _PipelineScheduleRuntime
 
@@ -264,6 +264,7 @@ def check_schedule(order: Mapping[int, Sequence[str]], ranks: Sequence[int], mic
     Raises:
         AssertionError: If the schedule cannot run.
     """
+    # Here: importing pipelining takes seconds.
     from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _validate_schedule
 
     actions: Any = {rank: [_Action.from_str(action) for action in row] for rank, row in order.items()}

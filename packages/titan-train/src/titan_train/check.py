@@ -105,7 +105,6 @@ def model_config(config: Config) -> DecoderConfig:
         ConfigError: If there is no such preset or the numbers do not fit together.
     """
     changes, moe = _given(config.model.model_dump(exclude={"preset"})), _given(config.moe.model_dump())
-    changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
     try:
         shape = titan_model.preset(config.model.preset)
         if moe and shape.moe is None:
@@ -138,12 +137,13 @@ def _rope_scaling(config: Config) -> dict[str, Any]:
             )
             raise ConfigError(f"rope.{next(iter(values))}: {'rope.type default' if kind else 'it'} {needed}")
         return {} if kind is None else {"rope_scaling": None}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return {"rope_scaling": titan_model.rope_scaling(kind, **values)}
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
+    """Return the settings that were given, with tuples for lists, as configs of titan-model have them."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
 def _layout(
@@ -155,7 +155,7 @@ def _layout(
         degrees = config.parallel.degrees().resolve(world_size)
         options = config.parallel.options(config.training.dtype)
         if degrees.cp > 1 and "attention" not in plan:
-            raise ConfigError(f"parallel.cp {degrees.cp}: {_not_divisible(shape)}")
+            raise ConfigError(f"parallel.cp {degrees.cp}: {_why_sequences_stay_whole(shape)}")
         for length in sequence_lengths(config).values():
             check_plan(plan, degrees, sequence_length=length, options=options)
         check_pipeline(degrees.pp, options.pipeline, blocks=blocks)
@@ -164,7 +164,7 @@ def _layout(
     return degrees, options
 
 
-def _not_divisible(shape: DecoderConfig) -> str:
+def _why_sequences_stay_whole(shape: DecoderConfig) -> str:
     """Return why ranks cannot share the sequences of a model."""
     if shape.rope_scaling is None or not shape.rope_scaling.depends_on_length:
         return (

@@ -251,7 +251,7 @@ def _readable(batches: Iterator[Any]) -> Iterator[Any]:
 @contextmanager
 def _corrupt_file_errors(lost: str) -> Iterator[None]:
     """Turn pyarrow's errors into CorruptFileError; errors of storage are DataErrors and pass through."""
-    import pyarrow
+    import pyarrow  # here: an optional extra
 
     try:
         yield

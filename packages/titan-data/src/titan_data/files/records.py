@@ -17,28 +17,17 @@ from titan_data.fingerprint import Fingerprint
 _THREADS = 16  # files indexed concurrently
 
 
-class FileRecords:
-    """Records of files as a random-access source; made by `load_files`."""
+class _OfFiles:
+    """What both kinds of source know about their files."""
 
     def __init__(
-        self,
-        name: str,
-        fingerprint: Fingerprint,
-        findings: Findings,
-        files: Sequence[DataFile],
-        reader: FileFormat,
-        inputs: InputFiles,
-        *,
-        named: bool,
+        self, name: str, fingerprint: Fingerprint, findings: Findings, inputs: InputFiles, *, named: bool
     ) -> None:
         self.name = name
         self._fingerprint = fingerprint
         self._findings = findings
         self.inputs = inputs
         self.named = named  # see `identity_of`
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            self._indexed = list(pool.map(reader.index, files))
-        self._ends = np.cumsum([len(records) for records in self._indexed], dtype=np.int64)
 
     @property
     def malformed(self) -> int:
@@ -54,6 +43,26 @@ class FileRecords:
         """Return the files' names and digests, as they were when the source was opened."""
         return self._fingerprint
 
+
+class FileRecords(_OfFiles):
+    """Records of files as a random-access source; made by `load_files`."""
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: Fingerprint,
+        findings: Findings,
+        files: Sequence[DataFile],
+        reader: FileFormat,
+        inputs: InputFiles,
+        *,
+        named: bool,
+    ) -> None:
+        super().__init__(name, fingerprint, findings, inputs, named=named)
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            self._indexed = list(pool.map(reader.index, files))
+        self._ends = np.cumsum([len(records) for records in self._indexed], dtype=np.int64)
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
@@ -64,7 +73,7 @@ class FileRecords:
         return self._indexed[file][index - (int(self._ends[file - 1]) if file else 0)]
 
 
-class FileStream:
+class FileStream(_OfFiles):
     """Records of files as a stream; made by `load_files`. Shard s has files s, s + shards, s + 2 shards and so on."""
 
     def __init__(
@@ -80,31 +89,13 @@ class FileStream:
         *,
         named: bool,
     ) -> None:
-        self.name = name
+        super().__init__(name, fingerprint, findings, inputs, named=named)
         self.shards = shards
-        self._fingerprint = fingerprint
-        self._findings = findings
-        self.inputs = inputs
-        self.named = named  # see `identity_of`
         self._files = files
         self._reader = reader
         self._counts = counts
         sizes = (sum(file.size or 0 for file in files[shard::shards]) for shard in range(shards))
         self._bytes_before = [0, *accumulate(sizes)]
-
-    @property
-    def malformed(self) -> int:
-        """Number of malformed records met so far, each counted once."""
-        return self._findings.malformed
-
-    @property
-    def unreadable(self) -> tuple[UnreadableFile, ...]:
-        """The files found so far that cannot be read, or not to their ends, and how much is lost."""
-        return self._findings.unreadable
-
-    def fingerprint(self) -> Fingerprint:
-        """Return the files' names and digests, as they were when the source was opened."""
-        return self._fingerprint
 
     @property
     def bytes_total(self) -> int | None:

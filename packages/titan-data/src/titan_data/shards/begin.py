@@ -97,7 +97,7 @@ def check_same_job(saved: Job, job: Job, folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Lock the folder against a second call; the system releases the lock when this process ends in any way."""
     try:
-        import fcntl
+        import fcntl  # here: Windows has none
     except ImportError:  # Windows
         yield
         return

@@ -240,7 +240,7 @@ def _ask_hub(path: str, revision: str | None, cache_directory: str | Path | None
         DataError: If the Hub cannot be reached, and the dataset is not in the cache.
     """
     datasets = _import_datasets()
-    import huggingface_hub
+    import huggingface_hub  # here: comes with `datasets`, an optional extra
 
     try:
         info = huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=10)

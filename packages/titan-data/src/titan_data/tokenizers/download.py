@@ -67,7 +67,7 @@ def _fetch(repo_id: str, name: str, request: dict[str, Any]) -> Path | None:
 
 def _explain(error: Exception, repo_id: str, *, with_token: bool) -> str | None:
     """Turn an error of `huggingface_hub` into what to do about it; None for an unexpected error."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors  # here: an optional extra
 
     page, endpoint = f"https://huggingface.co/{repo_id}", os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     match error:

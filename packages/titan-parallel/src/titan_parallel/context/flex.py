@@ -32,7 +32,7 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, places: Tensor, starts: Tensor,
     Returns:
         `[B, H, S, Dh]`.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention  # here: it loads torch._dynamo, which takes seconds
 
     # Uncompiled, FlexAttention holds all scores at once. Within compiled code it is part of that graph.
     alone = q.is_cuda and not torch.compiler.is_compiling()
@@ -44,7 +44,7 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, places: Tensor, starts: Tensor,
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention  # here: it loads torch._dynamo, which takes seconds
 
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
     return compiled
@@ -52,7 +52,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 def _blocks(places: Tensor, starts: Tensor, keys: int) -> BlockMask:
     """Return the block mask, derived from the extremes of each block of queries: nothing of size `S * T` is created."""
-    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import BlockMask  # here: it loads torch._dynamo, which takes seconds
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= places[query]) & (key >= starts[row, query])
